@@ -1,0 +1,108 @@
+"""Loading the policy: device, tokenizer, weights."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common.errors import BadInput
+
+TINY_MODEL = str(Path(__file__).parent / "tiny_model")
+
+
+def choose_device(name, precision):
+    """Resolve "auto" in `--device` and `--precision`: a `torch.device`, and "float32" or "bfloat16".
+
+    Raises `BadInput` for a device that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise BadInput(
+            f"--device {name} is not there, PyTorch sees {torch.cuda.device_count()} GPUs: give --device cpu, or "
+            "install a GPU driver and a CUDA build of torch."
+        )
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return device, precision
+
+
+def check_model_directory(name, revision):
+    """Refuse, before anything is loaded, a local directory that is no model. Hub names are left to the hub."""
+    path = Path(name)
+    if not path.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
+        return
+    if revision:
+        raise BadInput(f"--revision {revision} belongs to hub names, but --model {name} is a directory: leave it out.")
+    if not (path / "config.json").is_file():
+        raise BadInput(f"--model {name} has no config.json: give a directory that `save_pretrained` wrote.")
+    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+        raise BadInput(f"--model {name} has no weights (*.safetensors): give a directory that `save_pretrained` wrote.")
+
+
+def load_tokenizer(name, revision=""):
+    """The model's tokenizer; its padding token may be missing. Raises `BadInput` when there is none to load."""
+    check_model_directory(name, revision)
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"--model {name}: no tokenizer could be loaded from it ({reason}).") from error
+
+
+def load_model(name, revision, device, gradient_checkpointing):
+    """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
+
+    Raises `BadInput` for what cannot be loaded, and for models whose logits are more than head(backbone(tokens)),
+    which is what `logprobs.token_logprobs` computes (soft-capped or scaled logits).
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
+        for key in [key for key in vars(config) if key.endswith(("dropout", "pdrop"))]:
+            setattr(config, key, 0.0)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, revision=revision or "main", config=config, dtype=torch.float32
+        )
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(f"--model {name} cannot be loaded as a causal language model ({reason}).") from error
+    model.to(device)
+    with torch.no_grad():
+        probe_BT = torch.arange(8, device=device).unsqueeze(0) % model.config.vocab_size
+        logits = model(input_ids=probe_BT).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=probe_BT).last_hidden_state)
+    if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4):
+        raise BadInput(
+            f"--model {name} changes its logits after the output head (soft-capping or scaling), which the log-probs "
+            "here leave out: give a model without that."
+        )
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()  # it acts in training mode only; there is no dropout left for that mode to switch on
+    else:
+        model.eval()
+    return model
+
+
+def end_of_sequence_ids(model, tokenizer):
+    """All ids that end a response: the tokenizer's, and those of the generation config (Llama 3 and Qwen have two).
+
+    Nothing else of the generation config is used: a checkpoint may switch on top-p or penalties there.
+    """
+    ids = model.generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+
+
+def padding_id(tokenizer, eos_ids):
+    """An id to fill padding with. What it is never matters: masks come from lengths."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)

@@ -1,0 +1,146 @@
+"""Samplers draw responses from the policy and record the log-probability of every token as it was drawn.
+
+`Sampler` is what a script sees. `TransformersSampler` decodes with the Hugging Face model itself: slower than a serving
+engine on a large model, exact and without further dependencies on a small one.
+
+Sampling is at the policy's own distribution, softmax(logits / temperature). Top-p, top-k and repetition penalties do
+not exist here, and a checkpoint's `generation_config` is ignored but for its EOS ids: the log-probs of a truncated
+distribution are not the policy's.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+from common.logprobs import autocast
+
+
+@dataclass
+class Samples:
+    """Responses to P prompts, G each, in the order prompt 0's G responses, prompt 1's, …: B = P·G sequences."""
+
+    responses: list[list[int]]
+    """token ids, EOS included where the response ended with one"""
+    logprobs: list[list[float]]
+    """per token, log-probability under the policy that drew it, at its temperature, as it was drawn"""
+    truncated: list[bool]
+    """True where the response was cut at the token limit before an EOS"""
+
+
+class Sampler:
+    """Draws responses; what is behind it (this process, another one, a serving engine) is not the script's business."""
+
+    def sample(self, prompts, group_size, seed):
+        """Draw `group_size` responses to each prompt (token ids) with random streams derived from `seed`.
+
+        The result depends on the weights and the arguments alone. Returns `Samples`.
+        """
+        raise NotImplementedError
+
+    def greedy(self, prompts):
+        """The most likely token at every position, one response per prompt. Returns `Samples`."""
+        raise NotImplementedError
+
+
+class TransformersSampler(Sampler):
+    """Batched decoding with a key-value cache, on the live weights of a Hugging Face causal language model.
+
+    Args:
+        model: its weights at the moment of the call are the policy; it is not copied.
+        eos_ids: ids that end a response; several are allowed.
+        pad_id: fills the left of shorter prompts; may equal an EOS id, since masks come from lengths.
+        max_tokens: longest response; sequences still open then are `truncated`, and no EOS is invented for them.
+        temperature: τ > 0, as in `logprobs.token_logprobs`.
+        precision: "float32" or "bfloat16" (autocast).
+    """
+
+    def __init__(self, model, eos_ids, pad_id, max_tokens, temperature, precision="float32"):
+        self.model = model
+        self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
+        self.pad_id = pad_id
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.precision = precision
+
+    def sample(self, prompts, group_size, seed):
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+        return self._decode(
+            prompts, group_size, lambda logprobs_BV: torch.multinomial(logprobs_BV.exp(), 1, generator=generator)
+        )
+
+    def greedy(self, prompts):
+        return self._decode(prompts, 1, lambda logprobs_BV: logprobs_BV.argmax(dim=-1, keepdim=True))
+
+    @torch.no_grad()
+    def _decode(self, prompts, group_size, choose):
+        device, was_training = self.model.device, self.model.training
+        self.model.eval()  # gradient checkpointing, active in training mode only, would switch the cache off
+
+        # Prompts are padded on the left, so that the next token of every sequence goes into the same column.
+        width = max(len(prompt) for prompt in prompts)
+        inputs_PT = torch.full((len(prompts), width), self.pad_id, dtype=torch.int64)
+        attention_PT = torch.zeros(len(prompts), width, dtype=torch.int64)
+        for p, prompt in enumerate(prompts):
+            inputs_PT[p, width - len(prompt) :] = torch.tensor(prompt)
+            attention_PT[p, width - len(prompt) :] = 1
+        inputs_PT, attention_PT = inputs_PT.to(device), attention_PT.to(device)
+        positions_PT = (attention_PT.cumsum(dim=1) - 1).clamp(min=0)
+
+        # Each prompt is read once; its cache is then repeated for the G responses of the group.
+        cache = DynamicCache(config=self.model.config)
+        logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
+        cache.batch_repeat_interleave(group_size)
+        logits_BV = logits_PV.repeat_interleave(group_size, dim=0)
+        attention_BT = attention_PT.repeat_interleave(group_size, dim=0)
+        positions_B1 = positions_PT[:, -1:].repeat_interleave(group_size, dim=0)
+
+        num_sequences = len(prompts) * group_size
+        tokens_BT = torch.zeros(num_sequences, self.max_tokens, dtype=torch.int64, device=device)
+        logprobs_BT = torch.zeros(num_sequences, self.max_tokens, dtype=torch.float32, device=device)
+        lengths_B = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+        ended_B = torch.zeros(num_sequences, dtype=torch.bool, device=device)
+        rows = torch.arange(num_sequences, device=device)  # the sequence that each row of the batch is decoding
+
+        for t in range(self.max_tokens):
+            step_logprobs_BV = torch.log_softmax(logits_BV.float() / self.temperature, dim=-1)
+            token_B1 = choose(step_logprobs_BV)
+            open_B = ~ended_B[rows]
+            tokens_BT[rows, t] = token_B1.squeeze(1)
+            logprobs_BT[rows, t] = step_logprobs_BV.gather(1, token_B1).squeeze(1)
+            lengths_B[rows] += open_B
+            ended_B[rows] |= torch.isin(token_B1.squeeze(1), self.eos_ids)
+            open_B = ~ended_B[rows]
+            num_open = int(open_B.sum())
+            if num_open == 0 or t == self.max_tokens - 1:
+                break
+            # Finished sequences leave the batch. Leaving copies the whole cache, so it waits until an eighth can go.
+            if num_open <= 0.875 * len(rows):
+                keep = open_B.nonzero().squeeze(1)
+                cache.batch_select_indices(keep)
+                rows, token_B1 = rows[keep], token_B1[keep]
+                attention_BT, positions_B1 = attention_BT[keep], positions_B1[keep]
+            attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(rows), 1)], dim=1)
+            positions_B1 = positions_B1 + 1
+            logits_BV = self._next_logits(token_B1, attention_BT, positions_B1, cache)
+
+        self.model.train(was_training)
+        lengths = lengths_B.tolist()
+        return Samples(
+            responses=[row[:n] for row, n in zip(tokens_BT.tolist(), lengths, strict=True)],
+            logprobs=[row[:n] for row, n in zip(logprobs_BT.tolist(), lengths, strict=True)],
+            truncated=(~ended_B).tolist(),
+        )
+
+    def _next_logits(self, inputs_BT, attention_BT, positions_BT, cache):
+        """Logits of the token after the last column, for every row; the cache grows by the columns read."""
+        with autocast(inputs_BT.device.type, self.precision):
+            output = self.model(
+                input_ids=inputs_BT,
+                attention_mask=attention_BT,
+                position_ids=positions_BT,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        return output.logits[:, -1]
