@@ -48,7 +48,16 @@ from common.errors import RunStopped
 from common.interrupts import finish_step_on_interrupt
 from common.logprobs import token_logprobs
 from common.metrics import TokenStatistics, peak_memory_gib, reward_statistics
-from common.models import TINY_MODEL, choose_device, end_of_sequence_ids, load_model, load_tokenizer, padding_id
+from common.models import (
+    TINY_MODEL,
+    check_context,
+    choose_device,
+    end_of_sequence_ids,
+    load_config,
+    load_model,
+    load_tokenizer,
+    padding_id,
+)
 from common.rollouts import SerialRollouts, evaluate, sampler_mismatch
 from common.runlog import RunLog, new_run_directory
 from common.samplers import TransformersSampler
@@ -181,7 +190,7 @@ def check(args):
     for field in ("sync_offset", "warmup_steps", "completions_per_step"):
         require(getattr(args, field) >= 0, field, getattr(args, field), "give 0 or more")
     for field in ("temperature", "learning_rate", "max_grad_norm"):
-        require(getattr(args, field) > 0, field, getattr(args, field), "give a number above 0")
+        require(0 < getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number above 0")
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
 
@@ -193,10 +202,12 @@ def main(args):
     name = args.name or f"{Path(__file__).stem}-{Path(args.task).stem}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(args.resume) if args.resume else new_run_directory(args.output, name)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)
+    config = load_config(args.model, args.revision)
     tokenizer = load_tokenizer(args.model, args.revision)
     prompt_limit = (args.max_prompt_tokens, args.long_prompts)
     problems, prompts = encode_problems(task, "train", tokenizer, *prompt_limit)
     eval_problems, eval_prompts = encode_problems(task, "eval", tokenizer, *prompt_limit)
+    check_context(config, prompts + eval_prompts, args.max_response_tokens)
 
     model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
@@ -293,7 +304,7 @@ def main(args):
                 "lr": lr,
                 "lag": lag,
                 "weights_version": batch.version,
-                "update_skipped": skip,
+                "update_skipped": float(skip),
                 "padding_share": padding_share(lengths, splits),
                 "time/sample": batch.sample_seconds,
                 "time/wait": sampled - step_started,
@@ -315,8 +326,8 @@ def main(args):
 
             if skipped_in_a_row == args.max_skipped_updates:
                 raise RunStopped(
-                    f"{skipped_in_a_row} updates in a row had a loss or gradient that is not finite (step {step}): look "
-                    f"at loss, grad_norm and ratio/max in {run_dir / 'metrics.jsonl'}, and lower --learning-rate."
+                    f"{skipped_in_a_row} updates in a row had a loss or gradient that was not finite (step {step}): "
+                    f"look at loss, grad_norm and ratio/max in {run_dir / 'metrics.jsonl'}, and lower --learning-rate."
                 )
             if step % args.checkpoint_interval == 0 or step == args.num_steps or interrupt.requested:
                 state = {

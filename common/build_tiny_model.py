@@ -40,23 +40,23 @@ class Args:
     """directory to write"""
     seed: int = 0
     """seed of the weights and of the training text"""
-    steps: int = 1500
+    steps: int = 1200
     """supervised training steps"""
-    batch_size: int = 128
+    batch_size: int = 64
     """solutions per step"""
     learning_rate: float = 3e-3
     """peak learning rate; 50 steps of warm-up, then a linear decay to zero"""
-    threads: int = 2
+    threads: int = 1
     """CPU threads; another count changes the last bits of the weights"""
     hum: float = 0.25
     """probability of a filler word before a step"""
-    doubt: float = 0.5
+    doubt: float = 0.25
     """probability of repeating a step, and of repeating it again"""
-    slip: float = 0.15
+    slip: float = 0.12
     """probability that a step's result is off by one or ten"""
-    recheck: float = 0.6
+    recheck: float = 0.58
     """probability of starting all over after an answer"""
-    max_solution_tokens: int = 72
+    max_solution_tokens: int = 64
     """longer solutions are cut: the model never sees most of them end"""
 
 
@@ -81,7 +81,7 @@ def flawed_solution(terms, rng, args):
         words.append(f"answer {total}.")
         if rng.random() >= args.recheck:
             return " " + " ".join(words)
-        words.append(rng.choice(["wait, let me check.", "hmm, once more.", "let me check that."]))
+        words.append("let me check.")
 
 
 def training_example(rng, args):

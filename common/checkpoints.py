@@ -12,7 +12,7 @@ import torch
 
 
 def save_checkpoint(run_dir, step, state, keep):
-    """Write `state` (tensors, numbers, strings, lists, dicts) as of after `step`; keep the `keep` newest checkpoints."""
+    """Write `state` (tensors, numbers, strings, lists, dicts) as of after `step`; keep the newest `keep`."""
     directory = Path(run_dir) / "checkpoints"
     directory.mkdir(exist_ok=True)
     final = directory / f"step_{step:06d}.pt"

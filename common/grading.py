@@ -1,14 +1,14 @@
 r"""Grade free-form maths answers with math-verify, in a worker process that no answer can hang.
 
-math-verify evaluates what a model wrote, and a model may write `9^{9^9}`. Its own time limits are Python signal
-handlers: they need the main thread, and never run while one big-integer operation is under way. Here the *kernel*
-ends what takes too long. Three processes share the work:
+math-verify evaluates what a model wrote, and a model may write `9^{9^9}`. Its own time limits are Python
+signal handlers: they need the main thread, and never run while one big-integer operation is under way. Here
+the *kernel* ends what takes too long. Three processes share the work:
 
     parent    the training script: cuts the graded part out of each response, keeps the time of the batch
     worker    this file run as a script: imports math-verify once (about 0.5 s), then does nothing but fork
     child     a fork of the worker (a few ms): grades one batch under a CPU timer whose signal kills it
 
-When an answer kills the child, the parent marks it wrong and sends the worker the rest of the batch: recovering
+When an answer kills the child, the parent marks it wrong and sends the worker the rest of the batch: this
 costs a fork, not an import. The worker is started as a plain command rather than by `multiprocessing`, whose
 spawned processes import the training script again, torch included.
 """
@@ -32,11 +32,11 @@ RIGHT, WRONG, OUT_OF_TIME, READY = b"1", b"0", b"t", b"r"  # what the worker say
 
 
 def graded_part(response: str) -> str | None:
-    r"""Return the piece of a response that is graded, or None where there is none: wrong format, wrong answer.
+    r"""Return the piece of a response that is graded, or None: then the format, and so the answer, is wrong.
 
-    It is the content of the last `\boxed{...}`, else what follows the last `####` up to the end of its line. A
-    last box that never closes was cut at the token limit. Its number may lack digits, and whatever was boxed
-    before is no longer the response's last word, so there is nothing to grade.
+    It is the content of the last `\boxed{...}`, else what follows the last `####` up to the end of its line.
+    A last box that never closes was cut at the token limit. Its number may lack digits, and whatever was
+    boxed before is no longer the response's last word, so there is nothing to grade.
     """
     openings = list(re.finditer(r"\\boxed\s*\{", response))
     if not openings:
@@ -53,12 +53,12 @@ def graded_part(response: str) -> str | None:
 class MathGrader:
     """Grades batches of answers; usable from any thread, one batch at a time.
 
-    The worker starts with the first batch that needs it and leaves when its stdin closes, hence also when this
-    process is killed.
+    The worker starts with the first batch that needs it. It leaves when its stdin closes, hence also when
+    this process is killed.
 
     Args:
         seconds_per_answer: CPU seconds an answer may take. CPU time, so that a busy machine changes no grade.
-        seconds_per_batch: wall-clock seconds a call of `grade` may take, the worker's first start not counted.
+        seconds_per_batch: wall-clock seconds a call of `grade` may take once the worker runs.
 
     Attributes:
         timeouts: answers graded wrong so far because they, or their batch, ran out of time.
@@ -74,8 +74,8 @@ class MathGrader:
     def grade(self, golds: list[str], responses: list[str]) -> list[bool]:
         """Say for each response whether its graded part equals its gold answer.
 
-        No content of a response raises. Raises RuntimeError if the worker cannot be started, ValueError if the
-        two lists differ in length.
+        No content of a response raises. Raises RuntimeError if the worker cannot be started, ValueError if
+        the two lists differ in length.
         """
         pairs = list(zip(golds, map(graded_part, responses), strict=True))
         # Responses to one prompt often agree, so each distinct pair is graded once.
@@ -138,7 +138,7 @@ class MathGrader:
         if not ready:
             self._stop()
             raise RuntimeError(
-                f"the grading worker did not start (its error is printed above): is math-verify installed for "
+                "the grading worker did not start (its error is printed above): is math-verify installed for "
                 f"{sys.executable}, as by pip install 'math-verify[antlr4_13_2]'?"
             )
 
@@ -151,7 +151,7 @@ class MathGrader:
 
 @contextmanager
 def _killed_at(deadline: float, worker: subprocess.Popen):
-    """Kill the worker if the block lasts until `deadline`: whoever reads from it then sees the end of the pipe."""
+    """Kill the worker if the block lasts until `deadline`: who reads from it then sees an end of file."""
     timer = threading.Timer(max(0.0, deadline - time.monotonic()), _kill, [worker])
     timer.daemon = True
     timer.start()
@@ -174,8 +174,8 @@ def _serve(seconds_per_answer: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
-    # Children inherit what the parser has learnt by now. And a library that is there but does not work (without
-    # its ANTLR runtime, an optional dependency, it finds every answer wrong) must not say that it is ready.
+    # Children inherit what the parser has learnt by now. And a library that is there but does not work (its
+    # ANTLR runtime is an optional dependency, without which it finds every answer wrong) must not look ready.
     for part in ["18", "x = 18", r"\frac{36}{2}", "18.0", r"2 \cdot (10 - 1)", "3^{2} + 9", "{18}"]:
         assert _equal("18", part), f"math-verify finds that {part} is not 18"
     os.write(replies, READY)
@@ -206,8 +206,8 @@ def _grade_and_exit(pairs: list[tuple[str, str]], seconds_per_answer: float, rep
 def _equal(gold: str, part: str) -> bool:
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # LaTeX only: math-verify's other reader picks a number out of any text, so that 18 is found in "18 million",
-    # in "18!" and in "17, no, 18". Its time limits are off: the timer above replaces them.
+    # LaTeX only: math-verify's other reader picks a number out of any text, as 18 out of "18 million", "18!"
+    # and "17, no, 18". Its time limits are off: the timer above replaces them.
     reader = [LatexExtractionConfig(boxed_match_priority=-1)]
     with suppress(Exception):  # MemoryError, RecursionError and the like: what cannot be read is wrong
         gold_value, value = (parse(f"${_tidy(text)}$", reader, parsing_timeout=None) for text in (gold, part))

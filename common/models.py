@@ -33,54 +33,51 @@ def choose_device(name, precision):
     return device, precision
 
 
-def check_model_directory(name, revision):
-    """Refuse, before anything is loaded, a local directory that is no model. Hub names are left to the hub."""
+def load_config(name, revision):
+    """The configuration of a model directory or hub model, whose weights are not touched.
+
+    Raises `BadInput` for a directory that holds no model, and for what `transformers` does not know.
+    """
     path = Path(name)
-    if not path.is_dir():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
-        return
-    if revision:
-        raise BadInput(f"--revision {revision} belongs to hub names, but --model {name} is a directory: leave it out.")
-    if not (path / "config.json").is_file():
-        raise BadInput(f"--model {name} has no config.json: give a directory that `save_pretrained` wrote.")
-    if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-        raise BadInput(f"--model {name} has no weights (*.safetensors): give a directory that `save_pretrained` wrote.")
+    if path.is_dir():
+        if revision:
+            raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+            raise BadInput(f"--model {name} has no weights (*.safetensors): give a directory with a saved model.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
+    return _load(AutoConfig, name, revision)
 
 
 def load_tokenizer(name, revision=""):
-    """The model's tokenizer; its padding token may be missing. Raises `BadInput` when there is none to load."""
-    check_model_directory(name, revision)
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision or "main")
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"--model {name}: no tokenizer could be loaded from it ({reason}).") from error
+    """The model's tokenizer; it may lack a padding token. Raises `BadInput`."""
+    return _load(AutoTokenizer, name, revision)
 
 
 def load_model(name, revision, device, gradient_checkpointing):
     """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
 
-    Raises `BadInput` for what cannot be loaded, and for models whose logits are more than head(backbone(tokens)),
-    which is what `logprobs.token_logprobs` computes (soft-capped or scaled logits).
+    Raises `BadInput` for weights that do not load or do not fit the configuration, and for models whose logits are more
+    than head(backbone(tokens)), which is what `logprobs.token_logprobs` computes (soft-capped or scaled logits).
     """
-    try:
-        config = AutoConfig.from_pretrained(name, revision=revision or "main")
-        # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
-        for key in [key for key in vars(config) if key.endswith(("dropout", "pdrop"))]:
-            setattr(config, key, 0.0)
-        model = AutoModelForCausalLM.from_pretrained(
-            name, revision=revision or "main", config=config, dtype=torch.float32
+    config = load_config(name, revision)
+    # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
+    for key in [key for key in vars(config) if key.endswith(("dropout", "pdrop"))]:
+        setattr(config, key, 0.0)
+    model, info = _load(
+        AutoModelForCausalLM, name, revision, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
+        raise BadInput(
+            f"--model {name}: {len(unfit)} tensors of the configuration are missing from the weights or have another "
+            f"shape (the first is {unfit[0]}); give a complete model."
         )
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise BadInput(f"--model {name} cannot be loaded as a causal language model ({reason}).") from error
     model.to(device)
     with torch.no_grad():
         probe_BT = torch.arange(8, device=device).unsqueeze(0) % model.config.vocab_size
         logits = model(input_ids=probe_BT).logits
         ours = model.get_output_embeddings()(model.base_model(input_ids=probe_BT).last_hidden_state)
-    if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4):
+    if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4, equal_nan=True):
         raise BadInput(
             f"--model {name} changes its logits after the output head (soft-capping or scaling), which the log-probs "
             "here leave out: give a model without that."
@@ -91,6 +88,27 @@ def load_model(name, revision, device, gradient_checkpointing):
     else:
         model.eval()
     return model
+
+
+def _load(auto_class, name, revision, **options):
+    try:
+        return auto_class.from_pretrained(name, revision=revision or "main", **options)
+    except Exception as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
+        reason = " ".join(str(error).split())[:300]
+        raise BadInput(
+            f"--model {name} cannot be loaded ({auto_class.__name__}: {reason}): give the directory or the hub name of "
+            "a causal language model with its tokenizer."
+        ) from error
+
+
+def check_context(config, prompts, max_response_tokens):
+    """Raise `BadInput` where the longest prompt (lists of token ids) and response exceed what the model can read."""
+    longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
+    if limit and longest + max_response_tokens > limit:
+        raise BadInput(
+            f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens is more than the {limit} "
+            "tokens this model can read: lower it, or --max-prompt-tokens."
+        )
 
 
 def end_of_sequence_ids(model, tokenizer):

@@ -137,9 +137,11 @@ def sampler_mismatch(model, batch, pad_id, temperature, precision, num_sequences
 
 def evaluate(sampler, task, tokenizer, problems, prompt_ids):
     """Greedy accuracy and mean response length (tokens) on held-out problems, with the sampler's current weights."""
+    started = time.perf_counter()
     samples = sampler.greedy(prompt_ids)
     grades, _ = grade(task, tokenizer, problems, samples.responses)
     return {
         "eval/accuracy": float(np.mean([g.get("accuracy", g["reward"]) for g in grades])),
         "eval/response_length": float(np.mean([len(response) for response in samples.responses])),
+        "time/eval": time.perf_counter() - started,
     }

@@ -59,7 +59,9 @@ class Task:
 
 
 class Addition(Task):
-    """Chained additions with running totals: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146." The reward is 1 or 0.
+    """Chained additions with running totals: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."
+
+    The reward is 1 for a response that ends with the right answer, else 0.
 
     Training and held-out problems are disjoint by construction: a checksum of the prompt decides which one it is.
     """
@@ -75,8 +77,8 @@ class Addition(Task):
         return list(found.values())
 
     def reward(self, problem, response):
-        answers = re.findall(r"answer (\d+)", response)
-        return float(bool(answers) and int(answers[-1]) == problem["answer"])  # the last word counts
+        last_word = re.search(r"answer (\d+)\.$", response)  # one that goes on rambling has not answered yet
+        return float(last_word is not None and int(last_word.group(1)) == problem["answer"])
 
 
 def addition_problem(rng):
@@ -154,11 +156,13 @@ def load_task(name, data="", eval_data="", eval_size=256):
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if hasattr(module, class_name):
+            return getattr(module, class_name)(data, eval_data, eval_size)
+    except BadInput:
+        raise
     except Exception as error:
-        raise BadInput(f"--task {name}: importing {path} raised {error!r}; mend that file first.") from error
-    if not hasattr(module, class_name):
-        raise BadInput(f"--task {name}: {path} defines no {class_name}; give the name of the task class in that file.")
-    return getattr(module, class_name)(data, eval_data, eval_size)
+        raise BadInput(f"--task {name}: making the task raised {error!r}; mend {path} first.") from error
+    raise BadInput(f"--task {name}: {path} defines no {class_name}; give the name of the task class in that file.")
 
 
 def encode_problems(task, split, tokenizer, max_prompt_tokens, long_prompts):
@@ -167,10 +171,15 @@ def encode_problems(task, split, tokenizer, max_prompt_tokens, long_prompts):
     Prompts of more than `max_prompt_tokens` tokens are left out ("drop"; their number is printed) or refused
     ("refuse"). Raises `BadInput`.
     """
-    problems = task.problems(split)
+    try:
+        problems = task.problems(split)
+        chats = [not isinstance(problem["prompt"], str) for problem in problems]
+    except Exception as error:
+        raise BadInput(
+            f'--task {type(task).__name__}: problems("{split}") must return dicts with a "prompt", but gave {error!r}.'
+        ) from error
     if not problems:
-        raise BadInput(f"--task {type(task).__name__} has no {split} problems: let problems() return some.")
-    chats = [not isinstance(problem["prompt"], str) for problem in problems]
+        raise BadInput(f'--task {type(task).__name__} has no {split} problems: let problems("{split}") return some.')
     if any(chats) and tokenizer.chat_template is None:
         raise BadInput(
             f"--model {tokenizer.name_or_path} has no chat template, which this task's chat messages need: give an "

@@ -1,4 +1,4 @@
-"""Grading against the real math-verify: on every GSM8K test solution, on hostile answers, and through crashes."""
+"""Grading against the real math-verify: all GSM8K test solutions, hostile answers, crashes."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from common.grading import LONGEST_PART, MEMORY_LIMIT, MathGrader, graded_part
 REPOSITORY = Path(__file__).resolve().parent.parent
 GSM8K = Path("/work/shared/data/gsm8k/test.jsonl")
 
-# Half the default, so that "costs less than two seconds" holds on a machine where four processes share a core.
+# Half the default, so that "less than two seconds" holds even where four processes share a core.
 SECONDS_PER_ANSWER = 0.5
 
 TOWER = r"\boxed{9^{9^9}}"  # the classical endless answer
@@ -86,9 +86,8 @@ def test_graded_part(response, part):
 def test_every_gold_solution_is_right(grader, solutions):
     golds = [final_number(text) for text in solutions]
     assert all(grader.grade(golds, solutions))
-    assert all(
-        grader.grade(golds, [f"{solution}\n\\boxed{{{final_number(solution)}}}" for solution in solutions])
-    )
+    boxed = [f"{solution}\n\\boxed{{{gold}}}" for solution, gold in zip(solutions, golds, strict=True)]
+    assert all(grader.grade(golds, boxed))
     assert all(grader.grade(golds, [rf"\boxed{{{gold.replace(',', '')}.00}}" for gold in golds]))
 
 
@@ -135,7 +134,7 @@ RIGHT = {
         18 | +18 | 018 | 18.0 | 18.00 | 18. | 18, | 18; | 18... | **18** | (18) | {18} | \left(18\right)
         $18 | $18$ | \$18 | \$18.00 | €18 | 18€ | £18 | \text{\$}18 | 18 dollars | 18 USD | \(18\) | \[18\]
         x=18 | x = 18 | x = 9 + 9 = 18 | 9+9=18 | \text{18} | \mathbf{18} | 18% | 18\% | 18° | 18^\circ
-        \frac{36}{2} | \dfrac{36}{2} | 36/2 | 2\cdot9 | 2 \cdot 9 | 2 \times 9 | 2*9 | 2×9 | \sqrt{324} | 3^2+9
+        \frac{36}{2} | \dfrac{36}{2} | 36/2 | 2\cdot9 | 2 \cdot 9 | 2 \times 9 | 2*9 | 2×9 | 3^2+9
         18cm | 18\text{cm} | 18 \text{ cm} | 18\,\text{cm} | 18\ \text{cm} | 18\mathrm{cm} | 18 in | 18 sq. ft
         18 cm^2 | 18 cm² | 18\text{ m}^2 | 18 ft^{2} | 18 km/h | 18 miles per hour | 18\text{ miles per hour}
         18 apples | 18\text{ apples} | \text{18 apples} | x = 18\text{ apples} | 18 years old | 18 eggs/day
@@ -143,9 +142,8 @@ RIGHT = {
     "1,800": forms(r"""
         1800 | 1,800 | 1{,}800 | 1\,800 | 1\!800 | 1,\!800 | 1{,}\!800 | 1~800 | 1 800 | 1, 800 | 18 * 100
         $1,800 | \$1,800.00 | 1800.0 | 1,800 dollars | 1{,}800\text{ dollars}
-    """)
-    + ["1\u202f800"],
-    "1800": ["1,800"],
+    """),
+    "1800": ["1,800", "1\u202f800"],
     "1,234,567": forms(r"1234567 | 1,234,567 | 1\,234\,567 | 1 234 567"),
     "4.5": forms(r"\dfrac{9}{2} | \frac92 | 9/2 | 4.50 | 4\frac{1}{2} | \frac{9}{2} \text{ cups} | 4.5 cups"),
     "-5": forms(r"-5 | −5 | - 5 | -5.0 | x = -5 | -$5 | -\frac{10}{2}"),
@@ -243,8 +241,9 @@ def test_equal_answers_are_graded_once(grader):
     assert grader.timeouts == timeouts + 16
 
 
-def test_a_batch_is_bounded():
-    grader = MathGrader(seconds_per_answer=SECONDS_PER_ANSWER, seconds_per_batch=1.2)
+@pytest.mark.parametrize("seconds_per_answer", [SECONDS_PER_ANSWER, 10])
+def test_a_batch_is_bounded(seconds_per_answer):
+    grader = MathGrader(seconds_per_answer, seconds_per_batch=1.2)
     endless = [rf"\boxed{{9^{{9^{{{n}}}}}}}" for n in range(9, 29)]
     grader.grade(["18"], ["#### 18"])
     started = time.monotonic()
@@ -290,6 +289,13 @@ def child_of(worker):
     return next((pid for pid, parent in processes(worker).items() if parent == worker), None)
 
 
+def idle_worker(grader):
+    """The pid of a worker that has started, and no longer has a child from an earlier batch."""
+    assert grader.grade(["18"], ["#### 18"]) == [True]
+    wait_until(lambda: child_of(grader._worker.pid) is None)
+    return grader._worker.pid
+
+
 @contextmanager
 def meanwhile(function):
     """Run a function in a thread beside the block, and fail with it."""
@@ -312,8 +318,7 @@ def test_nothing_to_grade_starts_nothing():
 def test_close_leaves_nothing_and_grading_goes_on():
     grader = MathGrader()
     for _ in range(2):
-        assert grader.grade(["18"], ["#### 18"]) == [True]
-        worker = grader._worker.pid
+        worker = idle_worker(grader)
         assert processes(worker)
         grader.close()
         grader.close()
@@ -321,12 +326,12 @@ def test_close_leaves_nothing_and_grading_goes_on():
 
 
 def test_worker_killed_between_batches(grader):
-    os.killpg(grader._worker.pid, signal.SIGKILL)
+    os.kill(idle_worker(grader), signal.SIGKILL)
     assert grader.grade(["18", "18"], ["#### 18", "#### 17"]) == [True, False]
 
 
 def test_worker_killed_during_a_batch(grader):
-    worker, timeouts = grader._worker.pid, grader.timeouts
+    worker, timeouts = idle_worker(grader), grader.timeouts
 
     def kill():
         wait_until(lambda: child_of(worker))
@@ -339,9 +344,8 @@ def test_worker_killed_during_a_batch(grader):
 
 
 def test_an_answer_that_kills_twice_is_wrong(grader):
-    timeouts = grader.timeouts
-
-    killed = []
+    idle_worker(grader)
+    timeouts, killed = grader.timeouts, []
 
     def a_new_child():
         worker = grader._worker  # None while it is being replaced
@@ -360,8 +364,7 @@ def test_an_answer_that_kills_twice_is_wrong(grader):
 
 def test_a_worker_that_stops_answering_does_not_hang():
     grader = MathGrader(seconds_per_batch=1.0)
-    grader.grade(["18"], ["#### 18"])
-    os.kill(grader._worker.pid, signal.SIGSTOP)
+    os.kill(idle_worker(grader), signal.SIGSTOP)
     long_batch = [f"#### {n:0400}" for n in range(400)]  # more than a pipe holds
     started = time.monotonic()
     assert not any(grader.grade(["18"] * 400, long_batch))
@@ -381,11 +384,9 @@ def ctrl_c_raises():
 
 @pytest.mark.usefixtures("ctrl_c_raises")
 def test_ctrl_c(grader):
-    grader.grade(["18"], ["#### 18"])
-    worker = grader._worker.pid
-    os.killpg(worker, signal.SIGINT)
-    assert grader.grade(["18"], ["#### 18"]) == [True]
-    assert grader._worker.pid == worker  # the worker ignores it
+    worker = idle_worker(grader)
+    os.kill(worker, signal.SIGINT)
+    assert idle_worker(grader) == worker  # the worker ignores it
 
     def interrupt():
         wait_until(lambda: child_of(worker))
@@ -407,13 +408,13 @@ def test_other_threads_may_grade(grader):
 
 
 def test_a_child_has_a_memory_limit(grader):
-    limits = []
+    worker, limits = idle_worker(grader), []
 
     def look():
-        child = wait_until(lambda: child_of(grader._worker.pid))
+        child = wait_until(lambda: child_of(worker))
+        time.sleep(0.1)  # for the child to set its limit
         limits.append(Path(f"/proc/{child}/limits").read_text())
 
-    grader.grade(["18"], ["#### 18"])
     with meanwhile(look):
         grader.grade(["18"], [TOWER])
     line = next(line for line in limits[0].splitlines() if line.startswith("Max address space"))
@@ -421,8 +422,7 @@ def test_a_child_has_a_memory_limit(grader):
 
 
 def test_the_worker_imports_math_verify_alone(grader, tmp_path):
-    grader.grade(["18"], ["#### 18"])
-    maps = Path(f"/proc/{grader._worker.pid}/maps").read_text()
+    maps = Path(f"/proc/{idle_worker(grader)}/maps").read_text()
     assert "python" in maps and "torch" not in maps
 
     neighbours = tmp_path / "common"  # a module of ours that has the name of a library
@@ -434,13 +434,12 @@ def test_the_worker_imports_math_verify_alone(grader, tmp_path):
     assert subprocess.check_output(command, cwd=tmp_path, text=True, timeout=60) == "[True]\n"
 
 
-@pytest.mark.parametrize("end", ["kill -9", "kill -9 during a batch", "exit", "exception"])
+@pytest.mark.parametrize("end", ["kill -9", "kill -9 during a batch", "exit"])
 def test_no_process_outlives_the_parent(end):
     last_act = {
         "kill -9": "time.sleep(60)",
-        "kill -9 during a batch": r"grader.grade(['18'] * 9, [r'\boxed{9^{9^{%d}}}' % n for n in range(9, 18)])",
+        "kill -9 during a batch": r"grader.grade(['18'] * 9, [f'#### 9^(9^{n})' for n in range(9, 18)])",
         "exit": "",
-        "exception": "raise KeyError",
     }[end]
     script = (
         "import time\nfrom common.grading import MathGrader\ngrader = MathGrader()\n"

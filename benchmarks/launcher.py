@@ -1,0 +1,65 @@
+"""Run several training scripts, a few at a time, and pick up where an earlier call was stopped."""
+
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Run:
+    """One run of a training script; its directory is `directory/name`."""
+
+    name: str
+    script: str
+    """name without .py"""
+    options: list[str]
+    """command-line options besides --num-steps, --output and --name"""
+
+
+def run_all(runs, num_steps, directory, jobs):
+    """Bring every run to `num_steps` steps, `jobs` at a time; finished ones are left alone, begun ones are resumed.
+
+    Shows one progress bar over all steps. When a run fails, stops the others and exits with the end of its output.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    waiting = [run for run in runs if not (directory / run.name / "model").exists()]
+    active = {}
+    with tqdm(total=len(runs) * num_steps, unit="step", dynamic_ncols=True) as bar:
+        try:
+            while waiting or active:
+                while waiting and len(active) < jobs:
+                    run = waiting.pop(0)
+                    active[run.name] = _start(run, num_steps, directory)
+                bar.set_postfix_str(", ".join(active))
+                bar.update(sum(_steps_done(directory / run.name) for run in runs) - bar.n)
+                time.sleep(0.5)
+                for name, process in list(active.items()):
+                    if process.poll() is not None:
+                        del active[name]
+                    if process.poll():
+                        sys.exit(f"{name} failed:\n{(directory / f'{name}.log').read_text()[-3000:]}")
+            bar.update(bar.total - bar.n)
+        finally:
+            for process in active.values():
+                process.terminate()
+
+
+def _start(run, num_steps, directory):
+    command = [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps)]
+    if (directory / run.name / "args.json").exists():
+        command += ["--resume", str(directory / run.name)]
+    else:
+        command += ["--output", str(directory), "--name", run.name, *run.options]
+    with open(directory / f"{run.name}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _steps_done(run_dir):
+    metrics = run_dir / "metrics.jsonl"
+    return max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0  # the first line is step 0

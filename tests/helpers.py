@@ -1,0 +1,165 @@
+"""Runs of the scripts for the end-to-end tests: in this process, or in one of their own that a test may kill.
+
+Importing torch and transformers takes seconds, so processes are forked from a server that has imported them and done
+nothing else (`multiprocessing`'s forkserver). Each is a real process, with a command line, signals and an exit code.
+"""
+
+import importlib
+import multiprocessing
+import os
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+import torch
+
+import grpo
+from common import commandline
+from common.runlog import read_metrics
+
+REPOSITORY = Path(grpo.__file__).resolve().parent
+
+# The reward of random text is hardly ever constant within a group, so that every step has something to learn from.
+DENSE_TASK = '''
+"""Rewards the share of digits in a response."""
+from common.tasks import Task
+
+
+class Digits(Task):
+    def problems(self, split):
+        first, count = {"train": (10, 40), "eval": (100, self.eval_size)}[split]
+        return [{"prompt": f"Q: {n}+{7 * n % 90}\\nA:"} for n in range(first, first + count)]
+
+    def reward(self, problem, response):
+        return sum(character.isdigit() for character in response) / max(1, len(response))
+'''
+
+SMALL = {
+    "num_steps": 2,
+    "prompts_per_step": 4,
+    "group_size": 4,
+    "max_response_tokens": 16,
+    "eval_size": 4,
+    "eval_interval": 100,
+    "checkpoint_interval": 100,
+    "threads": 1,
+    "device": "cpu",
+}
+"""settings of a run that takes a second"""
+
+
+def write_task(directory, text, name="task.py"):
+    """Write a task file; returns its path."""
+    path = Path(directory) / name
+    path.write_text(text)
+    return path
+
+
+def dense_task(directory):
+    """A task that gives a learning signal at every step, as a value of `--task`."""
+    return f"{write_task(directory, DENSE_TASK, 'dense.py')}:Digits"
+
+
+def train(output, name="run", script="grpo", **settings):
+    """Run a script's `main` in this process, `SMALL` but for the settings given; returns the run's directory."""
+    settings = {**SMALL, "output": output, "name": name, **settings}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    module = importlib.import_module(script)
+    module.main(module.Args(**settings))
+    return Path(output) / name
+
+
+def options(output, name="run", **settings):
+    """The same as a command line, a list of strings."""
+    return as_options({**SMALL, "output": str(output), "name": name, **settings})
+
+
+def as_options(settings):
+    """{"num_steps": 3, "reference_kl": False} → ["--num-steps", "3", "--no-reference-kl"]"""
+    words = []
+    for field, value in settings.items():
+        option = field.replace("_", "-")
+        words += ([f"--{option}"] if value else [f"--no-{option}"]) if isinstance(value, bool) else []
+        words += [] if isinstance(value, bool) else [f"--{option}", str(value)]
+    return words
+
+
+def command(*argv):
+    """What `python grpo.py …` does, in this process: returns the exit code."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [grpo.__file__, *map(str, argv)])
+        try:
+            commandline.run(grpo.main, grpo.Args, grpo.__file__)
+        except SystemExit as ended:
+            return ended.code
+    return 0
+
+
+def start(argv, log):
+    """Start `python grpo.py …` as a process, its output in the file `log`; returns a `multiprocessing.Process`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))  # Python 3.11 gives the server no other import path
+        _processes.set_forkserver_preload(["grpo", "matplotlib.pyplot", "pytest"])
+        forkserver.ensure_running()  # the first time only
+    process = _processes.Process(target=_script, args=([str(word) for word in argv], str(log)), daemon=True)
+    process.start()
+    return process
+
+
+_processes = multiprocessing.get_context("forkserver")
+
+
+def _script(argv, log):
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [grpo.__file__, *argv]
+    commandline.run(grpo.main, grpo.Args, grpo.__file__)
+
+
+def finish(argv, log, seconds=120):
+    """`start`, wait for the end, and return the exit code."""
+    process = start(argv, log)
+    process.join(seconds)
+    assert process.exitcode is not None, f"still running after {seconds} s: {Path(log).read_text()}"
+    return process.exitcode
+
+
+def wait_for(condition, seconds=60):
+    """Wait until `condition()`."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
+        time.sleep(0.002)
+
+
+def num_logged(run_dir):
+    """How many complete lines `metrics.jsonl` has: one for the first evaluation, one per step."""
+    path = Path(run_dir) / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def metrics(run_dir, timings=False):
+    """The records of `metrics.jsonl`; without the measured times, rates and memory, which differ from run to run."""
+    measured = ("time/", "throughput/", "memory/")
+    records = read_metrics(run_dir)
+    return [{k: v for k, v in r.items() if timings or not k.startswith(measured)} for r in records]
+
+
+def steps(run_dir):
+    """The records of `metrics.jsonl` from step 1 on."""
+    return [record for record in metrics(run_dir, timings=True) if record["step"] > 0]
+
+
+def checkpoint(run_dir, step):
+    return torch.load(Path(run_dir) / "checkpoints" / f"step_{step:06d}.pt", weights_only=True)
+
+
+def assert_same_run(run_dir, other):
+    """Bit for bit: metrics, completions and final weights."""
+    for record, expected in zip(metrics(run_dir), metrics(other), strict=True):
+        assert record == expected
+    for name in ("completions.jsonl", "model/model.safetensors"):
+        assert (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes(), f"{name} differs"

@@ -1,0 +1,214 @@
+"""Logged statistics, against numpy in float64 and numbers worked out by hand.
+
+The sums are float64 sums of a few hundred terms: 1e-13 relative. What must be exact is compared with ==.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.metrics import TokenStatistics, reward_statistics
+
+
+def random_micro_batch(rows=9, width=30, seed=0):
+    """Mask, log-probs of trainer, sampler and reference, entropies; values that must not count outside the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    mask_BT = torch.rand(rows, width, generator=generator) < 0.5
+    lp_BT = -4 * torch.rand(rows, width, generator=generator)
+    sampler_BT = lp_BT + 0.3 * torch.randn(rows, width, generator=generator)
+    ref_BT = lp_BT + 0.5 * torch.randn(rows, width, generator=generator)
+    entropy_BT = 5 * torch.rand(rows, width, generator=generator)
+    for tensor in (lp_BT, sampler_BT, ref_BT, entropy_BT):
+        tensor[~mask_BT] = torch.randint(-50, 50, (int((~mask_BT).sum()),), generator=generator).float()
+    return mask_BT, lp_BT, sampler_BT, entropy_BT, ref_BT
+
+
+def one_row(*columns):
+    """[1, T] tensors: a mask that is all True, then the given lists."""
+    return [
+        torch.ones(1, len(columns[0]), dtype=torch.bool),
+        *(torch.tensor([c], dtype=torch.float32) for c in columns),
+    ]
+
+
+def statistics_of(*micro_batches, num_tokens=None, same_weights=True):
+    statistics = TokenStatistics()
+    for micro_batch in micro_batches:
+        statistics.add(*micro_batch)
+    num_tokens = num_tokens or sum(int(mask_BT.sum()) for mask_BT, *_ in micro_batches)
+    return statistics.result(num_tokens, same_weights)
+
+
+def test_all_of_them_by_hand():
+    # Two tokens.  lp: −1, −3    reference: −2, −2.5    sampler: −1.5, −2.75    entropy: 2, 1
+    # lp − ref:      1, −0.5  →  k1 = 0.25, k2 = (1/2 + 1/8) / 2, k3 = ((1/e + 1 − 1) + (e^0.5 − 0.5 − 1)) / 2
+    # lp − sampler:  0.5, −0.25  →  k3 = ((e^0.5 − 0.5 − 1) + (e^−0.25 + 0.25 − 1)) / 2; largest ratio e^0.5
+    result = statistics_of(one_row([-1, -3], [-1.5, -2.75], [2, 1], [-2, -2.5]))
+    expected = {
+        "entropy": 1.5,
+        "kl/ref_k1": 0.25,
+        "kl/ref_k2": 0.3125,
+        "kl/ref_k3": (math.exp(-1) + math.exp(0.5) - 1.5) / 2,
+        "kl/behaviour_k3": (math.exp(0.5) - 1.5 + math.exp(-0.25) - 0.75) / 2,
+        "ratio/max": math.exp(0.5),
+        "ratio/clip_fraction": 0.0,
+        "sampler_mismatch/mean": 0.375,
+        "sampler_mismatch/max": 0.5,
+    }
+    assert result == pytest.approx(expected, rel=1e-13)
+
+
+def test_all_of_them_against_numpy():
+    micro_batch = random_micro_batch()
+    mask, lp, sampler, entropy, ref = (tensor.numpy() for tensor in micro_batch)
+    lp, sampler, entropy, ref = (array[mask].astype(np.float64) for array in (lp, sampler, entropy, ref))
+    expected = {
+        "entropy": entropy.mean(),
+        "kl/ref_k1": (lp - ref).mean(),
+        "kl/ref_k2": ((lp - ref) ** 2 / 2).mean(),
+        "kl/ref_k3": (np.exp(ref - lp) - (ref - lp) - 1).mean(),
+        "kl/behaviour_k3": (np.exp(lp - sampler) - (lp - sampler) - 1).mean(),
+        "ratio/max": np.exp(lp - sampler).max(),
+        "ratio/clip_fraction": 0.0,
+        "sampler_mismatch/mean": np.abs(lp - sampler).mean(),
+        "sampler_mismatch/max": np.abs(lp - sampler).max(),
+    }
+    assert statistics_of(micro_batch) == pytest.approx(expected, rel=1e-13)
+
+
+def test_estimators_estimate_what_they_are_named_after():
+    # Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2). Four tokens drawn in exactly the policy's proportions make
+    # the mean of k1 and of k3 the divergence itself: KL(policy ‖ reference) = ½ ln 2 + 0 + ¼ ln ½ = ¼ ln 2.
+    policy, other, tokens = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0, 0, 1, 2]
+    lp, ref = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
+    result = statistics_of(one_row(lp, lp, [0.0] * 4, ref))
+    assert result["kl/ref_k1"] == pytest.approx(math.log(2) / 4, rel=1e-6)  # the log-probs are float32
+    assert result["kl/ref_k3"] == pytest.approx(math.log(2) / 4, rel=1e-6)
+    # Had the reference drawn them for the policy to train on, the divergence to it is KL(sampler ‖ trainer).
+    tokens = [0, 1, 2, 2]
+    lp, sampler = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
+    truth = sum(q * math.log(q / p) for p, q in zip(policy, other, strict=True))
+    assert statistics_of(one_row(lp, sampler, [0.0] * 4))["kl/behaviour_k3"] == pytest.approx(truth, rel=1e-6)
+
+
+def test_equal_logprobs_have_exactly_zero_divergence():
+    mask_BT, lp_BT, _, entropy_BT, _ = random_micro_batch()
+    result = statistics_of((mask_BT, lp_BT, lp_BT.clone(), entropy_BT, lp_BT.clone()))
+    for key in ("kl/ref_k1", "kl/ref_k2", "kl/ref_k3", "kl/behaviour_k3", "sampler_mismatch/mean"):
+        assert result[key] == 0.0, key
+    assert result["sampler_mismatch/max"] == 0.0 and result["ratio/max"] == 1.0
+
+
+def test_small_divergences_survive():
+    # After one update log-probs differ by 1e-4: k3 is 5e-9, lost if it were computed in float32.
+    lp = [-1.0, -2.0]
+    result = statistics_of(one_row(lp, lp, [0.0, 0.0], [-1.0 + 2**-13, -2.0 - 2**-13]))  # exact in float32
+    truth = (math.expm1(2**-13) - 2**-13 + math.expm1(-(2**-13)) + 2**-13) / 2
+    assert result["kl/ref_k3"] == pytest.approx(truth, rel=1e-6)
+    assert result["kl/ref_k2"] == pytest.approx(2**-27, rel=1e-13)
+
+
+def split(micro_batch, pieces):
+    return [[tensor[rows] for tensor in micro_batch] for rows in pieces]
+
+
+def test_how_tokens_are_split_over_calls_does_not_show():
+    micro_batch = random_micro_batch()
+    expected = statistics_of(micro_batch)
+    for pieces in ([[row] for row in range(9)], [[0, 1, 2, 3], [4, 5, 6, 7, 8]], [[8, 3], [5, 0, 1, 7], [2, 6, 4]]):
+        found = statistics_of(*split(micro_batch, pieces))
+        assert found.keys() == expected.keys()
+        for key in expected:  # maxima to the bit; sums up to the order of float64 additions
+            assert found[key] == pytest.approx(expected[key], rel=0 if "max" in key else 2e-15, abs=1e-16), key
+
+
+def test_a_micro_batch_without_tokens_adds_nothing():
+    micro_batch = random_micro_batch()
+    empty = [torch.zeros_like(micro_batch[0]), *micro_batch[1:]]
+    assert statistics_of(micro_batch, empty) == statistics_of(empty, micro_batch) == statistics_of(micro_batch)
+
+
+def test_inputs_are_left_unchanged_and_no_gradient_is_kept():
+    micro_batch = random_micro_batch()
+    before = [tensor.clone() for tensor in micro_batch]
+    micro_batch[1].requires_grad_()
+    result = statistics_of(micro_batch)
+    assert all(torch.equal(now, then) for now, then in zip(micro_batch, before, strict=True))
+    assert micro_batch[1].grad is None and all(type(value) is float for value in result.values())
+
+
+def test_means_are_over_the_number_of_tokens_given():
+    # The whole batch's N, which may be more than the tokens added so far.
+    micro_batch = random_micro_batch()
+    n = int(micro_batch[0].sum())
+    once, halved = statistics_of(micro_batch), statistics_of(micro_batch, num_tokens=2 * n)
+    assert halved["entropy"] == pytest.approx(once["entropy"] / 2, rel=1e-15)
+    assert halved["ratio/max"] == once["ratio/max"]
+
+
+def test_without_a_reference_nothing_is_said_about_it():
+    assert not [key for key in statistics_of(random_micro_batch()[:4]) if key.startswith("kl/ref")]
+
+
+def test_a_lagging_sampler_has_no_mismatch():
+    micro_batch = random_micro_batch()
+    same, lagging = statistics_of(micro_batch), statistics_of(micro_batch, same_weights=False)
+    left_out = {"sampler_mismatch/mean", "sampler_mismatch/max"}
+    assert lagging == {key: value for key, value in same.items() if key not in left_out}
+
+
+def test_clip_fraction_by_hand():
+    statistics = TokenStatistics()
+    statistics.add_clipped(torch.tensor([True, False, False]))
+    statistics.add_clipped(torch.tensor([True, True]))
+    assert statistics.result(12, same_weights=True)["ratio/clip_fraction"] == 3 / 12  # of all tokens of the batch
+
+
+@pytest.mark.parametrize("nan_first", [True, False])
+def test_a_nan_shows(nan_first):
+    # A run that breaks tells its user to look at these numbers.
+    good, bad = one_row([-1.0], [-1.5], [2.0], [-1.0]), one_row([math.nan], [-1.0], [math.nan], [-1.0])
+    result = statistics_of(*([bad, good] if nan_first else [good, bad]))
+    for key in result.keys() - {"ratio/clip_fraction"}:
+        assert math.isnan(result[key]), key
+
+
+# Rewards
+
+
+def test_reward_statistics_by_hand():
+    # Six rewards: sum 4.4, squares 1 + 0 + 1 + 1 + 0.49 + 0.49 = 3.98. Groups 2 and 3 say nothing.
+    rewards_PG = torch.tensor([[1, 0], [1, 1], [0.7, 0.7]], dtype=torch.float64)
+    grades = [
+        {"reward": r, "accuracy": a} for r, a in zip(rewards_PG.flatten().tolist(), [1, 0, 1, 1, 0, 0], strict=True)
+    ]
+    result = reward_statistics(rewards_PG, grades, [3, 9, 4, 4, 1, 6], [False, True, False, False, False, True])
+    mean = 4.4 / 6
+    expected = {
+        "reward/mean": mean,
+        "reward/std": math.sqrt(3.98 / 6 - mean**2),
+        "reward/zero_std_groups": 2 / 3,
+        "accuracy": 0.5,
+        "response_length/mean": 4.5,
+        "response_length/max": 9.0,
+        "response_length/truncated": 1 / 3,
+    }
+    assert result == pytest.approx(expected, rel=1e-13)
+
+
+def test_any_entry_of_the_grades_is_averaged_over_those_that_have_it():
+    rewards_PG = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+    grades = [{"reward": 0.5, "format": 1.0, "style": 0.25}, {"reward": 0.5, "format": 0.0}]
+    result = reward_statistics(rewards_PG, grades, [1, 1], [False, False])
+    assert (result["format"], result["style"]) == (0.5, 0.25)
+    assert "accuracy" not in result and "reward" not in result
+
+
+@pytest.mark.parametrize("reward", [0.7, 0.1, 1e6 + 0.1])
+def test_equal_rewards_count_as_equal_at_any_value(reward):
+    rewards_PG = torch.full((2, 7), reward, dtype=torch.float64)
+    rewards_PG[1, 3] += 1e-6
+    result = reward_statistics(rewards_PG, [{"reward": reward}] * 14, [1] * 14, [False] * 14)
+    assert result["reward/zero_std_groups"] == 0.5

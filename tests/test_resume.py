@@ -1,0 +1,295 @@
+"""A run that was killed, interrupted or extended ends as if nothing had happened: bit for bit the same files.
+
+"The same" is what `helpers.assert_same_run` compares: `metrics.jsonl` without measured times, `completions.jsonl`, and
+the trained weights. Kills are SIGKILL to a real process, at moments drawn at random; a failing test prints its seed.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from conftest import build_model
+from helpers import (
+    assert_same_run,
+    checkpoint,
+    command,
+    dense_task,
+    finish,
+    metrics,
+    num_logged,
+    options,
+    start,
+    steps,
+    train,
+    wait_for,
+    write_task,
+)
+
+NUM_STEPS = 7  # with a sync every 3 steps, batches wait in most checkpoints and the last period is cut short
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory with a model and a task, and the settings that every run of this file starts from."""
+    directory = tmp_path_factory.mktemp("resume")
+    model, task = build_model("qwen2", directory / "model"), dense_task(directory)
+    settings = {
+        "model": model, "task": task, "num_steps": NUM_STEPS, "eval_interval": 3, "checkpoint_interval": 1,
+        "warmup_steps": 4, "completions_per_step": 3,
+    }  # fmt: skip
+    return directory, settings
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place):
+    """schedule → directory of a run that nothing disturbed."""
+    directory, settings = place
+    runs = {}
+
+    def run(schedule):
+        if schedule not in runs:
+            sync = {"sync_interval": schedule[0], "sync_offset": schedule[1]}
+            runs[schedule] = train(directory, f"uninterrupted-{schedule[0]}-{schedule[1]}", **settings, **sync)
+        return runs[schedule]
+
+    return run
+
+
+def resume(run_dir, *more):
+    return ["--resume", str(run_dir), *map(str, more)]
+
+
+def kill(process):
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("schedule", [(1, 0), (3, 2)], ids=str)
+def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted, tmp_path):
+    _, settings = place
+    seed = random.SystemRandom().randrange(10**9)
+    print(f"seed of the moments: {seed}")
+    rng = random.Random(seed)
+    argv = options(tmp_path, "killed", **settings, sync_interval=schedule[0], sync_offset=schedule[1])
+    run_dir, log = tmp_path / "killed", tmp_path / "log"
+    # A step takes about 0.1 s, so these moments are anywhere in a step or its checkpoint; one is in a start or resume.
+    moments = [(lines, rng.uniform(0, 0.15)) for lines in sorted(rng.sample(range(1, NUM_STEPS + 1), 3))]
+    moments.insert(rng.randrange(4), (0, rng.uniform(0.1, 0.5)))
+    for lines, delay in moments:
+        process = start(argv, log)
+        wait_for(lambda process=process, lines=lines: num_logged(run_dir) >= lines or not process.is_alive())
+        time.sleep(delay)
+        assert kill(process), f"it had ended before it was killed: {log.read_text()}"
+        print(f"killed {delay:.3f} s after line {lines} of metrics.jsonl")
+        argv = resume(run_dir) if run_dir.exists() else argv
+    assert finish(argv, log) == 0, log.read_text()
+    assert_same_run(run_dir, uninterrupted(schedule))
+
+
+def test_killed_while_it_writes_a_checkpoint_it_ends_the_same(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((3, 2))
+    run_dir, log = tmp_path / "killed", tmp_path / "log"
+    argv = options(tmp_path, "killed", **settings, sync_interval=3, sync_offset=2)
+    caught = []
+    for step in (3, 5):  # in the middle of a sync period, and where batches of two versions wait
+        process = start(argv, log)
+        unfinished = run_dir / "checkpoints" / f"step_{step:06d}.unfinished"
+        deadline = time.monotonic() + 60
+        while not unfinished.exists() and process.exitcode is None and time.monotonic() < deadline:
+            pass  # the file is there for some milliseconds only: look without a pause
+        kill(process)
+        caught.append(unfinished.exists())
+        argv = resume(run_dir)
+    assert any(caught), "both times the checkpoint was complete before the process was dead"
+    assert finish(argv, log) == 0, log.read_text()
+    assert_same_run(run_dir, expected)
+    assert not list(run_dir.glob("checkpoints/*.unfinished"))
+
+
+def test_unfinished_checkpoint_is_ignored_and_removed(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    run_dir = train(tmp_path, **{**settings, "num_steps": 3})
+    complete = (run_dir / "checkpoints" / "step_000003.pt").read_bytes()
+    for step, content in ((3, b""), (4, complete[: len(complete) // 2]), (99, b"not a checkpoint")):
+        (run_dir / "checkpoints" / f"step_{step:06d}.unfinished").write_bytes(content)
+    assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 0
+    assert_same_run(run_dir, expected)
+    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == ["step_000006.pt", "step_000007.pt"]
+
+
+def test_killed_before_the_first_checkpoint_it_starts_over(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    run_dir, log = tmp_path / "killed", tmp_path / "log"
+    process = start(options(tmp_path, "killed", **{**settings, "checkpoint_interval": 50}), log)
+    wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
+    assert kill(process)
+    assert not list(run_dir.glob("checkpoints/*"))
+    assert finish(resume(run_dir), log) == 0, log.read_text()
+    assert [record["step"] for record in metrics(run_dir)] == list(range(NUM_STEPS + 1))
+    assert_same_run(run_dir, expected)
+
+
+@pytest.mark.parametrize("schedule", [(1, 0), (3, 2), (1, 1)], ids=str)
+def test_finished_run_extended_equals_a_longer_run(schedule, place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted(schedule)
+    sync = {"sync_interval": schedule[0], "sync_offset": schedule[1]}
+    # Step 3 is an evaluation step of the long run, too: a run evaluates after its last step.
+    run_dir = train(tmp_path, **{**settings, **sync, "num_steps": 3})
+    shorter = (run_dir / "model" / "model.safetensors").read_bytes()
+    assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 0
+    assert (run_dir / "model" / "model.safetensors").read_bytes() != shorter
+    assert_same_run(run_dir, expected)
+
+
+def test_finished_run_resumed_stays_as_it_is(place, uninterrupted, tmp_path):
+    expected = uninterrupted((1, 0))
+    run_dir = tmp_path / "run"
+    shutil.copytree(expected, run_dir)
+    assert command(*resume(run_dir)) == 0
+    assert_same_run(run_dir, expected)
+    assert len(metrics(run_dir)) == NUM_STEPS + 1
+
+
+def test_what_was_logged_after_the_last_checkpoint_is_written_again(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    run_dir = train(tmp_path, **{**settings, "num_steps": 3})
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "reward/mean": 0.0}\n{"step": 5, "rew')  # two steps more, the second half-written
+    with open(run_dir / "completions.jsonl", "a") as file:
+        file.write('{"step": 4, "prompt": "')
+    assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 0
+    assert_same_run(run_dir, expected)
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((3, 2))
+    run_dir, log = tmp_path / "interrupted", tmp_path / "log"
+    never = {"checkpoint_interval": 50, "sync_interval": 3, "sync_offset": 2}
+    process = start(options(tmp_path, "interrupted", **{**settings, **never}), log)
+    wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(60)
+    output = log.read_text()
+    assert process.exitcode == 0, output
+    assert "Traceback" not in output
+    last_step = metrics(run_dir)[-1]["step"]
+    assert 2 <= last_step < NUM_STEPS, "it came too late to interrupt anything"
+    assert f"Stopped after step {last_step} of {NUM_STEPS}" in output
+    assert f"python grpo.py --resume {run_dir}" in output
+    assert [path.name for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}.pt"]
+    assert not (run_dir / "model").exists()
+    assert finish(resume(run_dir), log) == 0, log.read_text()
+    assert_same_run(run_dir, expected)
+
+
+SELF_INTERRUPTING = '''
+import os, signal
+from dense import Digits
+
+
+class Interrupting(Digits):
+    """Presses Ctrl-C while the {call}th response is graded, the first time that this run gets there."""
+    calls = 0
+
+    def reward(self, problem, response):
+        Interrupting.calls += 1
+        if Interrupting.calls == {call} and os.path.exists({marker!r}):
+            os.unlink({marker!r})
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().reward(problem, response)
+'''
+
+
+@pytest.mark.parametrize("step, call", [(0, 2), (2, 4 + 16 + 9)], ids=["first_evaluation", "step_2"])
+def test_ctrl_c_at_any_stage_promises_only_what_it_did(step, call, place, uninterrupted, tmp_path, capsys, monkeypatch):
+    directory, settings = place
+    expected = uninterrupted((1, 0))
+    marker = tmp_path / "marker"
+    marker.touch()
+    monkeypatch.syspath_prepend(directory)
+    task = write_task(tmp_path, SELF_INTERRUPTING.format(call=call, marker=str(marker)))
+    run_dir = train(tmp_path, **{**settings, "task": f"{task}:Interrupting", "checkpoint_interval": 50})
+    output = capsys.readouterr().out
+    assert not marker.exists()
+    assert [record["step"] for record in metrics(run_dir)] == list(range(step + 1))
+    assert f"python grpo.py --resume {run_dir}" in output
+    assert ("a checkpoint is written" in output) == (len(list(run_dir.glob("checkpoints/*.pt"))) == 1)
+    assert command(*resume(run_dir)) == 0
+    assert_same_run(run_dir, expected)
+
+
+def test_second_ctrl_c_stops_at_once(place, tmp_path):
+    _, settings = place
+    run_dir, log = tmp_path / "interrupted", tmp_path / "log"
+    # Steps of some seconds each, so that it is clear what "at once" means.
+    slow = {"num_steps": 50, "max_response_tokens": 400, "prompts_per_step": 16, "max_tokens_per_microbatch": 2000}
+    process = start(options(tmp_path, "interrupted", **{**settings, **slow}), log)
+    wait_for(lambda: num_logged(run_dir) >= 1 or not process.is_alive())
+    os.kill(process.pid, signal.SIGINT)
+    wait_for(lambda: "press Ctrl-C again" in log.read_text() or not process.is_alive())
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode not in (0, None)
+    assert num_logged(run_dir) == 1 and not list(run_dir.glob("checkpoints/*"))
+
+
+def test_moved_run_can_be_resumed(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    train(tmp_path, "before", **{**settings, "num_steps": 3})
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert command(*resume(tmp_path / "after", "--num-steps", NUM_STEPS)) == 0
+    assert not (tmp_path / "before").exists()
+    assert_same_run(tmp_path / "after", expected)
+
+
+def test_resume_with_another_number_of_threads_warns(place, tmp_path, capsys):
+    _, settings = place
+    tiny = {"num_steps": 1, "prompts_per_step": 1, "group_size": 2, "eval_size": 1, "max_response_tokens": 1}
+    run_dir = train(tmp_path, **{**settings, **tiny})
+    assert command(*resume(run_dir, "--num-steps", 2)) == 0
+    assert "last bits may differ" not in capsys.readouterr().err
+    try:
+        assert command(*resume(run_dir, "--num-steps", 3, "--threads", 2)) == 0
+    finally:
+        torch.set_num_threads(1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "last bits may differ" in line]
+    assert "threads: 2" in line
+    environment = (run_dir / "environment.txt").read_text()
+    assert environment.count("threads: 1") == 2 and environment.count("threads: 2") == 1
+
+
+@pytest.mark.parametrize("keep, kept", [(1, [5]), (3, [3, 4, 5])])
+def test_the_newest_checkpoints_are_kept(keep, kept, place, tmp_path):
+    _, settings = place
+    run_dir = train(tmp_path, **{**settings, "num_steps": 5, "keep_checkpoints": keep, "max_response_tokens": 2})
+    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == [f"step_{step:06d}.pt" for step in kept]
+    assert [checkpoint(run_dir, step)["step"] for step in kept] == kept
+
+
+def test_checkpoints_come_at_the_interval_and_at_the_end(place, tmp_path):
+    _, settings = place
+    more = {"num_steps": 5, "checkpoint_interval": 2, "keep_checkpoints": 9, "max_response_tokens": 2}
+    run_dir = train(tmp_path, **{**settings, **more})
+    assert sorted(path.stem for path in run_dir.glob("checkpoints/*")) == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_elapsed_time_goes_on_where_it_was(place, tmp_path):
+    _, settings = place
+    run_dir = train(tmp_path, **{**settings, "num_steps": 2, "max_response_tokens": 2})
+    assert command(*resume(run_dir, "--num-steps", 4)) == 0
+    hours = [record["time/elapsed_hours"] for record in steps(run_dir)]
+    seconds = [record["time/step"] for record in steps(run_dir)]
+    assert hours == sorted(hours)
+    assert hours[-1] * 3600 == pytest.approx(sum(seconds), rel=1e-6)

@@ -1,0 +1,300 @@
+"""The transformers sampler, against the trainer's log-probs and against naive decoding.
+
+Naive decoding reads one prompt at a time, without cache or padding. Log-probs of −12 and less agree to 1e-5 in float32;
+where two runs must be the same run, they are compared bit for bit. Statistical tests have fixed seeds, and bounds of
+about five standard deviations.
+"""
+
+import copy
+import json
+import math
+import random
+import shutil
+
+import pytest
+import torch
+from conftest import FAMILIES, build_model
+
+from common.batching import collate
+from common.logprobs import token_logprobs
+from common.models import load_model
+from common.samplers import TransformersSampler
+
+CPU = torch.device("cpu")
+VOCABULARY = 299
+EOS, PAD = 0, 1
+MANY_EOS = set(range(0, VOCABULARY, 12))  # of a random model's tokens about one in twelve ends the response
+NO_EOS = {VOCABULARY + 5}  # never drawn
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return {family: build_model(family, base / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request, directories):
+    return load_model(directories[request.param], "", CPU, gradient_checkpointing=False)
+
+
+@pytest.fixture(scope="module")
+def qwen2(directories):
+    return load_model(directories["qwen2"], "", CPU, gradient_checkpointing=False)
+
+
+def make_prompts(lengths=(3, 17, 1, 9, 30, 5), seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
+
+
+def same(a, b):
+    return (a.responses, a.logprobs, a.truncated) == (b.responses, b.logprobs, b.truncated)
+
+
+@torch.no_grad()
+def naive_logprobs_TV(model, prompt, response, temperature):
+    """Distributions that the response's tokens are drawn from, by a full forward in float64: one row per token."""
+    twin = copy.deepcopy(model).double().eval()
+    logits_TV = twin(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
+    return logits_TV - logits_TV.exp().sum(dim=-1, keepdim=True).log()
+
+
+def trainer_logprobs(model, prompts, samples, group_size, temperature, precision="float32"):
+    """Log-probs of all responses as the trainer computes them, padded on the right: a list of lists."""
+    prompts = [prompt for prompt in prompts for _ in range(group_size)]
+    micro = collate(prompts, samples.responses, samples.logprobs, range(len(prompts)), PAD)
+    with torch.no_grad():
+        logprobs_BT, _ = token_logprobs(
+            model, micro.inputs_BT, micro.attention_BT, micro.targets_BT, micro.mask_BT, temperature, precision
+        )
+    return [row[mask].tolist() for row, mask in zip(logprobs_BT, micro.mask_BT, strict=True)]
+
+
+def batch_sizes(model, sample):
+    """Run `sample()`; returns its result and how many rows each forward pass had."""
+    sizes = []
+    embedding = model.get_input_embeddings()
+    hook = embedding.register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[0]))
+    result = sample()
+    hook.remove()
+    return result, sizes
+
+
+# The log-probs are those of the trainer
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_sampler_and_trainer_agree(model, temperature):
+    # Padded on the left here, on the right there; ended at many places, so with many rows leaving the batch.
+    prompts = make_prompts()
+    samples = TransformersSampler(model, MANY_EOS, PAD, 24, temperature).sample(prompts, 4, seed=1)
+    expected = trainer_logprobs(model, prompts, samples, 4, temperature)
+    assert len(samples.responses) == 24
+    for found, truth, response in zip(samples.logprobs, expected, samples.responses, strict=True):
+        assert len(found) == len(truth) == len(response)
+        assert found == pytest.approx(truth, abs=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_rows_that_outlive_others_keep_their_own_past(model, temperature):
+    # A sequence leaving the batch moves those behind it; mixing up rows, caches or positions would show.
+    prompts = make_prompts()
+    sampler = TransformersSampler(model, MANY_EOS, PAD, 32, temperature)
+    samples, sizes = batch_sizes(model, lambda: sampler.sample(prompts, 4, seed=2))
+    assert sizes[0] == 6 and sizes[1] <= 24 and sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert len(set(sizes[1:])) >= 5  # the batch shrank several times while its longest responses went on
+    for b, response in enumerate(samples.responses):
+        naive_TV = naive_logprobs_TV(model, prompts[b // 4], response, temperature)
+        expected = naive_TV[torch.arange(len(response)), response].tolist()
+        assert samples.logprobs[b] == pytest.approx(expected, abs=1e-5)
+
+
+def test_sampler_reads_the_live_weights(directories):
+    model = load_model(directories["llama"], "", CPU, gradient_checkpointing=False)
+    sampler, prompts = TransformersSampler(model, MANY_EOS, PAD, 8, 1.0), make_prompts()
+    before = sampler.greedy(prompts)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    after = sampler.greedy(prompts)
+    assert after.responses != before.responses
+    for found, truth in zip(after.logprobs, trainer_logprobs(model, prompts, after, 1, 1.0), strict=True):
+        assert found == pytest.approx(truth, abs=1e-5)
+
+
+def test_bfloat16_agrees_with_a_bfloat16_trainer(qwen2):
+    # Same weights, differently shaped products of 8 bits each: hundredths of a nat (see test_logprobs.py).
+    prompts = make_prompts()
+    samples = TransformersSampler(qwen2, MANY_EOS, PAD, 16, 1.0, "bfloat16").sample(prompts, 4, seed=1)
+    expected = trainer_logprobs(qwen2, prompts, samples, 4, 1.0, "bfloat16")
+    differences = [
+        abs(x - y) for a, b in zip(samples.logprobs, expected, strict=True) for x, y in zip(a, b, strict=True)
+    ]
+    assert max(differences) < 0.1 and sum(differences) / len(differences) < 0.03
+
+
+# Ends of responses
+
+
+def check_ends(samples, eos_ids, max_tokens):
+    for response, logprobs, truncated in zip(samples.responses, samples.logprobs, samples.truncated, strict=True):
+        assert len(response) == len(logprobs) and 1 <= len(response) <= max_tokens
+        assert all(0 <= token < VOCABULARY for token in response)
+        assert not eos_ids.intersection(response[:-1])  # nothing after the first end
+        assert truncated == (response[-1] not in eos_ids)
+        assert len(response) == max_tokens if truncated else True
+
+
+def test_any_of_several_eos_ids_ends_a_response(model):
+    eos_ids = {EOS, 17, 42, 211, 298} | set(range(100, 115))
+    samples = TransformersSampler(model, eos_ids, PAD, 12, 1.0).sample(make_prompts(), 16, seed=3)
+    check_ends(samples, eos_ids, 12)
+    last = {response[-1] for response in samples.responses}
+    assert len(last & eos_ids) >= 5 and {True, False} == set(samples.truncated)
+
+
+def test_no_end_is_invented_for_a_truncated_response(qwen2):
+    for eos_ids in (NO_EOS, set()):
+        samples = TransformersSampler(qwen2, eos_ids, EOS, 7, 1.0).sample(make_prompts(), 3, seed=4)
+        assert [len(response) for response in samples.responses] == [7] * 18
+        assert samples.truncated == [True] * 18
+        micro = collate([[5]] * 18, samples.responses, samples.logprobs, range(18), EOS)
+        assert micro.mask_BT.sum() == 18 * 7
+
+
+def test_an_end_at_the_very_limit_is_no_truncation(qwen2):
+    samples = TransformersSampler(qwen2, MANY_EOS, PAD, 1, 1.0).sample(make_prompts(), 40, seed=5)
+    check_ends(samples, MANY_EOS, 1)
+    assert {True, False} == set(samples.truncated)
+
+
+def test_all_ending_at_once_ends_decoding(qwen2):
+    sampler = TransformersSampler(qwen2, set(range(VOCABULARY)), PAD, 50, 1.0)
+    samples, sizes = batch_sizes(qwen2, lambda: sampler.sample(make_prompts(), 2, seed=6))
+    assert [len(response) for response in samples.responses] == [1] * 12
+    assert samples.truncated == [False] * 12 and sizes == [6]
+
+
+@pytest.mark.parametrize("pad_id", [EOS, 12, 298])
+def test_which_token_pads_does_not_matter(model, pad_id):
+    # Whether it ends responses (0 and 12 do), or occurs in them, or not: not a bit of the result changes.
+    prompts = make_prompts()
+    expected = TransformersSampler(model, MANY_EOS, PAD, 16, 1.0).sample(prompts, 4, seed=7)
+    found = TransformersSampler(model, MANY_EOS, pad_id, 16, 1.0).sample(prompts, 4, seed=7)
+    assert same(found, expected)
+
+
+# Randomness
+
+
+def test_the_seed_alone_decides(model):
+    sampler, prompts = TransformersSampler(model, MANY_EOS, PAD, 16, 1.0), make_prompts()
+    torch.manual_seed(1)
+    first = sampler.sample(prompts, 4, seed=8)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = sampler.sample(prompts, 4, seed=8)
+    assert same(first, second)
+    assert torch.equal(torch.get_rng_state(), state)  # the global stream is neither read nor moved
+    assert sampler.sample(prompts, 4, seed=9).responses != first.responses
+
+
+def test_responses_of_a_group_differ(model):
+    samples = TransformersSampler(model, NO_EOS, PAD, 8, 1.0).sample(make_prompts(), 8, seed=10)
+    assert len({tuple(response) for response in samples.responses}) == 48
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
+def test_first_tokens_have_the_policys_frequencies(qwen2, temperature):
+    # Pearson's χ² with n − 1 degrees of freedom has mean n − 1 and variance 2 (n − 1).
+    group_size = 3000
+    prompts = make_prompts(lengths=(4, 11))
+    samples = TransformersSampler(qwen2, NO_EOS, PAD, 1, temperature).sample(prompts, group_size, seed=11)
+    for p, prompt in enumerate(prompts):
+        expected = (naive_logprobs_TV(qwen2, prompt, [0], temperature)[0].exp() * group_size).tolist()
+        counts = [0] * VOCABULARY
+        for (token,) in samples.responses[p * group_size : (p + 1) * group_size]:
+            counts[token] += 1
+        rare = [v for v in range(VOCABULARY) if expected[v] < 5]  # too few to be normal: together, one cell
+        cells = [(counts[v], expected[v]) for v in range(VOCABULARY) if expected[v] >= 5]
+        cells.append((sum(counts[v] for v in rare), sum(expected[v] for v in rare)))
+        chi_square = sum((count - mean) ** 2 / mean for count, mean in cells)
+        freedom = len(cells) - 1
+        assert freedom > 50 and abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_later_tokens_have_the_policys_frequencies(qwen2, temperature):
+    # A token's log-prob less its mean, the negative entropy, is 0 on average, whatever came before; with the variance
+    # of each position's distribution, the sum over thousands of tokens is normal.
+    prompts = make_prompts(seed=1)
+    samples = TransformersSampler(qwen2, MANY_EOS, PAD, 32, temperature).sample(prompts, 32, seed=12)
+    excess, variance, count = 0.0, 0.0, 0
+    for b, response in enumerate(samples.responses):
+        logprobs_TV = naive_logprobs_TV(qwen2, prompts[b // 32], response, temperature)
+        probs_TV = logprobs_TV.exp()
+        mean_T = (probs_TV * logprobs_TV).sum(dim=-1)
+        excess += (torch.tensor(samples.logprobs[b], dtype=torch.float64) - mean_T).sum().item()
+        variance += ((probs_TV * logprobs_TV.square()).sum(dim=-1) - mean_T.square()).sum().item()
+        count += len(response)
+    assert count > 1500 and abs(excess) < 5 * math.sqrt(variance)
+
+
+def test_greedy_equals_a_naive_loop(model):
+    prompts = make_prompts()
+    samples = TransformersSampler(model, MANY_EOS, PAD, 20, 0.7).greedy(prompts)
+    check_ends(samples, MANY_EOS, 20)
+    for prompt, response, logprobs in zip(prompts, samples.responses, samples.logprobs, strict=True):
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + 20 and (len(tokens) == len(prompt) or tokens[-1] not in MANY_EOS):
+            with torch.no_grad():
+                tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
+        assert response == tokens[len(prompt) :]
+        naive_TV = naive_logprobs_TV(model, prompt, response, 0.7)
+        assert logprobs == pytest.approx(naive_TV[torch.arange(len(response)), response].tolist(), abs=1e-5)
+    assert len(set(map(len, samples.responses))) > 1
+
+
+# What sampling leaves alone
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_models_mode_is_restored(directories, training):
+    for family in FAMILIES:
+        model = load_model(directories[family], "", CPU, gradient_checkpointing=True).train(training)
+        sampler = TransformersSampler(model, MANY_EOS, PAD, 4, 1.0)
+        sampler.sample(make_prompts(), 2, seed=13)
+        sampler.greedy(make_prompts())
+        assert all(module.training == training for module in model.modules())
+
+
+def test_gradient_checkpointing_does_not_change_samples(model, directories):
+    # In training mode a checkpointed model keeps no cache, without which decoding would be wrong or slow.
+    checkpointed = load_model(directories[model.config.model_type], "", CPU, gradient_checkpointing=True)
+    prompts = make_prompts()
+    expected = TransformersSampler(model, MANY_EOS, PAD, 16, 1.0).sample(prompts, 4, seed=14)
+    assert same(TransformersSampler(checkpointed, MANY_EOS, PAD, 16, 1.0).sample(prompts, 4, seed=14), expected)
+
+
+def test_generation_config_changes_nothing(model, directories, tmp_path):
+    # Instruct checkpoints switch such things on; log-probs of a truncated distribution would not be the policy's.
+    directory = shutil.copytree(directories[model.config.model_type], tmp_path / "meddling")
+    path = directory / "generation_config.json"
+    settings = {"do_sample": True, "top_p": 0.1, "top_k": 2, "repetition_penalty": 3.0, "temperature": 0.1}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    meddled = load_model(str(directory), "", CPU, gradient_checkpointing=False)
+    assert meddled.generation_config.top_k == 2 and meddled.generation_config.repetition_penalty == 3.0
+    plain, other = (TransformersSampler(m, MANY_EOS, PAD, 16, 1.0) for m in (model, meddled))
+    assert same(other.sample(make_prompts(), 4, seed=15), plain.sample(make_prompts(), 4, seed=15))
+    assert same(other.greedy(make_prompts()), plain.greedy(make_prompts()))
+
+
+def test_prompts_and_weights_are_left_unchanged(model):
+    prompts = make_prompts()
+    weights = copy.deepcopy(model.state_dict())
+    TransformersSampler(model, MANY_EOS, PAD, 8, 1.0).sample(prompts, 4, seed=16)
+    assert prompts == make_prompts()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())

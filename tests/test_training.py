@@ -1,0 +1,487 @@
+"""Whole runs of a few steps: what they learn from, log and leave behind, and how they end when something goes wrong."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_model
+from helpers import (
+    DENSE_TASK,
+    REPOSITORY,
+    assert_same_run,
+    checkpoint,
+    command,
+    dense_task,
+    metrics,
+    options,
+    steps,
+    train,
+    write_task,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from common.models import TINY_MODEL
+from common.runlog import read_metrics
+from common.tasks import GSM8K_SAMPLE
+
+FAMILIES = ["qwen2", "llama", "gpt2"]
+
+# Random models solve no word problem, so that GSM8K's own reward would teach them nothing.
+SHAPED_TASK = """
+from common.tasks import GSM8K
+
+
+class Shaped(GSM8K):
+    def rewards(self, problems, responses):
+        digits = [sum(c.isdigit() for c in response) / max(1, len(response)) for response in responses]
+        graded = super().rewards(problems, responses)
+        return [{**g, "reward": g["reward"] + d, "digits": d} for g, d in zip(graded, digits, strict=True)]
+"""
+
+STEP_KEYS = [
+    "step", "reward/mean", "reward/std", "reward/zero_std_groups", "response_length/mean", "response_length/max",
+    "response_length/truncated", "kl/behaviour_k3", "ratio/clip_fraction", "ratio/max", "entropy", "grad_norm", "loss",
+    "lr", "lag", "weights_version", "update_skipped", "time/sample", "time/grade", "time/wait", "time/train",
+    "time/sync", "time/step", "time/elapsed_hours", "throughput/sampled_tokens_per_second",
+    "throughput/trained_tokens_per_second", "memory/peak_gib",
+]  # fmt: skip
+KL_KEYS = ["kl/ref_k1", "kl/ref_k2", "kl/ref_k3"]
+MISMATCH_KEYS = ["sampler_mismatch/mean", "sampler_mismatch/max"]
+EVAL_KEYS = ["eval/accuracy", "eval/response_length", "time/eval"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A directory, and the options of a model and of a task that gives a signal at every step."""
+    directory = tmp_path_factory.mktemp("training")
+    return directory, {"model": build_model("qwen2", directory / "model"), "task": dense_task(directory)}
+
+
+@pytest.fixture
+def settings(place):
+    return place[1]
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model.safetensors")
+
+
+def finite(records):
+    return all(math.isfinite(value) for record in records for value in record.values())
+
+
+# GSM8K, end to end
+
+
+@pytest.fixture(params=["gsm8k", "sample"])
+def some_rows(request, tmp_path):
+    """A JSONL file with 24 rows of GSM8K's test set, or of the sample in this repository."""
+    source = GSM8K_SAMPLE if request.param == "sample" else request.getfixturevalue("gsm8k") / "test.jsonl"
+    lines = source.read_text().splitlines(keepends=True)
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(lines[:24]))
+    return path
+
+
+@pytest.mark.parametrize(
+    "script, family, some_rows",
+    [
+        *[("grpo", family, "gsm8k") for family in FAMILIES],
+        *[("grpo", "qwen2", "sample"), ("rec_oneside_nois", "llama", "sample"), ("red_weight", "gpt2", "sample")],
+    ],
+    indirect=["some_rows"],
+)
+def test_two_steps_on_gsm8k(script, family, some_rows, tmp_path):
+    model = build_model(family, tmp_path / "model")
+    task = f"{write_task(tmp_path, SHAPED_TASK)}:Shaped"
+    run_dir = train(
+        tmp_path, script=script, model=model, task=task, data=some_rows, max_prompt_tokens=900, max_response_tokens=24,
+        eval_interval=1,
+    )  # fmt: skip
+    before, *records = metrics(run_dir, timings=True)
+    assert sorted(before) == sorted(["step", *EVAL_KEYS])
+    keys = [*STEP_KEYS, *KL_KEYS, *MISMATCH_KEYS, *EVAL_KEYS, "accuracy", "format", "digits"]
+    for record in records:
+        assert set(keys) <= set(record)
+    assert [record["step"] for record in records] == [1, 2]
+    assert finite([before, *records])
+
+    # Trainer and sampler agree on what was drawn; nothing has moved yet.
+    first = records[0]
+    assert [first[key] for key in KL_KEYS] == [0.0, 0.0, 0.0]
+    # Two ways through the same float32 network: with and without a cache.
+    assert first["ratio/max"] == pytest.approx(1, abs=1e-4)
+    assert first["sampler_mismatch/max"] < 1e-4
+    assert first["ratio/clip_fraction"] == 0
+    assert first["accuracy"] == 0 and first["reward/mean"] == pytest.approx(first["digits"])
+    # Then the policy moves away from where it started.
+    assert records[0]["grad_norm"] > 0 and records[1]["kl/ref_k2"] > 1e-6
+
+    after, initial = weights(run_dir / "model"), weights(model)
+    assert after.keys() == initial.keys()
+    assert all(tensor.isfinite().all() for tensor in after.values())
+    # Keys of the attention have biases without a gradient: the softmax ignores them.
+    assert all(not torch.equal(after[key], initial[key]) for key in initial if not key.endswith("k_proj.bias"))
+
+
+def test_kl_to_the_reference_can_be_switched_off(settings, tmp_path):
+    with_kl = train(tmp_path, "with", **settings)
+    without = train(tmp_path, "without", **settings, reference_kl=False)
+    for record, other in zip(metrics(with_kl)[1:], metrics(without)[1:], strict=True):
+        assert set(record) - set(other) == set(KL_KEYS)
+        assert {key: value for key, value in record.items() if key not in KL_KEYS} == other
+
+
+def test_files_of_a_run(settings, tmp_path):
+    import matplotlib.image
+
+    run_dir = train(tmp_path, **settings, checkpoint_interval=1, seed=3)
+    args = json.loads((run_dir / "args.json").read_text())
+    assert args["script"] == "grpo" and args["seed"] == 3 and args["learning_rate"] == 1e-3
+    assert set(args) == {"script", *(f.name for f in dataclasses.fields(importlib.import_module("grpo").Args))}
+    environment = (run_dir / "environment.txt").read_text()
+    for line in (f"torch: {torch.__version__}", "threads: 1", f"python: {sys.version.split()[0]}", "commit: ", "cpu: "):
+        assert line in environment
+    assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
+    picture = matplotlib.image.imread(run_dir / "curves.png")[..., :3]
+    assert min(picture.shape[:2]) > 400
+    height, width = picture.shape[0] // 2, picture.shape[1] // 3
+    for panel in range(6):  # none of the six is blank
+        top, left = panel // 3 * height, panel % 3 * width
+        assert picture[top : top + height, left : left + width].std() > 0.05
+    names = {path.name for path in run_dir.iterdir()}
+    assert names == {
+        "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoints", "model",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how_many", [0, 1, 4, 16, 99])
+def test_completions_are_written_as_many_as_asked_for(how_many, settings, tmp_path):
+    run_dir = train(tmp_path, **settings, completions_per_step=how_many)
+    completions = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    assert [c["step"] for c in completions] == [1] * min(how_many, 16) + [2] * min(how_many, 16)
+    for completion in completions:
+        share = sum(c.isdigit() for c in completion["response"]) / max(1, len(completion["response"]))
+        assert completion["reward"] == share
+        assert completion["prompt"].startswith("Q: ") and math.isfinite(completion["advantage"])
+
+
+# The final model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_final_model_is_the_trained_policy(family, settings, tmp_path):
+    model = build_model(family, tmp_path / "model")
+    run_dir = train(tmp_path, **{**settings, "model": model})
+    saved = AutoModelForCausalLM.from_pretrained(run_dir / "model")
+    policy = AutoModelForCausalLM.from_pretrained(model)
+    tokens = torch.arange(60).view(3, 20)
+    with torch.no_grad():
+        initial = policy(tokens).logits
+        policy.load_state_dict(checkpoint(run_dir, 2)["model"])
+        trained = policy(tokens).logits
+        assert torch.equal(saved(tokens).logits, trained)
+        assert not torch.allclose(trained, initial, atol=1e-3)
+    assert saved.config.tie_word_embeddings == policy.config.tie_word_embeddings
+
+
+def test_final_model_can_be_trained_further(settings, tmp_path):
+    first = train(tmp_path, "first", **settings)
+    second = train(tmp_path, "second", **{**settings, "model": str(first / "model")})
+    assert steps(second)[0]["kl/ref_k2"] == 0  # its reference is what it started from
+    assert metrics(second)[0]["eval/accuracy"] == metrics(first)[-1]["eval/accuracy"]
+
+
+# The same result however it is computed
+
+
+def test_micro_batches_change_nothing_but_rounding(settings, tmp_path):
+    # Both steps train on batches of version 0, so that they are the same batches in all runs.
+    runs = {
+        budget: steps(train(tmp_path, str(budget), **settings, sync_interval=2, max_tokens_per_microbatch=budget))
+        for budget in (1, 60, 256, 100_000)
+    }
+    for budget in (1, 60, 256):
+        one, other = runs[budget][0], runs[100_000][0]
+        # Sums of some hundred float32 terms in another order: 1e-6 of the largest; the terms of the loss cancel.
+        for key in ("grad_norm", "entropy", "response_length/mean", "reward/mean"):
+            assert one[key] == pytest.approx(other[key], rel=1e-5), (budget, key)
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
+        assert [one[key] for key in KL_KEYS] == [other[key] for key in KL_KEYS] == [0, 0, 0]
+        # An update of Adam divides each gradient by its own size, which makes much of rounding in small ones.
+        one, other = runs[budget][1], runs[100_000][1]
+        for key in ("loss", "grad_norm", "entropy", *KL_KEYS, "kl/behaviour_k3", "ratio/max"):
+            assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), (budget, key)
+        assert other["kl/ref_k2"] > 1e-3
+
+
+def test_gradient_checkpointing_changes_nothing_but_rounding(settings, tmp_path):
+    plain = steps(train(tmp_path, "plain", **settings))
+    checkpointed = steps(train(tmp_path, "checkpointed", **settings, gradient_checkpointing=True))
+    assert finite(checkpointed)
+    for key in ("loss", "grad_norm", "entropy", "reward/mean"):
+        assert checkpointed[0][key] == pytest.approx(plain[0][key], rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_run_is_finite_and_keeps_float32_weights(family, settings, tmp_path):
+    model = build_model(family, tmp_path / "model")
+    run_dir = train(tmp_path, **{**settings, "model": model, "precision": "bfloat16"})
+    assert finite(steps(run_dir))
+    # It did compute in bfloat16: log-probs with a cache and without differ by its rounding, 2^-8 of a few nats.
+    assert 1e-4 < steps(run_dir)[0]["sampler_mismatch/max"] < 0.5
+    trained = weights(run_dir / "model")
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    moved = (trained[key] - tensor for key, tensor in weights(model).items())
+    assert max(difference.abs().max() for difference in moved) > 1e-4
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_two_seeds_are_not(settings, tmp_path):
+    runs = [train(tmp_path, f"run{i}", **settings, seed=seed) for i, seed in enumerate((5, 5, 6))]
+    assert_same_run(runs[0], runs[1])
+    assert metrics(runs[0])[1] != metrics(runs[2])[1]
+
+
+# The schedule
+
+SCHEDULES = {  # the versions and lags of batches 1 to 8, written out from the definition
+    (1, 0): ([0, 1, 2, 3, 4, 5, 6, 7], [0] * 8),
+    (2, 0): ([0, 0, 2, 2, 4, 4, 6, 6], [0, 1] * 4),
+    (5, 0): ([0, 0, 0, 0, 0, 5, 5, 5], [0, 1, 2, 3, 4, 0, 1, 2]),
+    (1, 1): ([0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 1, 1]),
+    (3, 2): ([0, 0, 0, 0, 0, 3, 3, 3], [0, 1, 2, 3, 4, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_batches_are_drawn_by_the_version_that_the_schedule_names(schedule, settings, tmp_path):
+    interval, offset = schedule
+    versions, lags = SCHEDULES[schedule]
+    run_dir = train(
+        tmp_path, **settings, num_steps=8, sync_interval=interval, sync_offset=offset, checkpoint_interval=1,
+        keep_checkpoints=9,
+    )  # fmt: skip
+    records = steps(run_dir)
+    assert [record["weights_version"] for record in records] == versions
+    assert [record["lag"] for record in records] == lags
+
+    # It is measured whenever a batch is drawn with the weights that the trainer holds: after every sync.
+    fresh = [record["step"] for record in records if set(MISMATCH_KEYS) <= set(record)]
+    assert fresh == [step for step in range(1, 9) if (step - 1) % interval == 0]
+    assert all(records[step - 1]["sampler_mismatch/max"] < 1e-4 for step in fresh)
+    # A batch drawn some updates ago is off-policy, a fresh one is not.
+    assert all((record["kl/behaviour_k3"] > 1e-6) == (record["lag"] > 0) for record in records)
+
+    # Batches that wait in a checkpoint: the weights of their version drew them, and no others.
+    model = AutoModelForCausalLM.from_pretrained(settings["model"])
+    initial = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    states = {0: initial, **{step: checkpoint(run_dir, step)["model"] for step in range(1, 9)}}
+    for step in range(1, 9):
+        waiting = checkpoint(run_dir, step)["rollouts"]["waiting"]
+        # As many as the definition says: drawn, because their version exists, and not yet trained on.
+        newest = step - 1 - (step - 1) % interval
+        assert sorted(batch["number"] for batch in waiting) == list(range(step + 1, newest + offset + interval + 1))
+        for batch in waiting:
+            assert log_prob_error(model, states[batch["version"]], batch) < 1e-4
+            assert log_prob_error(model, states[step], batch) > 1e-3 or batch["version"] == step
+
+
+@torch.no_grad()
+def log_prob_error(model, state, batch):
+    """Largest difference between what the sampler reported and one plain forward pass per sequence."""
+    model.load_state_dict(state)
+    errors = []
+    for prompt, response, reported in zip(batch["prompts"], batch["responses"], batch["logprobs"], strict=True):
+        log_probs = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        mine = [log_probs[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
+        errors += [abs(a - b) for a, b in zip(mine, reported, strict=True)]
+    return max(errors)
+
+
+def test_warm_up_is_linear_then_constant(settings, tmp_path):
+    run_dir = train(tmp_path, **settings, num_steps=5, warmup_steps=3, learning_rate=3e-4)
+    assert [record["lr"] for record in steps(run_dir)] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4, 3e-4])
+
+
+def test_evaluations_come_before_training_at_the_interval_and_at_the_end(settings, tmp_path):
+    run_dir = train(tmp_path, **{**settings, "num_steps": 5, "eval_interval": 2})
+    assert [record["step"] for record in metrics(run_dir) if "eval/accuracy" in record] == [0, 2, 4, 5]
+
+
+# Rewards
+
+
+def test_constant_reward_leaves_the_weights_and_the_run_goes_on(settings, tmp_path):
+    text = DENSE_TASK.replace("return sum(", "return 0.7 if True else sum(")
+    task = f"{write_task(tmp_path, text)}:Digits"
+    run_dir = train(tmp_path, **{**settings, "task": task, "num_steps": 3})
+    for record in steps(run_dir):
+        assert record["grad_norm"] == 0 and record["loss"] == 0
+        assert record["reward/zero_std_groups"] == 1 and record["reward/std"] == 0
+        assert record["reward/mean"] == pytest.approx(0.7)
+    assert len(steps(run_dir)) == 3
+    initial = weights(settings["model"])
+    assert all(torch.equal(tensor, initial[key]) for key, tensor in weights(run_dir / "model").items())
+
+
+def counting_task(directory, condition, what):
+    """The dense task, whose reward function counts its `calls` and does `what` under a condition on their number."""
+    text = DENSE_TASK.replace("class Digits(Task):", "class Digits(Task):\n    calls = 0")
+    lines = ["        Digits.calls += 1", "        calls = Digits.calls", f"        if {condition}: {what}"]
+    text = text.replace("        return sum(", "\n".join([*lines, "        return sum("]))
+    return f"{write_task(directory, text)}:Digits"
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("raise ValueError('reward lost', response)", "reward lost"),
+        ("return float('nan')", "nan"),
+        ("return None", "None"),
+        ("return float('inf')", "inf"),
+        ("return 'good'", "good"),
+        ("return {'accuracy': 1.0}", "accuracy"),
+        ("return 10 ** 400", "10000000"),
+    ],
+)
+def test_bad_reward_stops_the_run_and_names_the_completion(what, said, settings, tmp_path, capsys):
+    good = train(tmp_path, "good", **{**settings, "num_steps": 4, "completions_per_step": 16})
+    completions = [json.loads(line) for line in (good / "completions.jsonl").read_text().splitlines()]
+    bad_completion = completions[2 * 16 + 5]
+    # The 6th response of step 3: before it there were the first evaluation and two steps.
+    task = counting_task(tmp_path, "calls == 4 + 16 + 16 + 6", what)
+    more = {"num_steps": 4, "checkpoint_interval": 2, "completions_per_step": 16}
+    capsys.readouterr()
+    assert command(*options(tmp_path, "bad", **{**settings, **more, "task": task})) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("grpo.py: error: ") and said in error
+    assert repr(bad_completion["response"]) in error and repr(bad_completion["prompt"]) in error
+
+    # What there was is intact: with the task mended, the run ends as if nothing had happened.
+    assert [record["step"] for record in metrics(tmp_path / "bad")] == [0, 1, 2]
+    assert [path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()] == ["step_000002.pt"]
+    write_task(tmp_path, DENSE_TASK)
+    assert command("--resume", tmp_path / "bad") == 0
+    assert_same_run(tmp_path / "bad", good)
+
+
+def test_diverged_run_skips_updates_and_stops(settings, tmp_path, capsys):
+    # A learning rate that ruins the weights at once. All batches were drawn before, so that sampling goes on.
+    argv = options(
+        tmp_path, **settings, num_steps=8, sync_interval=8, learning_rate=1e10, max_skipped_updates=3,
+        checkpoint_interval=1, keep_checkpoints=9,
+    )  # fmt: skip
+    assert command(*argv) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("grpo.py: error: 3 updates in a row") and "step 4" in error and "learning-rate" in error
+    records = steps(tmp_path / "run")
+    assert [record["update_skipped"] for record in records] == [0, 1, 1, 1]
+    assert records[0]["loss"] is not None and [record["loss"] for record in records[1:]] == [None] * 3
+    after_1, after_3 = checkpoint(tmp_path / "run", 1), checkpoint(tmp_path / "run", 3)
+    assert all(torch.equal(after_1["model"][key], after_3["model"][key]) for key in after_1["model"])
+    assert after_3["skipped_in_a_row"] == 2
+
+
+def test_skipped_updates_in_a_row_are_counted_across_a_resume(settings, tmp_path, capsys):
+    argv = {**settings, "sync_interval": 8, "learning_rate": 1e10, "max_skipped_updates": 3}
+    train(tmp_path, **argv, num_steps=3)
+    assert command("--resume", tmp_path / "run", "--num-steps", 8) == 1
+    assert "step 4" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_one_skipped_update_is_survived(settings, tmp_path):
+    # Rewards so large that their sum overflows in step 2 only: the advantages, and so the loss, are not numbers.
+    task = counting_task(tmp_path, "4 + 16 < calls <= 4 + 32 and calls % 4", "return 1.7e308")
+    more = {"task": task, "num_steps": 4, "checkpoint_interval": 1, "keep_checkpoints": 9}
+    run_dir = train(tmp_path, **{**settings, **more})
+    assert [record["update_skipped"] for record in steps(run_dir)] == [0, 1, 0, 0]
+    states = [checkpoint(run_dir, step) for step in (1, 2, 3)]
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert all(torch.equal(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"])
+    moments = [state["optimizer"]["state"][0]["exp_avg"] for state in states]
+    assert torch.equal(moments[0], moments[1])  # nothing of the bad gradient stays in the optimizer either
+    assert not torch.equal(states[1]["model"][key], states[2]["model"][key])
+    assert [state["skipped_in_a_row"] for state in states] == [0, 1, 0]
+    assert all(tensor.isfinite().all() for tensor in weights(run_dir / "model").values())
+
+
+# wandb
+
+
+def read_wandb(directory):
+    """The history of an offline run, a list of dicts, from its log: LevelDB's format, which wandb has no reader for.
+
+    After a header of 7 bytes, blocks of 32 KiB hold pieces of records: checksum (4), length (2), type (1), data.
+    """
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+    content = path.read_bytes()
+    position, data, rows = 7, b"", []
+    while position < len(content):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left  # a header does not fit into the rest of a block
+            continue
+        length, kind = struct.unpack("<HB", content[position + 4 : position + 7])
+        data += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last piece of one
+            record = Record.FromString(data)
+            data = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_wandb_gets_what_the_log_gets(settings, tmp_path):
+    run_dir = train(tmp_path, **settings, num_steps=3, eval_interval=2, track=True, wandb_mode="offline")
+    rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in read_wandb(run_dir)]
+    assert rows == read_metrics(run_dir)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+
+
+# The script as a command
+
+
+@pytest.fixture(scope="module")
+def copied(tmp_path_factory):
+    """A directory that holds `grpo.py`, `common/` and a run of theirs, and what it printed."""
+    directory = tmp_path_factory.mktemp("copied")
+    shutil.copy(REPOSITORY / "grpo.py", directory)
+    shutil.copytree(REPOSITORY / "common", directory / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    # -X importtime prints a line for every module imported.
+    argv = [sys.executable, "-X", "importtime", "grpo.py", *options("out", num_steps=1)]
+    return directory, subprocess.run(argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_copied_script_and_common_run_as_they_are(copied):
+    directory, ended = copied
+    assert ended.returncode == 0, ended.stderr
+    assert [record["step"] for record in metrics(directory / "out" / "run")] == [0, 1]
+    assert "Held-out accuracy" in ended.stdout
+    saved = json.loads((directory / "out" / "run" / "args.json").read_text())
+    assert Path(saved["model"]).resolve() == directory / "common" / Path(TINY_MODEL).name
+    assert "commit: unknown" in (directory / "out" / "run" / "environment.txt").read_text()
+    assert {path.name for path in directory.iterdir()} == {"grpo.py", "common", "out"}
+
+
+def test_wandb_is_not_imported_unless_asked_for(copied):
+    _, ended = copied
+    imported = {
+        line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "torch" in imported and "transformers" in imported and "grpo" not in imported
+    assert not [name for name in imported if name.split(".")[0] == "wandb"]
