@@ -33,7 +33,8 @@ def run(main, Args, script):
     try:
         main(parse(Args, script, sys.argv[1:]))
     except (BadInput, RunStopped) as error:
-        print(f"{Path(script).name}: error: {error}", file=sys.stderr)
+        sentence = " ".join(str(error).split())  # libraries' messages, quoted in ours, may run over several lines
+        print(f"{Path(script).name}: error: {sentence}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
@@ -54,9 +55,10 @@ def parse(Args, script, argv):
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"--resume {run_dir}: {path} cannot be read ({error}); give the directory of a run.") from error
-    if saved.pop("script") != Path(script).stem:
+        started_by = saved.pop("script")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--resume {run_dir}: {path} holds no run ({error!r}); give the directory of a run.") from error
+    if started_by != Path(script).stem:
         raise BadInput(f"--resume {run_dir} is a run of another script: resume it with that one.")
     known = {field.name for field in dataclasses.fields(Args)}
     if set(saved) != known:

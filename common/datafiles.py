@@ -1,7 +1,6 @@
 """Rows of data from a JSONL file, a Parquet file, a directory of either, or a dataset of the Hugging Face hub."""
 
 import json
-import re
 from pathlib import Path
 
 from common.errors import BadInput
@@ -74,9 +73,8 @@ def _load_dataset(source, option):
     try:
         dataset = datasets.load_dataset(name, configuration or None)
     except Exception as error:  # what `datasets` raises is as varied as the ways to fail: no network, no such name, …
-        reason = re.sub(r"\s+", " ", str(error))[:300]
         raise BadInput(
-            f"{option} {source} is neither a file nor a dataset that loads ({type(error).__name__}: {reason}): "
+            f"{option} {source} is no file, nor a dataset that loads ({type(error).__name__}: {str(error)[:300]}): "
             "give a .jsonl or .parquet file, or the name of a hub dataset, as in openai/gsm8k:main."
         ) from error
     if "train" not in dataset:

@@ -56,7 +56,8 @@ class TokenStatistics:
         self.sums[key] = self.sums.get(key, 0.0) + values.double().sum().item()
 
     def _max(self, key, values):
-        self.maxima[key] = max(self.maxima.get(key, 0.0), values.max().item() if values.numel() else 0.0)
+        if values.numel():  # `np.maximum` lets a NaN show, Python's `max` may lose it
+            self.maxima[key] = float(np.maximum(self.maxima.get(key, 0.0), values.max().item()))
 
 
 def reward_statistics(rewards_PG, grades, lengths, truncated):

@@ -51,7 +51,10 @@ def load_config(name, revision):
 
 def load_tokenizer(name, revision=""):
     """The model's tokenizer; it may lack a padding token. Raises `BadInput`."""
-    return _load(AutoTokenizer, name, revision)
+    tokenizer = _load(AutoTokenizer, name, revision)
+    if not tokenizer("a")["input_ids"]:  # where its files are missing, transformers makes an empty one
+        raise BadInput(f"--model {name} has no tokenizer (tokenizer.json): give a directory that has one.")
+    return tokenizer
 
 
 def load_model(name, revision, device, gradient_checkpointing):
@@ -94,10 +97,9 @@ def _load(auto_class, name, revision, **options):
     try:
         return auto_class.from_pretrained(name, revision=revision or "main", **options)
     except Exception as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
-        reason = " ".join(str(error).split())[:300]
         raise BadInput(
-            f"--model {name} cannot be loaded ({auto_class.__name__}: {reason}): give the directory or the hub name of "
-            "a causal language model with its tokenizer."
+            f"--model {name} cannot be loaded ({auto_class.__name__}: {str(error)[:300]}): give the directory or the "
+            "hub name of a causal language model with its tokenizer."
         ) from error
 
 

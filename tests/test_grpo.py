@@ -254,18 +254,12 @@ def test_extreme_ratios_are_not_clamped(dtype, size):
     assert gradient == pytest.approx([math.exp(size), 0.0], rel=tolerance, abs=0)
 
 
-def test_a_ratio_beyond_float32():
-    # exp(100) is 2.7e43, more than float32 holds. Where it is clipped or has no advantage it must not matter …
-    loss, gradient = loss_and_gradient([100.0], 1.0, Args(), torch.float32)
-    assert (loss, gradient) == ([pytest.approx(-1.2)], [0.0])
-    loss, gradient = loss_and_gradient([100.0], 0.0, Args(), torch.float32)
-    assert (loss, gradient) == ([0.0], [0.0])
-
-
-def test_an_overflowing_loss_shows():
-    # … and where it does count, the loss is infinite, so that the update is skipped and not quietly made with less.
-    loss, _ = loss_and_gradient([100.0], -1.0, Args(), torch.float32)
-    assert loss == [math.inf]
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_an_overflow_shows(advantage):
+    # exp(100) is 2.7e43, more than float32 holds. Nothing hides that: loss or gradient stops being finite, and the
+    # script then skips the update and counts it.
+    loss, gradient = loss_and_gradient([100.0], advantage, Args(), torch.float32)
+    assert not (math.isfinite(loss[0]) and math.isfinite(gradient[0]))
 
 
 def test_one_advantage_per_row():

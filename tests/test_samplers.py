@@ -52,10 +52,13 @@ def same(a, b):
     return (a.responses, a.logprobs, a.truncated) == (b.responses, b.logprobs, b.truncated)
 
 
+def in_float64(model):
+    return copy.deepcopy(model).double()
+
+
 @torch.no_grad()
-def naive_logprobs_TV(model, prompt, response, temperature):
+def naive_logprobs_TV(twin, prompt, response, temperature):
     """Distributions that the response's tokens are drawn from, by a full forward in float64: one row per token."""
-    twin = copy.deepcopy(model).double().eval()
     logits_TV = twin(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1] / temperature
     return logits_TV - logits_TV.exp().sum(dim=-1, keepdim=True).log()
 
@@ -104,8 +107,9 @@ def test_rows_that_outlive_others_keep_their_own_past(model, temperature):
     samples, sizes = batch_sizes(model, lambda: sampler.sample(prompts, 4, seed=2))
     assert sizes[0] == 6 and sizes[1] <= 24 and sizes[1:] == sorted(sizes[1:], reverse=True)
     assert len(set(sizes[1:])) >= 5  # the batch shrank several times while its longest responses went on
+    twin = in_float64(model)
     for b, response in enumerate(samples.responses):
-        naive_TV = naive_logprobs_TV(model, prompts[b // 4], response, temperature)
+        naive_TV = naive_logprobs_TV(twin, prompts[b // 4], response, temperature)
         expected = naive_TV[torch.arange(len(response)), response].tolist()
         assert samples.logprobs[b] == pytest.approx(expected, abs=1e-5)
 
@@ -213,7 +217,7 @@ def test_first_tokens_have_the_policys_frequencies(qwen2, temperature):
     prompts = make_prompts(lengths=(4, 11))
     samples = TransformersSampler(qwen2, NO_EOS, PAD, 1, temperature).sample(prompts, group_size, seed=11)
     for p, prompt in enumerate(prompts):
-        expected = (naive_logprobs_TV(qwen2, prompt, [0], temperature)[0].exp() * group_size).tolist()
+        expected = (naive_logprobs_TV(in_float64(qwen2), prompt, [0], temperature)[0].exp() * group_size).tolist()
         counts = [0] * VOCABULARY
         for (token,) in samples.responses[p * group_size : (p + 1) * group_size]:
             counts[token] += 1
@@ -231,9 +235,9 @@ def test_later_tokens_have_the_policys_frequencies(qwen2, temperature):
     # of each position's distribution, the sum over thousands of tokens is normal.
     prompts = make_prompts(seed=1)
     samples = TransformersSampler(qwen2, MANY_EOS, PAD, 32, temperature).sample(prompts, 32, seed=12)
-    excess, variance, count = 0.0, 0.0, 0
+    twin, excess, variance, count = in_float64(qwen2), 0.0, 0.0, 0
     for b, response in enumerate(samples.responses):
-        logprobs_TV = naive_logprobs_TV(qwen2, prompts[b // 32], response, temperature)
+        logprobs_TV = naive_logprobs_TV(twin, prompts[b // 32], response, temperature)
         probs_TV = logprobs_TV.exp()
         mean_T = (probs_TV * logprobs_TV).sum(dim=-1)
         excess += (torch.tensor(samples.logprobs[b], dtype=torch.float64) - mean_T).sum().item()
@@ -252,7 +256,7 @@ def test_greedy_equals_a_naive_loop(model):
             with torch.no_grad():
                 tokens.append(model(input_ids=torch.tensor([tokens])).logits[0, -1].argmax().item())
         assert response == tokens[len(prompt) :]
-        naive_TV = naive_logprobs_TV(model, prompt, response, 0.7)
+        naive_TV = naive_logprobs_TV(in_float64(model), prompt, response, 0.7)
         assert logprobs == pytest.approx(naive_TV[torch.arange(len(response)), response].tolist(), abs=1e-5)
     assert len(set(map(len, samples.responses))) > 1
 

