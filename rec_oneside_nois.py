@@ -111,7 +111,7 @@ class Args:
     temperature: float = 1.0
     """divides the logits everywhere: sampler, trainer, reference, entropy"""
 
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-4
     """of AdamW; for pretrained models 1e-6 is usual"""
     warmup_steps: int = 0
     """steps over which the learning rate rises linearly to its constant value"""
@@ -119,7 +119,7 @@ class Args:
     """the gradient's global L2 norm is clipped to this"""
     max_skipped_updates: int = 5
     """stop after so many updates in a row were skipped for a loss or gradient that is not finite"""
-    max_tokens_per_microbatch: int = 4096
+    max_tokens_per_microbatch: int = 2048
     """tokens in one forward and backward pass, padding included; changes memory and speed, not the result"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""

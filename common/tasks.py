@@ -77,8 +77,8 @@ class Addition(Task):
         return list(found.values())
 
     def reward(self, problem, response):
-        last_word = re.search(r"answer (\d+)\.$", response)  # one that goes on rambling has not answered yet
-        return float(last_word is not None and int(last_word.group(1)) == problem["answer"])
+        last_word = re.search(r"answer 0*(\d+)\.$", response)  # one that goes on rambling has not answered yet
+        return float(last_word is not None and last_word.group(1) == str(problem["answer"]))
 
 
 def addition_problem(rng):

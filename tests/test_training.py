@@ -202,6 +202,100 @@ def test_final_model_can_be_trained_further(settings, tmp_path):
     assert metrics(second)[0]["eval/accuracy"] == metrics(first)[-1]["eval/accuracy"]
 
 
+# One step, recomputed from the design's equations
+
+
+def masked(ratio, advantage):
+    """M: 0 where clipping takes the gradient away."""
+    return (advantage >= 0 and ratio <= 1.2) or (advantage <= 0 and ratio >= 0.8)
+
+
+def grpo_loss(advantage, log_prob, old):
+    ratio = torch.exp(log_prob - old)
+    return -torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+
+
+def rec_oneside_nois_loss(advantage, log_prob, old):
+    return -advantage * masked(math.exp(log_prob.item() - old), advantage) * log_prob
+
+
+def red_weight_loss(advantage, log_prob, old):
+    return -math.exp(advantage) * advantage * log_prob
+
+
+@pytest.mark.parametrize("script", ["grpo", "rec_oneside_nois", "red_weight"])
+def test_a_step_is_what_the_equations_say(script, settings, tmp_path):
+    # Step 4 of schedule (5, 0) trains on a batch that waits, with what the sampler reported, in checkpoint 3.
+    run_dir = train(
+        tmp_path, script=script, **settings, num_steps=4, sync_interval=5, checkpoint_interval=1, keep_checkpoints=4,
+        completions_per_step=16, learning_rate=5e-3,
+    )  # fmt: skip
+    logged = steps(run_dir)[3]
+    before, after = checkpoint(run_dir, 3), checkpoint(run_dir, 4)
+    (batch,) = [batch for batch in before["rollouts"]["waiting"] if batch["number"] == 4]
+    completions = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()][3 * 16 :]
+
+    rewards = [[completion["reward"] for completion in completions[4 * i : 4 * i + 4]] for i in range(4)]
+    advantages = []
+    for group in rewards:
+        mean = sum(group) / 4
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in group) / 4)
+        advantages += [(reward - mean) / (std + 1e-6 if script == "grpo" else 1) for reward in group]
+    assert [completion["advantage"] for completion in completions] == pytest.approx(advantages, rel=1e-9, abs=1e-12)
+
+    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
+    reference = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
+    model.load_state_dict(before["model"])
+    num_tokens = sum(map(len, batch["responses"]))
+    loss, sums, ratios, clipped = 0.0, dict.fromkeys(["entropy", "k1", "k2", "k3", "behaviour"], 0.0), [], 0
+    for row, (prompt, response) in enumerate(zip(batch["prompts"], batch["responses"], strict=True)):
+        tokens = torch.tensor([prompt + response])
+        log_probs_TV = model(tokens).logits[0].log_softmax(-1)
+        with torch.no_grad():
+            reference_TV = reference(tokens).logits[0].log_softmax(-1)
+        for t, token in enumerate(response):
+            position = len(prompt) - 1 + t
+            log_prob, old = log_probs_TV[position, token], batch["logprobs"][row][t]
+            token_loss = globals()[f"{script}_loss"](advantages[row], log_prob, old)
+            loss = loss + token_loss / num_tokens
+            lp, ratio = log_prob.item(), math.exp(log_prob.item() - old)
+            difference = lp - reference_TV[position, token].item()
+            distribution = log_probs_TV[position].detach()
+            sums["entropy"] -= (distribution.exp() * distribution).sum().item()
+            sums["k1"] += difference
+            sums["k2"] += difference**2 / 2
+            sums["k3"] += math.exp(-difference) + difference - 1
+            sums["behaviour"] += ratio - math.log(ratio) - 1
+            ratios.append(ratio)
+            clipped += script != "red_weight" and not masked(ratio, advantages[row])
+    means = {key: total / num_tokens for key, total in sums.items()}
+    assert logged["lag"] == 3 and means["k2"] > 1e-3 and max(ratios) > 1.2  # far enough off-policy to tell
+    assert logged["entropy"] == pytest.approx(means["entropy"], rel=1e-5)
+    for estimator in ("k1", "k2", "k3"):
+        assert logged[f"kl/ref_{estimator}"] == pytest.approx(means[estimator], rel=1e-4, abs=1e-6)
+    assert logged["kl/behaviour_k3"] == pytest.approx(means["behaviour"], rel=1e-4)
+    assert logged["ratio/max"] == pytest.approx(max(ratios), rel=1e-4)
+    assert logged["ratio/clip_fraction"] == pytest.approx(clipped / num_tokens, abs=1e-12)
+    assert logged["loss"] == pytest.approx(loss.item(), rel=1e-4, abs=1e-6)
+
+    loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+    assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+    # AdamW without weight decay, its gradient clipped to norm 1, from the moments that checkpoint 3 holds.
+    for index, (name, gradient) in enumerate(gradients.items()):
+        moments = before["optimizer"]["state"][index]
+        gradient = gradient * min(1, 1 / norm)
+        mean = 0.9 * moments["exp_avg"].double() + 0.1 * gradient
+        square = 0.999 * moments["exp_avg_sq"].double() + 0.001 * gradient**2
+        step = 5e-3 * (mean / (1 - 0.9**4)) / ((square / (1 - 0.999**4)).sqrt() + 1e-8)
+        # Where a gradient is all rounding, as that of the keys' biases, so is its direction.
+        noise = (square / (1 - 0.999**4)).sqrt() < 1e-6
+        moved = after["model"][name].double() - before["model"][name].double()
+        assert (moved + step)[~noise].abs().max() < 0.01 * 5e-3 if (~noise).any() else True, name
+
+
 # The same result however it is computed
 
 
@@ -340,6 +434,15 @@ def counting_task(directory, condition, what):
     lines = ["        Digits.calls += 1", "        calls = Digits.calls", f"        if {condition}: {what}"]
     text = text.replace("        return sum(", "\n".join([*lines, "        return sum("]))
     return f"{write_task(directory, text)}:Digits"
+
+
+def test_step_without_a_signal_has_no_gradient_but_moves_by_momentum(settings, tmp_path):
+    task = counting_task(tmp_path, "calls > 4 + 16", "return 0.7")
+    run_dir = train(tmp_path, **{**settings, "task": task, "checkpoint_interval": 1})
+    first, second = steps(run_dir)
+    assert first["grad_norm"] > 0 and second["grad_norm"] == 0 and second["reward/zero_std_groups"] == 1
+    key = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.equal(checkpoint(run_dir, 1)["model"][key], checkpoint(run_dir, 2)["model"][key])
 
 
 @pytest.mark.parametrize(
