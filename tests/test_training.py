@@ -165,7 +165,7 @@ def test_files_of_a_run(settings, tmp_path):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("how_many", [0, 1, 4, 16, 99])
+@pytest.mark.parametrize("how_many", [0, 4, 99])
 def test_completions_are_written_as_many_as_asked_for(how_many, settings, tmp_path):
     run_dir = train(tmp_path, **settings, completions_per_step=how_many)
     completions = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
@@ -303,9 +303,9 @@ def test_micro_batches_change_nothing_but_rounding(settings, tmp_path):
     # Both steps train on batches of version 0, so that they are the same batches in all runs.
     runs = {
         budget: steps(train(tmp_path, str(budget), **settings, sync_interval=2, max_tokens_per_microbatch=budget))
-        for budget in (1, 60, 256, 100_000)
+        for budget in (1, 256, 100_000)
     }
-    for budget in (1, 60, 256):
+    for budget in (1, 256):
         one, other = runs[budget][0], runs[100_000][0]
         # Sums of some hundred float32 terms in another order: 1e-6 of the largest; the terms of the loss cancel.
         for key in ("grad_norm", "entropy", "response_length/mean", "reward/mean"):
@@ -327,16 +327,14 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(settings, tmp_path)
         assert checkpointed[0][key] == pytest.approx(plain[0][key], rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_run_is_finite_and_keeps_float32_weights(family, settings, tmp_path):
-    model = build_model(family, tmp_path / "model")
-    run_dir = train(tmp_path, **{**settings, "model": model, "precision": "bfloat16"})
+def test_bfloat16_run_is_finite_and_keeps_float32_weights(settings, tmp_path):
+    run_dir = train(tmp_path, **settings, precision="bfloat16")
     assert finite(steps(run_dir))
     # It did compute in bfloat16: log-probs with a cache and without differ by its rounding, 2^-8 of a few nats.
     assert 1e-4 < steps(run_dir)[0]["sampler_mismatch/max"] < 0.5
     trained = weights(run_dir / "model")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
-    moved = (trained[key] - tensor for key, tensor in weights(model).items())
+    moved = (trained[key] - tensor for key, tensor in weights(settings["model"]).items())
     assert max(difference.abs().max() for difference in moved) > 1e-4
 
 
@@ -445,27 +443,31 @@ def test_step_without_a_signal_has_no_gradient_but_moves_by_momentum(settings, t
     assert not torch.equal(checkpoint(run_dir, 1)["model"][key], checkpoint(run_dir, 2)["model"][key])
 
 
+@pytest.fixture(scope="module")
+def good_run(place):
+    """Four steps with all their completions, and the settings that gave them."""
+    directory, settings = place
+    settings = {**settings, "num_steps": 4, "checkpoint_interval": 2, "completions_per_step": 16}
+    return train(directory, "good", **settings), settings
+
+
 @pytest.mark.parametrize(
     "what, said",
     [
         ("raise ValueError('reward lost', response)", "reward lost"),
         ("return float('nan')", "nan"),
         ("return None", "None"),
-        ("return float('inf')", "inf"),
         ("return 'good'", "good"),
         ("return {'accuracy': 1.0}", "accuracy"),
         ("return 10 ** 400", "10000000"),
     ],
 )
-def test_bad_reward_stops_the_run_and_names_the_completion(what, said, settings, tmp_path, capsys):
-    good = train(tmp_path, "good", **{**settings, "num_steps": 4, "completions_per_step": 16})
+def test_bad_reward_stops_the_run_and_names_the_completion(what, said, good_run, tmp_path, capsys):
+    good, settings = good_run
     completions = [json.loads(line) for line in (good / "completions.jsonl").read_text().splitlines()]
-    bad_completion = completions[2 * 16 + 5]
     # The 6th response of step 3: before it there were the first evaluation and two steps.
-    task = counting_task(tmp_path, "calls == 4 + 16 + 16 + 6", what)
-    more = {"num_steps": 4, "checkpoint_interval": 2, "completions_per_step": 16}
-    capsys.readouterr()
-    assert command(*options(tmp_path, "bad", **{**settings, **more, "task": task})) == 1
+    task, bad_completion = counting_task(tmp_path, "calls == 4 + 16 + 16 + 6", what), completions[16 + 16 + 5]
+    assert command(*options(tmp_path, "bad", **{**settings, "task": task})) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("grpo.py: error: ") and said in error
     assert repr(bad_completion["response"]) in error and repr(bad_completion["prompt"]) in error
@@ -473,9 +475,10 @@ def test_bad_reward_stops_the_run_and_names_the_completion(what, said, settings,
     # What there was is intact: with the task mended, the run ends as if nothing had happened.
     assert [record["step"] for record in metrics(tmp_path / "bad")] == [0, 1, 2]
     assert [path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()] == ["step_000002.pt"]
-    write_task(tmp_path, DENSE_TASK)
-    assert command("--resume", tmp_path / "bad") == 0
-    assert_same_run(tmp_path / "bad", good)
+    if what.startswith("raise"):
+        write_task(tmp_path, DENSE_TASK)
+        assert command("--resume", tmp_path / "bad") == 0
+        assert_same_run(tmp_path / "bad", good)
 
 
 def test_diverged_run_skips_updates_and_stops(settings, tmp_path, capsys):
@@ -521,14 +524,13 @@ def test_one_skipped_update_is_survived(settings, tmp_path):
 # wandb
 
 
-def read_wandb(directory):
+def read_wandb(path):
     """The history of an offline run, a list of dicts, from its log: LevelDB's format, which wandb has no reader for.
 
     After a header of 7 bytes, blocks of 32 KiB hold pieces of records: checksum (4), length (2), type (1), data.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
-    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
     content = path.read_bytes()
     position, data, rows = 7, b"", []
     while position < len(content):
@@ -543,16 +545,22 @@ def read_wandb(directory):
             record = Record.FromString(data)
             data = b""
             if record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                rows.append({key: value for key, value in items.items() if not key.startswith("_")})
     return rows
 
 
 def test_wandb_gets_what_the_log_gets(settings, tmp_path):
     run_dir = train(tmp_path, **settings, num_steps=3, eval_interval=2, track=True, wandb_mode="offline")
-    rows = [{key: value for key, value in row.items() if not key.startswith("_")} for row in read_wandb(run_dir)]
-    assert rows == read_metrics(run_dir)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    (segment,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    assert read_wandb(segment) == read_metrics(run_dir)
+    assert [row["step"] for row in read_wandb(segment)] == [0, 1, 2, 3]
+
+    # A resumed run is a new segment of the same wandb run.
+    assert command("--resume", run_dir, "--num-steps", 4) == 0
+    first, second = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    assert first == segment and second.name == segment.name
+    assert read_wandb(second) == read_metrics(run_dir)[4:]
 
 
 # The script as a command
