@@ -189,8 +189,11 @@ def check(args):
         require(getattr(args, field) >= 1, field, getattr(args, field), "give a number of at least 1")
     for field in ("sync_offset", "warmup_steps", "completions_per_step"):
         require(getattr(args, field) >= 0, field, getattr(args, field), "give 0 or more")
-    for field in ("temperature", "learning_rate", "max_grad_norm"):
-        require(0 < getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number above 0")
+    for field in dataclasses.fields(args):
+        if field.type is float:  # the algorithm's own options among them
+            require(getattr(args, field.name) > 0, field.name, getattr(args, field.name), "give a number above 0")
+    for field in ("temperature", "learning_rate"):
+        require(getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number")
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
 

@@ -127,7 +127,7 @@ def finish(argv, log, seconds=120):
     return process.exitcode
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=120):
     """Wait until `condition()`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -162,4 +162,5 @@ def assert_same_run(run_dir, other):
     for record, expected in zip(metrics(run_dir), metrics(other), strict=True):
         assert record == expected
     for name in ("completions.jsonl", "model/model.safetensors"):
-        assert (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes(), f"{name} differs"
+        same = (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes()
+        assert same, f"{name} differs between {run_dir} and {other}"  # without pytest's diff, which takes minutes

