@@ -269,8 +269,8 @@ def report(args, summary, environment, load):
     about = "\n".join(f"- {key}: {value}" for key, value in environment.items())
     return f"""# Time of a whole training step: grpo.py and TRL {version("trl")}
 
-With `grpo.py` logging the KL to the reference and TRL doing without one, `grpo.py` makes {" and ".join(claims)} of TRL's
-steps in the same time.
+With `grpo.py` logging the KL to the reference and TRL doing without one, `grpo.py` trains at this multiple of TRL's
+speed: {" and ".join(claims)}.
 
 {table(summary)}
 

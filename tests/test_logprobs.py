@@ -18,7 +18,7 @@ from common.models import load_model
 from grpo import Args, per_token_loss
 
 CPU = torch.device("cpu")
-PAD = 1
+VOCABULARY, PAD = 299, 1
 MODELS = {
     "qwen2, tied": ("qwen2", {}),
     "qwen2, untied": ("qwen2", {"tie_word_embeddings": False}),
@@ -30,7 +30,10 @@ MODELS = {
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     base = tmp_path_factory.mktemp("models")
-    return {name: build_model(family, base / name, **fields) for name, (family, fields) in MODELS.items()}
+    return {
+        name: build_model(family, base / name, vocab_size=VOCABULARY, **fields)
+        for name, (family, fields) in MODELS.items()
+    }
 
 
 @pytest.fixture(params=MODELS)
@@ -41,8 +44,8 @@ def model(request, directories):
 def make_batch(num_sequences=6, seed=0):
     """Prompts and responses of many lengths, with log-probs of a sampler and advantages, all made up."""
     rng = random.Random(seed)
-    prompts = [[rng.randrange(299) for _ in range(n)] for n in rng.sample(range(1, 15), num_sequences)]
-    responses = [[rng.randrange(299) for _ in range(n)] for n in rng.sample(range(1, 12), num_sequences)]
+    prompts = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in rng.sample(range(1, 15), num_sequences)]
+    responses = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in rng.sample(range(1, 12), num_sequences)]
     sampler_logprobs = [[-rng.uniform(4, 8) for _ in response] for response in responses]
     return prompts, responses, sampler_logprobs, [rng.gauss(0, 1) for _ in prompts]
 
@@ -142,7 +145,7 @@ def test_only_response_tokens_reach_the_head(model):
     hook = model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: sizes.append(output.shape))
     token_logprobs(model, *tensors(micro), 1.0)
     hook.remove()
-    assert sizes == [(micro.mask_BT.sum().item(), 299)]
+    assert sizes == [(micro.mask_BT.sum().item(), VOCABULARY)]
 
 
 def test_inputs_are_left_unchanged(model):
@@ -239,7 +242,7 @@ def test_gradient_checkpointing_changes_nothing(name, directories):
 
 def test_a_masked_vocabulary_entry_leaves_entropy_finite(directories):
     model = load_model(directories["llama, untied"], "", CPU, gradient_checkpointing=False)
-    head = torch.nn.Linear(64, 299)
+    head = torch.nn.Linear(64, VOCABULARY)
     head.weight.data.copy_(model.lm_head.weight.data)
     head.bias.data.zero_()
     head.bias.data[250:] = -torch.inf  # e.g. rows of a padded vocabulary

@@ -30,7 +30,7 @@ NO_EOS = {VOCABULARY + 5}  # never drawn
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     base = tmp_path_factory.mktemp("models")
-    return {family: build_model(family, base / family) for family in FAMILIES}
+    return {family: build_model(family, base / family, vocab_size=VOCABULARY) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
