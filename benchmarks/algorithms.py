@@ -48,8 +48,10 @@ PANELS = {
 
 @dataclass
 class Args:
-    steps: int = 480
+    steps: int = 460
     """training steps of each run"""
+    learning_rate: float = 5e-5
+    """one for all; the scripts' default, made for fresh batches, is too high for batches up to 19 updates old"""
     prompts_per_step: int = 8
     """P; with groups of 8, 64 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -77,7 +79,8 @@ def main(args, script_options):
             script=script,
             options=[
                 *("--seed", str(seed), "--sync-interval", str(SYNC_INTERVAL), "--threads", "1"),
-                *("--prompts-per-step", str(args.prompts_per_step), *script_options),
+                *("--prompts-per-step", str(args.prompts_per_step), "--learning-rate", str(args.learning_rate)),
+                *script_options,
             ],
         )
         for seed in args.seeds
@@ -209,7 +212,7 @@ def write_report(curves, accuracies, published, args, script_options):
         "![figure](figure.png)",
         "",
         f"`python benchmarks/algorithms.py` with {len(args.seeds)} seeds, {args.steps} steps and "
-        f"{args.prompts_per_step} × 8 rollouts a step"
+        f"{args.prompts_per_step} × 8 rollouts a step, learning rate {args.learning_rate:g} for all"
         + (f", script options `{' '.join(script_options)}`" if script_options else ", the embedded model and task")
         + ". Lines are means over seeds, bands their range, both after a moving average over 9 steps. The task, the "
         "reward's scale and the model differ from the published figure's, so directions and orderings compare, values "
