@@ -28,7 +28,7 @@ Run it:
 # --- end algorithm ---
 
 # Dimension key, the suffixes of tensor names: P prompts per step; G responses per prompt, a group; B = P·G sequences,
-# or the rows of one micro-batch; T tokens of a padded sequence; V vocabulary.
+# or the rows of one micro-batch; T tokens of a padded sequence; 1 a dimension that is spread over another.
 
 import copy
 import dataclasses
@@ -119,7 +119,7 @@ class Args:
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, a third more time"""
     reference_kl: bool = True
-    """log the KL to the initial policy; costs its forward pass"""
+    """log the KL to the initial policy; costs its forward pass and a copy of the weights"""
 
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
@@ -157,10 +157,10 @@ class Args:
 # --- algorithm ---
 def advantages(rewards_PG, args):
     """A = (r − r̄) / (σ + 1e-6) with the group's mean and population standard deviation; float64 in and out."""
-    # In float32 the mean of eight rewards of 0.7 is not 0.7, and dividing the residue by 1e-6 makes it an advantage.
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(dim=1, correction=0, keepdim=True) + 1e-6)
-    # A group whose rewards are all equal says nothing about its responses: exactly zero, even after rounding.
+    # A group whose rewards are all equal says nothing about its responses. The mean of equal numbers need not be that
+    # number after rounding, and dividing the residue by 1e-6 would make it an advantage: exactly zero instead.
     all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
     return advantages_PG.masked_fill(all_equal_P1, 0.0)
 
@@ -169,11 +169,11 @@ def advantages(rewards_PG, args):
 
 
 # --- algorithm ---
-def per_token_loss(logprobs, sampler_logprobs, advantages, args):
+def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, args):
     """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A), elementwise; the caller sums over tokens and divides by N."""
-    ratio = torch.exp(logprobs - sampler_logprobs)
-    clipped_ratio = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
-    return -torch.minimum(ratio * advantages, clipped_ratio * advantages)
+    ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT)
+    clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+    return -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
 
 
 # --- end algorithm ---
@@ -189,11 +189,11 @@ def check(args):
         require(getattr(args, field) >= 1, field, getattr(args, field), "give a number of at least 1")
     for field in ("sync_offset", "warmup_steps", "completions_per_step"):
         require(getattr(args, field) >= 0, field, getattr(args, field), "give 0 or more")
+    for field in ("temperature", "learning_rate", "max_grad_norm"):
+        require(0 < getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number above 0")
     for field in dataclasses.fields(args):
-        if field.type is float:  # the algorithm's own options among them
-            require(getattr(args, field.name) > 0, field.name, getattr(args, field.name), "give a number above 0")
-    for field in ("temperature", "learning_rate"):
-        require(getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number")
+        if field.type is float:  # the algorithm's own options
+            require(getattr(args, field.name) >= 0, field.name, getattr(args, field.name), "give 0 or more")
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
 
@@ -214,9 +214,10 @@ def main(args):
 
     model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
+    # No weight decay: nothing but the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # so that the optimizer steps even when no group has a gradient
+        parameter.grad = torch.zeros_like(parameter)  # a step without any gradient still moves by momentum
     eos_ids = end_of_sequence_ids(model, tokenizer)
     pad_id = padding_id(tokenizer, eos_ids)
     sampler = TransformersSampler(model, eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
@@ -224,12 +225,13 @@ def main(args):
     rollouts = SerialRollouts(sampler, prompts, *batch_shape, *schedule, args.seed)
 
     step, elapsed_seconds, skipped_in_a_row, offsets = 0, 0.0, 0, {}
-    if args.resume and (checkpoint := latest_checkpoint(run_dir, device)):
+    if args.resume and (checkpoint := latest_checkpoint(run_dir)):
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         rollouts.load_state(checkpoint["rollouts"])
         step, elapsed_seconds = checkpoint["step"], checkpoint["elapsed_seconds"]
         skipped_in_a_row, offsets = checkpoint["skipped_in_a_row"], checkpoint["offsets"]
+        del checkpoint  # it holds a copy of all weights
 
     log = RunLog(run_dir, Path(__file__).stem, dataclasses.asdict(args), step, args.num_steps, offsets)
     with log, finish_step_on_interrupt() as interrupt:
@@ -242,7 +244,8 @@ def main(args):
             step += 1
             step_started = time.perf_counter()
 
-            # Sample: G responses to each of P prompts, by the policy of the version that the schedule names.
+            # Sample: G responses to each of P prompts. Version j of the weights is what update j left; the schedule
+            # (common/schedule.py) says which version draws which batch, and the lag is how many updates ago that was.
             batch = rollouts.next(step)
             sampled = time.perf_counter()
             lag = step - 1 - batch.version
@@ -262,7 +265,8 @@ def main(args):
             has_gradient = (advantages_B != 0).tolist()
             splits = split_by_token_budget(lengths, args.max_tokens_per_microbatch, group_by=has_gradient)
             statistics, loss_sum = TokenStatistics(), 0.0
-            # Where the sampler has just drawn with the trainer's present weights, the two must agree on the log-probs.
+            # Sampler and trainer must agree on log-probs where both hold the same weights. At lag 0 the training batch
+            # shows that below; else a batch that was drawn just now, for later, does.
             fresh = rollouts.drawn_with(step - 1) if lag > 0 else None
             mismatch = sampler_mismatch(model, fresh, pad_id, args.temperature, precision) if fresh else {}
             optimizer.zero_grad(set_to_none=False)
@@ -275,7 +279,7 @@ def main(args):
                     loss_BT = per_token_loss(logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, args)
                     loss = loss_BT[micro.mask_BT].sum() / num_tokens
                 if loss.requires_grad:
-                    logprobs_BT.retain_grad()
+                    logprobs_BT.retain_grad()  # a token whose log-prob gets no gradient has been clipped
                     loss.backward()
                     statistics.add_clipped((logprobs_BT.grad == 0)[micro.mask_BT])
                 ref_logprobs_BT = None

@@ -26,8 +26,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.launcher import Run, run_all
-from common.runlog import describe_environment, read_metrics
+from benchmarks.launcher import Run, environment_of, run_all
+from common.runlog import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -102,11 +102,12 @@ def main(args, script_options):
         for script in ALGORITHMS
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "environment.txt").write_text(describe_environment())
+    environment = environment_of(directory / runs[0].name)
+    (output / "environment.txt").write_text(environment + "\n")
     write_csv(records, output / "curves.csv")
     draw(curves, output / "figure.png")
     published = json.loads((ROOT / "benchmarks" / "published" / "algorithms_sync_interval_20.json").read_text())
-    report = write_report(curves, accuracies, published, args, script_options)
+    report = write_report(curves, accuracies, published, args, script_options, environment)
     (output / "report.md").write_text(report)
     print(report)
 
@@ -204,7 +205,7 @@ def observations(curves):
     ]
 
 
-def write_report(curves, accuracies, published, args, script_options):
+def write_report(curves, accuracies, published, args, script_options, environment):
     """The comparison as Markdown, every number and every yes or no computed from the runs."""
     lines = [
         "# Three algorithms at `sync_interval = 20`",
@@ -253,7 +254,7 @@ def write_report(curves, accuracies, published, args, script_options):
     for script, (name, _) in ALGORITHMS.items():
         values = accuracies[script]
         lines.append(f"| {name} | {', '.join(f'{value:.3f}' for value in values)} | {np.mean(values):.3f} |")
-    lines += ["", "## Environment", "", "```", describe_environment().strip(), "```"]
+    lines += ["", "## Environment of the first run", "", "```", environment, "```"]
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.runlog import describe_environment, read_metrics
+from benchmarks.launcher import environment_of
+from common.runlog import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -78,10 +79,11 @@ def summarise(seed, first, total, records):
 def main(args):
     with tempfile.TemporaryDirectory() as directory:
         runs = {seed: run_seed(seed, Path(directory)) for seed in args.seeds}
+        environment = environment_of(Path(directory) / f"seed{args.seeds[0]}")
     rows = [summarise(seed, *run) for seed, run in runs.items()]
 
     args.output.mkdir(parents=True, exist_ok=True)
-    results = {"environment": describe_environment().splitlines(), "rows": rows}
+    results = {"environment": environment.splitlines(), "rows": rows}
     (args.output / "default_run.json").write_text(json.dumps(results, indent=1) + "\n")
 
     mean = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
@@ -102,7 +104,7 @@ untrained policy's reward, the mean of the very first batches over seeds: {mean[
 ![curves](curves.png)
 
 ```
-{describe_environment().strip()}
+{environment}
 ```
 """
     (args.output / "report.md").write_text(report)

@@ -28,7 +28,7 @@ def run_all(runs, num_steps, directory, jobs):
     Shows one progress bar over all steps. When a run fails, stops the others and exits with the end of its output.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    waiting = [run for run in runs if not (directory / run.name / "model").exists()]
+    waiting = [run for run in runs if not _is_finished(directory / run.name, num_steps)]
     active = {}
     with tqdm(total=len(runs) * num_steps, unit="step", dynamic_ncols=True) as bar:
         try:
@@ -50,14 +50,23 @@ def run_all(runs, num_steps, directory, jobs):
                 process.terminate()
 
 
+def environment_of(run_dir):
+    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware, threads."""
+    return (run_dir / "environment.txt").read_text().split("\n\n")[0].strip()
+
+
 def _start(run, num_steps, directory):
-    command = [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps)]
+    command = [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps), *run.options]
     if (directory / run.name / "args.json").exists():
-        command += ["--resume", str(directory / run.name)]
+        command += ["--resume", str(directory / run.name)]  # which refuses if the options are not those of that run
     else:
-        command += ["--output", str(directory), "--name", run.name, *run.options]
+        command += ["--output", str(directory), "--name", run.name]
     with open(directory / f"{run.name}.log", "a") as log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+
+def _is_finished(run_dir, num_steps):
+    return (run_dir / "model").exists() and _steps_done(run_dir) == num_steps
 
 
 def _steps_done(run_dir):

@@ -22,8 +22,8 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.launcher import Run, run_all
-from common.runlog import describe_environment, read_metrics
+from benchmarks.launcher import Run, environment_of, run_all
+from common.runlog import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -74,7 +74,7 @@ def main(args):
         }
         for (label, rate), rows in records.items()
     ]
-    environment = describe_environment()
+    environment = environment_of(ROOT / args.runs / next(iter(runs.values())).name)
     (output / "results.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
     draw(records, args.learning_rates, output / "strip.png")
     accuracy = {(row["loss"], row["learning_rate"]): row["accuracy"] for row in results}
@@ -97,7 +97,7 @@ def main(args):
 ![reward over training steps](strip.png)
 
 ```
-{environment.strip()}
+{environment}
 ```
 """
     (output / "report.md").write_text(report)

@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, the repository's own modules are not yet importable
 
 import grpo
-from common.models import TINY_MODEL, load_tokenizer
+from common.models import load_tokenizer
 from common.rollouts import problems_of_batch
 from common.runlog import describe_environment
 from common.tasks import encode_problems, load_task
@@ -65,7 +65,7 @@ VARIANTS = {  # name: (is it TRL?, does it compute the reference's log-probs?)
 
 @dataclass
 class Args:
-    model: str = TINY_MODEL
+    model: str = str(ROOT / "common" / "tiny_model")
     """model directory, for both sides"""
     threads: tuple[int, ...] = (1, 2)
     """numbers of CPU threads to measure with"""

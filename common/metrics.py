@@ -4,6 +4,7 @@ The sums are taken in float64, so that the way a batch is split into micro-batch
 """
 
 import resource
+import sys
 
 import numpy as np
 import torch
@@ -78,4 +79,5 @@ def peak_memory_gib(device):
     """Most memory ever held: PyTorch's on a GPU, the process's on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -10,6 +10,7 @@ import math
 import os
 import platform
 import re
+import secrets
 import subprocess
 import sys
 from datetime import datetime
@@ -51,7 +52,7 @@ class RunLog:
     """Writes a run's files and shows its progress; a context manager.
 
     Args:
-        run_dir: the run's directory; made if need be.
+        run_dir: the run's directory; made unless the run is resumed.
         script: name of the training script, for `args.json`.
         args: its arguments, a dict that JSON can hold.
         first_step, num_steps: where the progress bar starts (the steps already done) and ends.
@@ -60,7 +61,10 @@ class RunLog:
 
     def __init__(self, run_dir, script, args, first_step, num_steps, offsets):
         self.run_dir = Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=bool(args["resume"]))
+        except FileExistsError as error:  # made by another run since `new_run_directory` looked
+            raise BadInput(f"--name {self.run_dir.name}: {self.run_dir} already exists; give another name.") from error
         self.script, self.first_step, self.num_steps = script, first_step, num_steps
         write_atomically(self.run_dir / "args.json", json.dumps({"script": script, **args}, indent=2) + "\n")
         self._metrics = self._open("metrics.jsonl", offsets.get("metrics", 0))
@@ -80,7 +84,7 @@ class RunLog:
         if records := read_metrics(self.run_dir):
             draw_curves(records, self.run_dir.name, self.run_dir / "curves.png")
         if self._wandb:
-            self._wandb.finish()
+            self._wandb.finish(exit_code=int(exception[0] is not None))
 
     def track(self, project, entity, mode):
         """Send every metric to Weights & Biases as well; `entity` may be empty, `mode` is "online" or "offline"."""
@@ -88,7 +92,7 @@ class RunLog:
 
         id_file = self.run_dir / "wandb_id.txt"  # a resumed run continues the same curves
         if not id_file.exists():
-            write_atomically(id_file, wandb.util.generate_id())
+            write_atomically(id_file, secrets.token_hex(8))
         self._wandb = wandb.init(
             project=project,
             entity=entity or None,
@@ -106,8 +110,7 @@ class RunLog:
     def write(self, step, metrics):
         """Record the metrics of one step, a dict of numbers. JSON knows no infinity and no NaN: they become null."""
         record = {"step": step, **metrics}
-        finite = {key: value if math.isfinite(value) else None for key, value in record.items()}
-        self._append(self._metrics, finite)
+        self._append(self._metrics, {key: _finite(value) for key, value in record.items()})
         if self._wandb:
             self._wandb.log(record)
         if "reward/mean" in metrics:
@@ -119,18 +122,21 @@ class RunLog:
 
     def write_completions(self, step, how_many, problems, texts, rewards, advantages):
         """Record a few of a step's completions, spread over the batch; the other arguments hold one value each."""
-        for row in range(0, len(texts), max(1, -(-len(texts) // how_many)) if how_many else len(texts) + 1):
+        how_many = min(how_many, len(texts))
+        for row in [i * len(texts) // how_many for i in range(how_many)]:
             completion = {
                 "step": step,
                 "prompt": problems[row]["prompt"],
                 "response": texts[row],
-                "reward": float(rewards[row]),
-                "advantage": float(advantages[row]),
+                "reward": _finite(float(rewards[row])),
+                "advantage": _finite(float(advantages[row])),
             }
             self._append(self._completions, completion)
 
     def offsets(self):
-        """Where both logs end now, in bytes, for a checkpoint."""
+        """Where both logs end now, in bytes, for a checkpoint; up to there they are on disk."""
+        for file in (self._metrics, self._completions):
+            os.fsync(file.fileno())
         return {"metrics": self._metrics.tell(), "completions": self._completions.tell()}
 
     def summarise(self):
@@ -138,8 +144,9 @@ class RunLog:
         evaluations = [r for r in read_metrics(self.run_dir) if "eval/accuracy" in r]
         self._bar.close()
         if self._last_step < self.num_steps:
+            kept = "a checkpoint is written" if self._last_step else "there is nothing to keep yet"
             print(
-                f"Stopped after step {self._last_step} of {self.num_steps}; a checkpoint is written. Continue with:\n"
+                f"Stopped after step {self._last_step} of {self.num_steps}; {kept}. Continue with:\n"
                 f"    python {self.script}.py --resume {self.run_dir}"
             )
         first, last = evaluations[0], evaluations[-1]
@@ -166,12 +173,18 @@ class RunLog:
         """Append a section per start or resume, and say where a resumed run's surroundings differ from before."""
         path = self.run_dir / "environment.txt"
         described = describe_environment()
-        earlier = path.read_text().splitlines() if path.exists() else []
+        sections = path.read_text().split("\n\n") if path.exists() else []
         with path.open("a") as file:
             file.write(f"started: {datetime.now():%Y-%m-%d %H:%M:%S}\n{described}\n")
-        changed = [line for line in described.splitlines() if line not in earlier and not line.startswith("command:")]
-        if earlier and changed:
+        before, now = (set(text.splitlines()) for text in (sections[-2] if len(sections) > 1 else "", described))
+        changed = sorted(line for line in before ^ now if not line.startswith(("started:", "command:")))
+        if sections and changed:
             print(f"Resumed under other conditions, so last bits may differ: {'; '.join(changed)}.", file=sys.stderr)
+
+
+def _finite(value):
+    """The number, or None, which JSON can write, for infinity and NaN."""
+    return value if math.isfinite(value) else None
 
 
 def write_atomically(path, text):

@@ -74,6 +74,11 @@ class TransformersSampler(Sampler):
 
     @torch.no_grad()
     def _decode(self, prompts, group_size, choose):
+        # One autocast context for all tokens: it keeps the weights it has cast to bf16 until it is left.
+        with autocast(self.model.device.type, self.precision):
+            return self._decode_batch(prompts, group_size, choose)
+
+    def _decode_batch(self, prompts, group_size, choose):
         device, was_training = self.model.device, self.model.training
         self.model.eval()  # gradient checkpointing, active in training mode only, would switch the cache off
 
@@ -134,13 +139,12 @@ class TransformersSampler(Sampler):
 
     def _next_logits(self, inputs_BT, attention_BT, positions_BT, cache):
         """Logits of the token after the last column, for every row; the cache grows by the columns read."""
-        with autocast(inputs_BT.device.type, self.precision):
-            output = self.model(
-                input_ids=inputs_BT,
-                attention_mask=attention_BT,
-                position_ids=positions_BT,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
+        output = self.model(
+            input_ids=inputs_BT,
+            attention_mask=attention_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
         return output.logits[:, -1]

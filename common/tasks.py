@@ -105,14 +105,16 @@ class GSM8K(Task):
     def __init__(self, data="", eval_data="", eval_size=256):
         super().__init__(data, eval_data, eval_size)
         self.grader = MathGrader()
-        train, test = read_rows(data or str(GSM8K_SAMPLE), "--data", ("question", "answer"))
+        if not data:
+            data, eval_size = str(GSM8K_SAMPLE), min(eval_size, 64)  # of 256 rows
+        train, test = read_rows(data, "--data", ("question", "answer"))
         if eval_data:
             rows, test_split = read_rows(eval_data, "--eval-data", ("question", "answer"))
             test = test_split or rows
         if not test:
             if len(train) <= eval_size:
                 raise BadInput(
-                    f"--eval-size {eval_size} of the {len(train)} rows of --data {data or GSM8K_SAMPLE} cannot be held "
+                    f"--eval-size {eval_size} of the {len(train)} rows of --data {data} cannot be held "
                     "out: give a smaller --eval-size, or other rows with --eval-data."
                 )
             train, test = train[:-eval_size], train[-eval_size:]
@@ -152,8 +154,9 @@ def load_task(name, data="", eval_data="", eval_size=256):
         )
     if not Path(path).is_file():
         raise BadInput(f"--task {name}: there is no file {path}; give the path of the file that defines {class_name}.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # as an import would: dataclasses, among others, look their module up there
     try:
         spec.loader.exec_module(module)
         if hasattr(module, class_name):
@@ -194,7 +197,11 @@ def encode_problems(task, split, tokenizer, max_prompt_tokens, long_prompts):
     # A template writes its own special tokens; plain text gets those that the tokenizer adds by itself (a BOS, say).
     prompts = tokenizer(texts, add_special_tokens=not any(chats))["input_ids"]
 
-    fits = [0 < len(prompt) <= max_prompt_tokens for prompt in prompts]
+    if not all(prompts):
+        raise BadInput(
+            f"--task {type(task).__name__} has an empty {split} prompt: give every problem at least one token."
+        )
+    fits = [len(prompt) <= max_prompt_tokens for prompt in prompts]
     count = f"{fits.count(False)} of {len(fits)}"
     too_long = f"{count} {split} prompts are longer than --max-prompt-tokens {max_prompt_tokens}"
     if not any(fits) or (long_prompts == "refuse" and not all(fits)):
@@ -220,7 +227,7 @@ def grade(task, tokenizer, problems, responses):
         try:
             grades.append({key: float(value) for key, value in values.items()})
             finite = math.isfinite(grades[-1]["reward"])
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             finite = False
         if not finite:
             raise RunStopped(

@@ -25,6 +25,7 @@ from helpers import (
     options,
     steps,
     train,
+    wait_for,
     write_task,
 )
 from safetensors.torch import load_file
@@ -147,7 +148,7 @@ def test_files_of_a_run(settings, tmp_path):
 
     run_dir = train(tmp_path, **settings, checkpoint_interval=1, seed=3)
     args = json.loads((run_dir / "args.json").read_text())
-    assert args["script"] == "grpo" and args["seed"] == 3 and args["learning_rate"] == 1e-3
+    assert args["script"] == "grpo" and args["seed"] == 3 and args["learning_rate"] == 2e-4
     assert set(args) == {"script", *(f.name for f in dataclasses.fields(importlib.import_module("grpo").Args))}
     environment = (run_dir / "environment.txt").read_text()
     for line in (f"torch: {torch.__version__}", "threads: 1", f"python: {sys.version.split()[0]}", "commit: ", "cpu: "):
@@ -553,6 +554,7 @@ def read_wandb(path):
 def test_wandb_gets_what_the_log_gets(settings, tmp_path):
     run_dir = train(tmp_path, **settings, num_steps=3, eval_interval=2, track=True, wandb_mode="offline")
     (segment,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
+    wait_for(lambda: len(read_wandb(segment)) == 4, seconds=30)  # wandb's service writes on after `finish` returns
     assert read_wandb(segment) == read_metrics(run_dir)
     assert [row["step"] for row in read_wandb(segment)] == [0, 1, 2, 3]
 
@@ -560,6 +562,7 @@ def test_wandb_gets_what_the_log_gets(settings, tmp_path):
     assert command("--resume", run_dir, "--num-steps", 4) == 0
     first, second = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
     assert first == segment and second.name == segment.name
+    wait_for(lambda: len(read_wandb(second)) == 1, seconds=30)
     assert read_wandb(second) == read_metrics(run_dir)[4:]
 
 
@@ -584,7 +587,7 @@ def test_copied_script_and_common_run_as_they_are(copied):
     assert [record["step"] for record in metrics(directory / "out" / "run")] == [0, 1]
     assert "Held-out accuracy" in ended.stdout
     saved = json.loads((directory / "out" / "run" / "args.json").read_text())
-    assert Path(saved["model"]).resolve() == directory / "common" / Path(TINY_MODEL).name
+    assert saved["model"] == TINY_MODEL  # a name, not a path: the run can be resumed from another place
     assert "commit: unknown" in (directory / "out" / "run" / "environment.txt").read_text()
     assert {path.name for path in directory.iterdir()} == {"grpo.py", "common", "out"}
 
