@@ -132,8 +132,9 @@ def test_on_policy_all_but_red_agree_up_to_the_standard_deviation():
 @pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_equal_rewards_give_exactly_zero_advantage(script):
     for reward in (0.7, 0.1, 1e6, -3.3):
-        rewards_PG = torch.full((1, 8), reward, dtype=torch.float64)
-        assert torch.equal(script.advantages(rewards_PG, script.Args()), torch.zeros(1, 8, dtype=torch.float64))
+        for group_size in (2, 3, 6, 7, 8, 12, 49):  # three 0.7s do not have the mean 0.7, not even in float64
+            rewards_PG = torch.full((1, group_size), reward, dtype=torch.float64)
+            assert torch.equal(script.advantages(rewards_PG, script.Args()), torch.zeros_like(rewards_PG))
 
 
 @pytest.mark.parametrize("script", SCRIPTS[1:])
@@ -177,3 +178,33 @@ def test_no_clamp_is_hidden_in_the_losses(log_ratio):
         moved_enough = (advantage > 0) == (log_ratio > 0)
         assert gradient(rec_oneside_nois, logprobs, sampler, a).item() == (0.0 if moved_enough else -advantage)
         assert gradient(red_weight, logprobs, sampler, a).item() == pytest.approx(-math.exp(advantage) * advantage)
+
+
+# Fixed data from another policy: three arms, pulled with probability 0.3, 0.6, 0.1, paying 0, 0.8, 1
+
+
+def bandit(label):
+    from benchmarks.bandit import LOSSES, train
+
+    policies = train(*LOSSES[label])
+    torch.testing.assert_close(policies.sum(dim=1), torch.ones(len(policies), dtype=torch.float64))
+    return policies[-1].tolist()
+
+
+def test_plain_reinforce_goes_to_the_wrong_arm_of_the_bandit():
+    # Its gradient on an arm's logit is μ(r − r̄): −0.174, 0.132, 0.042 for ever, so the second arm outruns the best.
+    assert bandit("REINFORCE (REC, ε = ∞)") == pytest.approx([0, 1, 0], abs=1e-3)
+
+
+@pytest.mark.parametrize("label", ["GRPO", "REC-OneSide-NoIS (0.2)"])
+def test_clipping_stops_where_every_arm_has_moved_by_epsilon(label):
+    # The good arms may rise to 1.2 times their 0.6 and 0.1; what is left is the bad arm's, below 0.8 times its 0.3.
+    assert bandit(label) == pytest.approx([0.16, 0.72, 0.12], abs=2e-3)
+
+
+def test_red_weight_ends_between_the_good_arms():
+    # With c = μ A exp(A) per arm and C their sum, a logit's gradient is c − π C. The bad arm's pushes it down for ever;
+    # the good ones rest where π₂ − π₃ = (c₂ − c₃) / C: 0.88 and 0.12.
+    c1, c2, c3 = (mu * a * math.exp(a) for mu, a in ((0.3, -0.58), (0.6, 0.22), (0.1, 0.42)))
+    gap = (c2 - c3) / (c1 + c2 + c3)
+    assert bandit("RED-Weight") == pytest.approx([0, (1 + gap) / 2, (1 - gap) / 2], abs=2e-3)
