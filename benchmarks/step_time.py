@@ -73,8 +73,8 @@ class Args:
     """how many times all variants take their turn"""
     steps: int = 10
     """training steps of each run, warm-up included"""
-    trl_batch_size: int = 128
-    """sequences in one of TRL's micro-batches, a divisor of P·G; of 32, 64, 128 and 256 this one was fastest"""
+    trl_batch_size: int = 64
+    """sequences in one of TRL's micro-batches, a divisor of P·G; the fastest of 32, 64, 128 and 256 on two CPU cores"""
     output: Path = ROOT / "benchmarks" / "results" / "step_time"
     """where step_time.json and report.md are written"""
 

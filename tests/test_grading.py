@@ -216,7 +216,7 @@ HARMLESS = {
 def test_an_endless_answer_costs_its_time_and_nothing_else(grader, response):
     timeouts, worker, started = grader.timeouts, grader._worker.pid, time.monotonic()
     assert grader.grade(["18", "18", "18"], ["#### 18", response, r"\boxed{18}"]) == [True, False, True]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 6  # 1 s on an idle core; the tests share theirs
     assert grader.timeouts == timeouts + 1
     assert grader._worker.pid == worker  # only a fork of it died
 
@@ -225,7 +225,7 @@ def test_an_endless_answer_costs_its_time_and_nothing_else(grader, response):
 def test_a_strange_answer_is_wrong(grader, response):
     timeouts, started = grader.timeouts, time.monotonic()
     assert grader.grade(["18", "18"], [response, "#### 18"]) == [False, True]
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 6
     assert grader.timeouts == timeouts
 
 
@@ -237,7 +237,7 @@ def test_a_long_answer_is_wrong(grader):
 def test_equal_answers_are_graded_once(grader):
     timeouts, started = grader.timeouts, time.monotonic()
     assert not any(grader.grade(["18"] * 16, [TOWER] * 16))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8
     assert grader.timeouts == timeouts + 16
 
 
@@ -248,7 +248,7 @@ def test_a_batch_is_bounded(seconds_per_answer):
     grader.grade(["18"], ["#### 18"])
     started = time.monotonic()
     assert not any(grader.grade(["18"] * 20, endless))
-    assert 1 < time.monotonic() - started < 3
+    assert 1 < time.monotonic() - started < 8
     assert grader.timeouts == 20
     assert grader.grade(["18", "17"], ["#### 18", "#### 18"]) == [True, False]
     grader.close()
@@ -258,7 +258,7 @@ def test_ordinary_answers_are_fast(grader):
     golds = [str(n) for n in range(256)]
     started = time.monotonic()
     assert all(grader.grade(golds, [f"So it is\n#### ${gold}.00" for gold in golds]))
-    assert time.monotonic() - started < 2  # 0.3 s on an idle core
+    assert time.monotonic() - started < 10  # 0.3 s on an idle core; a process for each answer would take two minutes
 
 
 # ---- Processes ----
@@ -277,7 +277,7 @@ def processes(group):
     return found
 
 
-def wait_until(condition, seconds=10):
+def wait_until(condition, seconds=30):
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, "waited in vain"
@@ -368,7 +368,7 @@ def test_a_worker_that_stops_answering_does_not_hang():
     long_batch = [f"#### {n:0400}" for n in range(400)]  # more than a pipe holds
     started = time.monotonic()
     assert not any(grader.grade(["18"] * 400, long_batch))
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8
     assert grader.timeouts == 400
     assert grader.grade(["18"], ["#### 18"]) == [True]
     grader.close()
@@ -455,7 +455,7 @@ def test_no_process_outlives_the_parent(end):
         assert processes(worker)
         parent.kill()
     parent.communicate()
-    wait_until(lambda: not processes(worker), seconds=5)
+    wait_until(lambda: not processes(worker), seconds=20)
 
 
 def test_missing_library_is_said_in_words(tmp_path, monkeypatch):
