@@ -39,7 +39,7 @@ LOSSES = {  # label: (script, its options, colour)
 @dataclass
 class Args:
     learning_rates: tuple[float, ...] = (5e-5, 2e-4, 8e-4)
-    """one panel each; the default of the scripts lies in the middle"""
+    """one panel each: that of algorithms.py, the default of the scripts, and four times as much"""
     steps: int = 150
     """training steps of each run"""
     seed: int = 1
