@@ -247,13 +247,14 @@ def test_a_prompt_begins_with_one_bos(tmp_path, tokenizer):
 
 
 def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsys):
-    path = write_task(tmp_path, OWN_TASK)
+    # The long ones, of two digits, come first.
+    path = write_task(tmp_path, OWN_TASK.replace("range(self.eval_size)", "reversed(range(self.eval_size))"))
     task = load_task(f"{path}:Echo", eval_size=12)
     lengths = [len(tokenizer.encode(problem["prompt"])) for problem in task.problems("train")]
     limit = min(lengths)
-    assert 0 < lengths.count(limit) < 12  # numbers of one digit and of two
+    assert lengths[0] > limit and lengths[-1] == limit
     problems, prompts = encode_problems(task, "train", tokenizer, limit, "drop")
-    assert [problem["n"] for problem in problems] == [n for n in range(12) if lengths[n] <= limit]
+    assert [problem["n"] for problem in problems] == [11 - i for i in range(12) if lengths[i] <= limit]
     assert [tokenizer.decode(prompt) for prompt in prompts] == [problem["prompt"] for problem in problems]
     assert f"{12 - len(problems)} of 12 train prompts" in capsys.readouterr().err
     with pytest.raises(BadInput, match=f"{12 - len(problems)} of 12 train prompts"):
