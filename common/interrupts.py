@@ -17,7 +17,8 @@ def finish_step_on_interrupt():
 
     def on_interrupt(signal_number, frame):
         interrupt.requested = True
-        signal.signal(signal.SIGINT, previous)
+        # Not `previous`: a process that a shell started in the background was told to ignore SIGINT.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("\nFinishing this step; press Ctrl-C again to stop at once.", flush=True)
 
     previous = signal.signal(signal.SIGINT, on_interrupt)
