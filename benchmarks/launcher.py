@@ -1,5 +1,6 @@
 """Run several training scripts, a few at a time, and pick up where an earlier call was stopped."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -27,6 +28,8 @@ def run_all(runs, num_steps, directory, jobs):
 
     Shows one progress bar over all steps. When a run fails, stops the others and exits with the end of its output.
     """
+    # A plain `kill` ends Python without any `finally`; the runs would go on and meet those of the next call.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command continues."))
     directory.mkdir(parents=True, exist_ok=True)
     waiting = [run for run in runs if not _is_finished(directory / run.name, num_steps)]
     active = {}

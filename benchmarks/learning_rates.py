@@ -22,6 +22,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.algorithms import moving_average
 from benchmarks.launcher import Run, environment_of, run_all
 from common.runlog import read_metrics
 
@@ -111,9 +112,7 @@ def draw(records, rates, path):
         for label, (_, _, colour) in LOSSES.items():
             points = [(row["step"], row["reward/mean"]) for row in records[label, rate] if row["step"] > 0]
             steps, rewards = np.array(points).T
-            kernel = np.ones(9)
-            smooth = np.convolve(rewards, kernel, "same") / np.convolve(np.ones_like(rewards), kernel, "same")
-            axis.plot(steps, smooth, color=colour, label=label)
+            axis.plot(steps, moving_average(rewards), color=colour, label=label)
         axis.set(title=f"learning rate {rate:g}", xlabel="Training Steps")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("Training Reward")
