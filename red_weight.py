@@ -42,6 +42,7 @@ import math
 import time
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -64,9 +65,10 @@ from common.models import (
     load_tokenizer,
     padding_id,
 )
-from common.rollouts import SerialRollouts, evaluate, sampler_mismatch
+from common.rollouts import RolloutPlan, SerialRollouts, evaluate, sampler_mismatch
 from common.runlog import RunLog, new_run_directory
-from common.samplers import TransformersSampler
+from common.sampler_process import OverlappedRollouts
+from common.samplers import TransformersSampler, load_transformers_sampler
 from common.tasks import encode_problems, grade, load_task
 
 
@@ -100,6 +102,10 @@ class Args:
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
     """O: how many batches the sampler may be ahead; (I, O) = (1, 1) is one-step off-policy"""
+    serial: bool = False
+    """sample in the trainer's process, in turns with training, and get the same batches; on a GPU always so"""
+    sampler_timeout: float = 300.0
+    """stop when the sampler's process has not decoded a token for so many seconds"""
 
     max_prompt_tokens: int = 1024
     """longest prompt"""
@@ -129,8 +135,9 @@ class Args:
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
-    threads: int = 2
-    """CPU threads of PyTorch; results repeat bit for bit only with the same number"""
+    threads: int = 0
+    """CPU threads of PyTorch in each process, on which the last bits depend; 0 for 2, or for 1 where two processes work
+    at the same time"""
 
     eval_interval: int = 25
     """evaluate on held-out problems before training, every so many steps, and at the end"""
@@ -183,13 +190,13 @@ def check(args):
     """Refuse arguments that cannot work, before anything is loaded. Raises `BadInput`."""
     at_least_one = (
         "num_steps prompts_per_step sync_interval max_prompt_tokens max_response_tokens max_skipped_updates "
-        "max_tokens_per_microbatch threads eval_interval eval_size checkpoint_interval keep_checkpoints"
+        "max_tokens_per_microbatch eval_interval eval_size checkpoint_interval keep_checkpoints"
     )
     for field in at_least_one.split():
         require(getattr(args, field) >= 1, field, getattr(args, field), "give a number of at least 1")
-    for field in ("sync_offset", "warmup_steps", "completions_per_step"):
+    for field in ("sync_offset", "threads", "warmup_steps", "completions_per_step"):
         require(getattr(args, field) >= 0, field, getattr(args, field), "give 0 or more")
-    for field in ("temperature", "learning_rate", "max_grad_norm"):
+    for field in ("temperature", "learning_rate", "max_grad_norm", "sampler_timeout"):
         require(0 < getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number above 0")
     for field in dataclasses.fields(args):
         if field.type is float:  # the algorithm's own options
@@ -200,8 +207,11 @@ def check(args):
 def main(args):
     # Everything that can be wrong with the input shows before a model is loaded.
     check(args)
-    torch.set_num_threads(args.threads)
     device, precision = choose_device(args.device, args.precision)
+    serial = args.serial or device.type == "cuda"  # one GPU gains nothing from two processes that share it
+    schedule = (args.sync_interval, args.sync_offset)
+    args.threads = args.threads or (2 if serial or schedule == (1, 0) else 1)
+    torch.set_num_threads(args.threads)
     name = args.name or f"{Path(__file__).stem}-{Path(args.task).stem}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(args.resume) if args.resume else new_run_directory(args.output, name)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)
@@ -220,9 +230,17 @@ def main(args):
         parameter.grad = torch.zeros_like(parameter)  # a step without any gradient still moves by momentum
     eos_ids = end_of_sequence_ids(model, tokenizer)
     pad_id = padding_id(tokenizer, eos_ids)
-    sampler = TransformersSampler(model, eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
-    batch_shape, schedule = (args.prompts_per_step, args.group_size), (args.sync_interval, args.sync_offset)
-    rollouts = SerialRollouts(sampler, prompts, *batch_shape, *schedule, args.seed)
+    sampler_options = (eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
+    sampler = TransformersSampler(model, *sampler_options)
+    batch_shape = (args.prompts_per_step, args.group_size)
+    plan = RolloutPlan(prompts, *batch_shape, *schedule, args.seed)
+    # Sampler and trainer must agree on log-probs where both hold the same weights.
+    mismatch = partial(sampler_mismatch, model, pad_id, args.temperature, precision)
+    if serial:
+        rollouts = SerialRollouts(sampler, plan, mismatch)
+    else:  # this sampler then only evaluates
+        make_sampler = partial(load_transformers_sampler, args.model, args.revision, args.threads, *sampler_options)
+        rollouts = OverlappedRollouts(model, make_sampler, plan, mismatch, args.sampler_timeout)
 
     step, elapsed_seconds, skipped_in_a_row, offsets = 0, 0.0, 0, {}
     if args.resume and (checkpoint := latest_checkpoint(run_dir)):
@@ -234,7 +252,7 @@ def main(args):
         del checkpoint  # it holds a copy of all weights
 
     log = RunLog(run_dir, Path(__file__).stem, dataclasses.asdict(args), step, args.num_steps, offsets)
-    with log, finish_step_on_interrupt() as interrupt:
+    with log, rollouts, finish_step_on_interrupt() as interrupt:
         if args.track:
             log.track(args.wandb_project, args.wandb_entity, args.wandb_mode)
         if step == 0:
@@ -242,7 +260,7 @@ def main(args):
 
         while step < args.num_steps and not interrupt.requested:
             step += 1
-            step_started = time.perf_counter()
+            step_started, step_started_at = time.perf_counter(), time.time()
 
             # Sample: G responses to each of P prompts. Version j of the weights is what update j left; the schedule
             # (common/schedule.py) says which version draws which batch, and the lag is how many updates ago that was.
@@ -265,10 +283,6 @@ def main(args):
             has_gradient = (advantages_B != 0).tolist()
             splits = split_by_token_budget(lengths, args.max_tokens_per_microbatch, group_by=has_gradient)
             statistics, loss_sum = TokenStatistics(), 0.0
-            # Sampler and trainer must agree on log-probs where both hold the same weights. At lag 0 the training batch
-            # shows that below; else a batch that was drawn just now, for later, does.
-            fresh = rollouts.drawn_with(step - 1) if lag > 0 else None
-            mismatch = sampler_mismatch(model, fresh, pad_id, args.temperature, precision) if fresh else {}
             optimizer.zero_grad(set_to_none=False)
             for rows in splits:
                 micro = collate(batch.prompts, batch.responses, batch.logprobs, rows, pad_id, device)
@@ -305,7 +319,7 @@ def main(args):
             metrics = {
                 **reward_statistics(rewards_PG, grades, response_lengths, batch.truncated),
                 **statistics.result(num_tokens, same_weights=lag == 0),
-                **mismatch,
+                **batch.mismatch,
                 "loss": loss_sum,
                 "grad_norm": grad_norm,
                 "lr": lr,
@@ -313,6 +327,8 @@ def main(args):
                 "weights_version": batch.version,
                 "update_skipped": float(skip),
                 "padding_share": padding_share(lengths, splits),
+                "time/sample_started_at": batch.sample_started_at,
+                "time/step_started_at": step_started_at,
                 "time/sample": batch.sample_seconds,
                 "time/wait": sampled - step_started,
                 "time/grade": graded - sampled,

@@ -9,7 +9,7 @@ import torch
 from common.batching import collate
 from common.logprobs import token_logprobs
 from common.randomness import derive_seed
-from common.schedule import last_batch_of_version, version_of_batch
+from common.schedule import batches_of_version, version_of_batch
 from common.tasks import grade
 
 
@@ -31,6 +31,10 @@ class Batch:
     """B lists: log-probability of each response token under the policy that drew it"""
     truncated: list[bool]
     """B: cut at the token limit"""
+    mismatch: dict[str, float]
+    """what `sampler_mismatch` found, where `RolloutPlan.mismatch_is_due`"""
+    sample_started_at: float
+    """when the sampler began with it, Unix time in seconds"""
     sample_seconds: float
     """time the sampler spent on it"""
 
@@ -47,42 +51,93 @@ def problems_of_batch(k, num_problems, prompts_per_step, seed):
     return [int(orders[position // num_problems][position % num_problems]) for position in positions]
 
 
+@dataclass
+class RolloutPlan:
+    """Everything about the batches but the weights: prompts, schedule, random streams. Batch k follows from k alone."""
+
+    prompt_ids: list[list[int]]
+    """per training problem, its prompt as token ids"""
+    prompts_per_step: int
+    """P"""
+    group_size: int
+    """G"""
+    sync_interval: int
+    """I"""
+    sync_offset: int
+    """O"""
+    seed: int
+
+    def version(self, k):
+        return version_of_batch(k, self.sync_interval, self.sync_offset)
+
+    def batches_of(self, version):
+        """Numbers of the batches that weights `version` draw, a range; also those past the last step of this run.
+
+        By the schedule alone: a run that is extended later must not differ from one that was long from the start.
+        """
+        return batches_of_version(version, self.sync_interval, self.sync_offset)
+
+    def mismatch_is_due(self, k):
+        """Whether batch k shows, and no training step will, if sampler and trainer agree on log-probs.
+
+        They must agree where both hold the same weights. A batch with lag 0 shows it in training; where there is none,
+        the first batch of each version has to be looked at with the weights that drew it.
+        """
+        return self.version(k) < k - 1 and k == self.batches_of(self.version(k))[0]
+
+    def draw(self, sampler, k):
+        """Draw batch `k` with the weights that `sampler` holds, which must be those of version(k)."""
+        started, started_at = time.perf_counter(), time.time()
+        problems = problems_of_batch(k, len(self.prompt_ids), self.prompts_per_step, self.seed)
+        prompts = [self.prompt_ids[problem] for problem in problems]
+        samples = sampler.sample(prompts, self.group_size, derive_seed(self.seed, "sample", k))
+        return Batch(
+            number=k,
+            version=self.version(k),
+            problems=problems,
+            prompts=[prompt for prompt in prompts for _ in range(self.group_size)],
+            responses=samples.responses,
+            logprobs=samples.logprobs,
+            truncated=samples.truncated,
+            mismatch={},
+            sample_started_at=started_at,
+            sample_seconds=time.perf_counter() - started,
+        )
+
+
 class SerialRollouts:
     """Sampling and training take turns in this process, on one and the same set of weights.
 
     Because the sampler reads the trainer's live weights, every batch must be drawn while those weights are the version
     that the schedule names: `next` draws all batches of a new version at once, before the trainer moves on.
+    `sampler_process.OverlappedRollouts` delivers the same batches, from a process of its own.
 
     Args:
         sampler: a `samplers.Sampler` on the trainer's weights.
-        prompt_ids: per training problem, its prompt as token ids.
+        plan: a `RolloutPlan`.
+        measure_mismatch: `sampler_mismatch` but for its last argument, the batch.
     """
 
-    def __init__(self, sampler, prompt_ids, prompts_per_step, group_size, sync_interval, sync_offset, seed):
+    def __init__(self, sampler, plan, measure_mismatch):
         self.sampler = sampler
-        self.prompt_ids = prompt_ids
-        self.prompts_per_step = prompts_per_step
-        self.group_size = group_size
-        self.schedule = (sync_interval, sync_offset)
-        self.seed = seed
+        self.plan = plan
+        self.measure_mismatch = measure_mismatch
         self.version = 0  # of the trainer's live weights
         self.last_drawn = 0
         self.waiting = {}  # batches drawn but not yet trained on, by number
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
     def next(self, step):
         """The batch of step `step`, drawn with weights of version(step). Blocks until it is there."""
-        # By the schedule alone, even past the last step of this run: a run that is extended later must not differ.
-        while self.last_drawn < last_batch_of_version(self._newest_version(), *self.schedule):
+        newest = self.version - self.version % self.plan.sync_interval
+        while self.last_drawn < self.plan.batches_of(newest)[-1]:
             self._draw(self.last_drawn + 1)
-        batch = self.waiting.pop(step)
-        expected = version_of_batch(step, *self.schedule)
-        if batch.version != expected:
-            raise RuntimeError(f"Batch {step} was drawn with weights {batch.version}; the schedule says {expected}.")
-        return batch
-
-    def drawn_with(self, version):
-        """A batch that was drawn with weights `version` and is still waiting to be trained on, or None."""
-        return next((batch for batch in self.waiting.values() if batch.version == version), None)
+        return self.waiting.pop(step)
 
     def publish(self, update):
         """Tell the sampler that the live weights are now those after `update`."""
@@ -97,32 +152,20 @@ class SerialRollouts:
         self.version, self.last_drawn = state["version"], state["last_drawn"]
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
 
-    def _newest_version(self):
-        return self.version - self.version % self.schedule[0]
-
     def _draw(self, k):
-        version = version_of_batch(k, *self.schedule)
-        if version != self.version:
-            raise RuntimeError(f"Batch {k} needs weights of version {version}, but version {self.version} is loaded.")
-        start = time.perf_counter()
-        problems = problems_of_batch(k, len(self.prompt_ids), self.prompts_per_step, self.seed)
-        prompts = [self.prompt_ids[problem] for problem in problems]
-        samples = self.sampler.sample(prompts, self.group_size, derive_seed(self.seed, "sample", k))
-        self.waiting[k] = Batch(
-            number=k,
-            version=version,
-            problems=problems,
-            prompts=[prompt for prompt in prompts for _ in range(self.group_size)],
-            responses=samples.responses,
-            logprobs=samples.logprobs,
-            truncated=samples.truncated,
-            sample_seconds=time.perf_counter() - start,
-        )
+        if self.plan.version(k) != self.version:
+            raise RuntimeError(
+                f"Batch {k} is due from weights of version {self.plan.version(k)}, but the model holds {self.version}."
+            )
+        batch = self.plan.draw(self.sampler, k)
+        if self.plan.mismatch_is_due(k):
+            batch.mismatch = self.measure_mismatch(batch)
+        self.waiting[k] = batch
         self.last_drawn = k
 
 
 @torch.no_grad()
-def sampler_mismatch(model, batch, pad_id, temperature, precision, num_sequences=8):
+def sampler_mismatch(model, pad_id, temperature, precision, batch, num_sequences=8):
     """|log-prob of the trainer − log-prob of the sampler| over the tokens of a batch's first few sequences.
 
     To be called while the model still holds the weights that drew the batch.

@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 from common.logprobs import autocast
+from common.models import load_model
+from common.shared_weights import point_parameters
 
 
 @dataclass
@@ -29,7 +32,17 @@ class Samples:
 
 
 class Sampler:
-    """Draws responses; what is behind it (this process, another one, a serving engine) is not the script's business."""
+    """Draws responses; what is behind it (this process, another one, a serving engine) is not the script's business.
+
+    Attributes:
+        heartbeat: int64 [1], one up per decoded position, so that another process can tell slow from stuck.
+    """
+
+    heartbeat: torch.Tensor
+
+    def use_weights(self, tensors):
+        """Draw with these weights from now on: tensors by parameter name, which may be kept and must not change."""
+        raise NotImplementedError
 
     def sample(self, prompts, group_size, seed):
         """Draw `group_size` responses to each prompt (token ids) with random streams derived from `seed`.
@@ -62,6 +75,10 @@ class TransformersSampler(Sampler):
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.precision = precision
+        self.heartbeat = torch.zeros(1, dtype=torch.int64)
+
+    def use_weights(self, tensors):
+        point_parameters(self.model, tensors)
 
     def sample(self, prompts, group_size, seed):
         generator = torch.Generator(self.model.device).manual_seed(seed)
@@ -117,6 +134,7 @@ class TransformersSampler(Sampler):
             ended_B[rows] |= torch.isin(token_B1.squeeze(1), self.eos_ids)
             open_B = ~ended_B[rows]
             num_open = int(open_B.sum())
+            self.heartbeat += 1
             if num_open == 0 or t == self.max_tokens - 1:
                 break
             # Finished sequences leave the batch. Leaving copies the whole cache, so it waits until an eighth can go.
@@ -148,3 +166,14 @@ class TransformersSampler(Sampler):
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+
+def load_transformers_sampler(model, revision, threads, *options):
+    """What a sampler's process calls (`sampler_process`): a `TransformersSampler` on a model of its own, on the CPU.
+
+    `model` and `revision` as in `models.load_model`, `options` as in `TransformersSampler`, after the model.
+    """
+    torch.set_num_threads(threads)
+    disable_progress_bar()  # the trainer shows its own
+    device = torch.device("cpu")
+    return TransformersSampler(load_model(model, revision, device, gradient_checkpointing=False), *options)

@@ -17,13 +17,13 @@ def version_of_batch(k, sync_interval, sync_offset):
     return sync_interval * (max(0, k - 1 - sync_offset) // sync_interval)
 
 
-def last_batch_of_version(version, sync_interval, sync_offset):
-    """Number of the last batch drawn with weights `version`, a multiple of `sync_interval`.
+def batches_of_version(version, sync_interval, sync_offset):
+    """Numbers of the batches drawn with weights `version`, a multiple of `sync_interval`; a range.
 
-    version(k) = j  ⇔  j + O + 1 ≤ k ≤ j + O + I (from k = 1 for j = 0), so the first batch of the next version is one
-    sync interval further on.
+    version(k) = j  ⇔  j + O + 1 ≤ k ≤ j + O + I, and from k = 1 for j = 0.
     """
-    return version + sync_offset + sync_interval
+    first = version + sync_offset + 1 if version else 1
+    return range(first, version + sync_offset + sync_interval + 1)
 
 
 def is_due(update, sync_interval):

@@ -44,10 +44,11 @@ SMALL = {
     "eval_size": 4,
     "eval_interval": 100,
     "checkpoint_interval": 100,
+    "serial": True,
     "threads": 1,
     "device": "cpu",
 }
-"""settings of a run that takes a second"""
+"""settings of a run that takes a second; the sampler's own process takes seconds to start, see test_overlap.py"""
 
 
 def write_task(directory, text, name="task.py"):
@@ -128,11 +129,12 @@ def finish(argv, log, seconds=120):
 
 
 def wait_for(condition, seconds=120):
-    """Wait until `condition()`."""
+    """Wait until `condition()`; returns its value."""
     deadline = time.monotonic() + seconds
-    while not condition():
+    while not (value := condition()):
         assert time.monotonic() < deadline, f"nothing happened in {seconds} s"
         time.sleep(0.002)
+    return value
 
 
 def num_logged(run_dir):

@@ -77,7 +77,7 @@ def test_a_good_start_loads_a_model_and_returns_zero(given, model, tmp_path, cap
 @pytest.mark.parametrize(
     "field",
     [
-        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens", "max_response_tokens", "threads",
+        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens", "max_response_tokens",
         "max_skipped_updates", "max_tokens_per_microbatch", "eval_interval", "eval_size", "checkpoint_interval",
         "keep_checkpoints", "temperature", "learning_rate", "max_grad_norm",
     ],

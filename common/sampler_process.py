@@ -1,0 +1,216 @@
+"""Sampling beside training: the sampler in a process of its own, one sync behind or several, as the schedule allows.
+
+The trainer's side is `OverlappedRollouts`, the sampler's `run_sampler`. Three things pass between them:
+
+    trainer → sampler    a version of the weights, in shared memory, and a message that says in which slot
+    sampler → trainer    the batches, in order, each as soon as it is drawn
+    sampler → trainer    a heartbeat: a counter in shared memory, one up per decoded token
+
+The sampler draws all batches of one version, then waits for the next version. Which batches those are is a matter of
+the schedule, so an overlapped run trains on the very batches of a serial one; only the waiting differs.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import wait
+
+from common.errors import RunStopped
+from common.rollouts import Batch
+from common.schedule import is_due
+from common.shared_weights import SharedWeights, point_parameters
+
+
+class OverlappedRollouts:
+    """Delivers what `rollouts.SerialRollouts` would, drawn by a process that samples while the trainer trains.
+
+    A context manager: the process lives inside the context, and no longer than the trainer, however that ends.
+
+    Args:
+        model: the trainer's, whose weights are published.
+        make_sampler: called without arguments in the new process, returns its `samplers.Sampler`; picklable.
+        plan: a `rollouts.RolloutPlan`.
+        measure_mismatch: `rollouts.sampler_mismatch` but for its last argument, the batch.
+        timeout: seconds without a decoded token, while the trainer waits, after which the sampler counts as hung.
+
+    Raises `RunStopped` as soon as the process has died, wherever the trainer is at that moment, or hangs.
+    """
+
+    def __init__(self, model, make_sampler, plan, measure_mismatch, timeout):
+        self.model = model
+        self.make_sampler = make_sampler
+        self.plan = plan
+        self.measure_mismatch = measure_mismatch
+        self.timeout = timeout
+        # Version v is needed until its last batch, v + O + I, has been trained on. After update j, those are the
+        # multiples of I above j − O − I and up to j: at most ceil(O / I) + 1, so a slot is free whenever one is due.
+        self.weights = SharedWeights(model, num_slots=-(-plan.sync_offset // plan.sync_interval) + 1)
+        self.slot_of = {}  # version: its slot, for the versions still needed
+        self.published = None  # the newest version the sampler has been told of
+        self.last_arrived = 0
+        self.waiting = {}  # batches that have arrived but not been trained on, by number
+
+    def __enter__(self):
+        context = multiprocessing.get_context("spawn")  # a fork would inherit thread pools and locks in any state
+        self.connection, its_end = context.Pipe()
+        arguments = (its_end, self.weights, self.make_sampler, self.plan)
+        self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
+        # Ctrl-C reaches every process of the terminal. It is for the trainer: the sampler starts with it ignored.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            self.process.start()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        its_end.close()
+        self._on_child_before = signal.signal(signal.SIGCHLD, self._on_child_exit)
+        if self.published is None:
+            self.publish(0)
+        else:  # resumed: versions in order, as they were published
+            for version in sorted(self.slot_of):
+                self._announce(version)
+        return self
+
+    def __exit__(self, *exception):
+        signal.signal(signal.SIGCHLD, self._on_child_before)
+        self.process.kill()  # what it is drawing now can be drawn again
+        self.process.join()
+        self.connection.close()
+
+    def next(self, step):
+        """The batch of step `step`, drawn with weights of version(step). Blocks until it is there."""
+        version = self.plan.version(step)
+        if version > self.published:
+            raise RuntimeError(
+                f"Batch {step} is due from weights of version {version}, which were never published; the newest is "
+                f"{self.published}."
+            )
+        while step not in self.waiting:
+            self._receive()
+        batch = self.waiting.pop(step)
+        if self.plan.mismatch_is_due(step):
+            own = point_parameters(self.model, self.weights.slots[self.slot_of[version]])
+            try:
+                batch.mismatch = self.measure_mismatch(batch)
+            finally:
+                point_parameters(self.model, own)
+        return batch
+
+    def publish(self, update):
+        """The model's weights are now those after `update`: hand them over if that is a version of the schedule."""
+        if not is_due(update, self.plan.sync_interval):
+            return
+        for version in [v for v in self.slot_of if self.plan.batches_of(v)[-1] <= update]:
+            del self.slot_of[version]  # all its batches have been trained on
+        slot = min(set(range(len(self.weights.slots))) - set(self.slot_of.values()))
+        self.weights.write(slot, update, self.model)
+        self.slot_of[update], self.published = slot, update
+        self._announce(update)
+
+    def state(self):
+        """What a checkpoint needs besides the live weights: batches drawn ahead, weights for those still to draw."""
+        while self.connection.poll():
+            self._receive()
+        return {
+            "waiting": [vars(batch) for batch in self.waiting.values()],
+            "last_arrived": self.last_arrived,
+            "published": self.published,
+            # Cloned one by one: of a view, torch.save would write the whole memory it lies in.
+            "weights": {
+                version: {name: tensor.clone() for name, tensor in self.weights.slots[slot].items()}
+                for version, slot in self.slot_of.items()
+            },
+        }
+
+    def load_state(self, state):
+        self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
+        self.last_arrived, self.published = state["last_arrived"], state["published"]
+        for slot, (version, tensors) in enumerate(state["weights"].items()):
+            for name, tensor in tensors.items():
+                self.weights.slots[slot][name].copy_(tensor)
+            self.weights.versions[slot] = version
+            self.slot_of[version] = slot
+
+    def _announce(self, version):
+        still_to_draw = [k for k in self.plan.batches_of(version) if k > self.last_arrived]
+        with contextlib.suppress(BrokenPipeError):  # it died just now; that is said where its batch is missed
+            self.connection.send((version, self.slot_of[version], still_to_draw))
+
+    def _receive(self):
+        """Wait for the sampler's next message, a batch or why it cannot go on; and for no longer than it is alive."""
+        beat, beat_at = self.weights.heartbeat.item(), time.monotonic()
+        while not wait([self.connection, self.process.sentinel], timeout=min(1.0, self.timeout)):
+            if (now_at := self.weights.heartbeat.item()) != beat:
+                beat, beat_at = now_at, time.monotonic()
+            elif time.monotonic() - beat_at > self.timeout:
+                raise RunStopped(
+                    f"The sampler's process has not decoded a token for {self.timeout} s while {self._its_work()}: "
+                    "look for what blocks it, or give --sampler-timeout more; then continue with --resume."
+                )
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._death() from None
+        if not isinstance(message, Batch):
+            raise RunStopped(f"The sampler's process failed while {self._its_work()}: {message}")
+        expected = self.last_arrived + 1
+        if (message.number, message.version) != (expected, self.plan.version(expected)):
+            raise RuntimeError(f"Batch {message.number} arrived from version {message.version}, but {expected} is due.")
+        self.waiting[message.number] = message
+        self.last_arrived = message.number
+
+    def _its_work(self):
+        """What the sampler was to do: its next batch, or its next version if all batches of the newest are drawn."""
+        k = self.last_arrived + 1
+        if self.plan.version(k) <= self.published:
+            return f"drawing batch {k} with weights of version {self.plan.version(k)}"
+        return f"waiting for weights of version {self.plan.version(k)} for batch {k}"
+
+    def _on_child_exit(self, signal_number, frame):
+        """SIGCHLD, in the middle of whatever the trainer does: it should not train on for minutes without a sampler."""
+        if not self.process.is_alive():
+            raise self._death()
+
+    def _death(self):
+        self.process.join(timeout=5)
+        return RunStopped(
+            f"The sampler's process died (exit code {self.process.exitcode}; -9 is what running out of memory looks "
+            f"like) while {self._its_work()}. The last checkpoint is intact: continue with --resume."
+        )
+
+
+def run_sampler(connection, weights, make_sampler, plan):
+    """The sampler's process: draw the batches of each version announced, in order, until the trainer is gone."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # A batch is larger than a pipe holds, and the trainer reads it when it needs it: a thread waits for that.
+    outbox = ThreadPoolExecutor(max_workers=1)
+    try:
+        sampler = make_sampler()
+        sampler.heartbeat = weights.heartbeat
+        while True:
+            version, slot, numbers = connection.recv()
+            sampler.use_weights(weights.slots[slot])
+            for k in numbers:
+                batch = plan.draw(sampler, k)
+                if not plan.version(k) == version == weights.versions[slot]:
+                    raise RuntimeError(
+                        f"batch {k} is due from version {plan.version(k)}, but version {version} was announced and "
+                        f"version {weights.versions[slot]} lies in slot {slot}"
+                    )
+                outbox.submit(connection.send, batch)
+    except EOFError:
+        return  # the trainer is gone
+    except Exception as error:
+        if not isinstance(error, RunStopped):
+            traceback.print_exc()
+        outbox.submit(connection.send, f"{type(error).__name__}: {error}")
+        _leave_with_parent()  # not before: the trainer should read the message, not find a dead process
+
+
+def _leave_with_parent():
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
