@@ -8,11 +8,14 @@ not exist here, and a checkpoint's `generation_config` is ignored but for its EO
 distribution are not the policy's.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
+from common.errors import RunStopped
 from common.logprobs import autocast
 
 
@@ -34,7 +37,8 @@ class Sampler:
     def sample(self, prompts, group_size, seed):
         """Draw `group_size` responses to each prompt (token ids) with random streams derived from `seed`.
 
-        The result depends on the weights and the arguments alone. Returns `Samples`.
+        The result depends on the weights and the arguments alone. Returns `Samples`. Raises `RunStopped` where the
+        policy is no distribution any more, because its weights or logits are not finite.
         """
         raise NotImplementedError
 
@@ -88,7 +92,14 @@ class TransformersSampler(Sampler):
             )
             return inverse_cdf(logprobs_BV, uniform_B1)
 
-        return self._decode(prompts, group_size, choose)
+        samples = self._decode(prompts, group_size, choose)
+        # Looked at once for all tokens: a look at every token would make the CPU wait for the GPU each time.
+        if not all(map(math.isfinite, itertools.chain.from_iterable(samples.logprobs))):
+            raise RunStopped(
+                "The policy's weights or logits are no longer finite, so no response can be drawn from it: look at "
+                "loss and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
+            )
+        return samples
 
     def greedy(self, prompts):
         return self._decode(prompts, 1, lambda logprobs_BV: logprobs_BV.argmax(dim=-1, keepdim=True))

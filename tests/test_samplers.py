@@ -18,6 +18,7 @@ import torch
 from conftest import FAMILIES, build_model
 
 from common.batching import collate
+from common.errors import RunStopped
 from common.logprobs import token_logprobs
 from common.models import load_model
 from common.samplers import TransformersSampler, inverse_cdf
@@ -332,6 +333,17 @@ def test_drawn_ids_have_their_probabilities():
     chi_square = ((counts[often] - expected[often]).square() / expected[often]).sum().item()
     freedom = int(often.sum())  # the rare ids, left out, take the place of the one that is lost
     assert freedom > 20 and abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_stop_the_run(directories, bad):
+    model = load_model(directories["llama"], "", CPU, gradient_checkpointing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 5] = bad
+    sampler = TransformersSampler(model, MANY_EOS, PAD, 4, 1.0)
+    with pytest.raises(RunStopped, match=r"no longer finite.*--learning-rate"):
+        sampler.sample(make_prompts(), 2, seed=18)
+    sampler.greedy(make_prompts())  # an evaluation must not lose the metrics of the step that shows why
 
 
 # What sampling leaves alone
