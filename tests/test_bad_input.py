@@ -1,6 +1,6 @@
 """What a user can get wrong ends with exit code 2 and one sentence on stderr that names the option.
 
-It does so before a model is loaded, and nothing is left behind in the output directory. `refused` checks all of that;
+It does so before a model is loaded, and leaves no file or directory that was not there. `refused` checks all of that;
 `test_a_good_start_*` show that its checks can fail.
 """
 
@@ -24,8 +24,8 @@ def refused(tmp_path, capsys):
     """A function that starts a run with the given options and returns the sentence it was refused with."""
 
     def start(*argv, names, output=None):
-        output = output or tmp_path / "output"
-        before = sorted(output.rglob("*")) if output.is_dir() else []
+        output = output or tmp_path
+        before = sorted(output.rglob("*"))
         capsys.readouterr()
         assert command(*argv) == 2
         error = capsys.readouterr().err
@@ -33,7 +33,7 @@ def refused(tmp_path, capsys):
         (line,) = error.splitlines()
         assert line.startswith("grpo.py: error: ") and line.endswith((".", ".)"))
         assert names in line.removeprefix("grpo.py: error: ")
-        assert (sorted(output.rglob("*")) if output.is_dir() else []) == before
+        assert sorted(output.rglob("*")) == before
         return line
 
     return start
@@ -41,7 +41,7 @@ def refused(tmp_path, capsys):
 
 @pytest.fixture
 def given(tmp_path):
-    """A command line: small settings, an output directory that `refused` watches, and the settings given."""
+    """A command line: small settings, an output directory that does not exist yet, and the settings given."""
 
     def command_line(**settings):
         return options(tmp_path / "output", **settings)
@@ -363,6 +363,7 @@ def test_run_directory_is_a_file(given, refused, tmp_path):
 def test_output_cannot_be_written(below, refused, tmp_path):
     # Below a regular file nothing can be created, not even by root.
     (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0o777)
     refused(*options(tmp_path / "file" / below), names=f"--output {tmp_path / 'file' / below}")
 
 
