@@ -307,6 +307,30 @@ def test_weights_are_broken(damage, given, model, tmp_path, capsys):
     assert not (tmp_path / "output" / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "key, row, value, said",
+    [
+        ("model.layers.1.mlp.up_proj.weight", -1, float("nan"), "model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", 3, float("-inf"), "model.layers.0.self_attn.q_proj.bias"),
+        ("model.embed_tokens.weight", -1, float("inf"), "model.embed_tokens.weight"),
+        ("model.norm.weight", slice(None), 3e38, "its logits"),  # finite, unlike what comes of it
+    ],
+)
+def test_weights_are_not_finite(key, row, value, said, given, model, tmp_path, capsys):
+    # What a run leaves behind whose last update ruined the weights.
+    from safetensors.torch import load_file, save_file
+
+    directory = broken_model(model, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[key][row] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    assert command(*given(model=directory, task=dense_task(tmp_path))) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert f"--model {directory} " in error.splitlines()[-1] and f"first in {said})" in error.splitlines()[-1]
+    assert not (tmp_path / "output").exists()
+
+
 def test_chat_template_is_missing_where_it_is_needed(given, refused, model, tmp_path):
     directory = broken_model(model, tmp_path / "model", remove=["chat_template.jinja"])
     data = write_rows(tmp_path / "data.jsonl", [ROW] * 20)
