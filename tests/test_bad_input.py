@@ -242,6 +242,14 @@ def test_eval_size_leaves_nothing_to_train_on(rows, eval_size, given, refused, t
     refused(*given(task="gsm8k", data=data, eval_size=eval_size), names=f"--eval-size {eval_size} ")
 
 
+def test_eval_size_is_more_than_the_held_out_rows(given, refused, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", [ROW] * 20)
+    eval_data = write_rows(tmp_path / "held_out.jsonl", [ROW] * 5)
+    argv = given(task="gsm8k", data=data, eval_data=eval_data, eval_size=6)
+    line = refused(*argv, names=f"--eval-data {eval_data}")
+    assert "--eval-size 6 " in line and " 5 rows" in line
+
+
 # Models
 
 
