@@ -107,6 +107,20 @@ def test_infinity(field, given, refused):
     refused(*given(**{field: "inf"}), names=f"--{field.replace('_', '-')} inf ")
 
 
+@pytest.mark.parametrize("rate", ["1e38", "1.1e37", "1e300"])
+def test_learning_rate_beyond_float32(rate, given, refused):
+    line = refused(*given(learning_rate=rate), names=f"--learning-rate {float(rate)} ")
+    assert "float32" in line and "1e37" in line
+
+
+def test_largest_learning_rate_is_one_that_the_optimizer_takes():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    grpo.check(grpo.Args(learning_rate=1e37))
+    torch.optim.AdamW([parameter], lr=1e37, betas=(0.9, 0.999)).step()
+    assert parameter.isfinite().all()
+
+
 # Tasks
 
 
