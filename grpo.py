@@ -198,6 +198,8 @@ def check(args):
         require(getattr(args, field) >= 0, field, getattr(args, field), "give 0 or more")
     for field in ("temperature", "learning_rate", "max_grad_norm", "sampler_timeout"):
         require(0 < getattr(args, field) < math.inf, field, getattr(args, field), "give a finite number above 0")
+    steepest = "AdamW's first step multiplies it by 10, and float32 ends at 3.4e38; give at most 1e37"
+    require(args.learning_rate <= 1e37, "learning_rate", args.learning_rate, steepest)
     for field in dataclasses.fields(args):
         if field.type is float:  # the algorithm's own options
             require(getattr(args, field.name) >= 0, field.name, getattr(args, field.name), "give 0 or more")

@@ -1,5 +1,6 @@
 """Run several training scripts, a few at a time, and pick up where an earlier call was stopped."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -10,6 +11,19 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# `kill -9` leaves the launcher no chance to stop its runs, which would go on and meet those of the next call. So each
+# run asks Linux to be killed when its parent dies (option 1 of prctl), looks whether that has happened already, and
+# only then becomes the training script. Not in Popen's `preexec_fn`, which may deadlock where there are threads.
+LEAVE_WITH_PARENT = """
+import ctypes, os, signal, sys
+parent, *command = sys.argv[1:]
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(parent):
+        sys.exit()
+os.execv(command[0], command)
+"""
 
 
 @dataclass
@@ -59,7 +73,8 @@ def environment_of(run_dir):
 
 
 def _start(run, num_steps, directory):
-    command = [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps), *run.options]
+    command = [sys.executable, "-c", LEAVE_WITH_PARENT, str(os.getpid())]
+    command += [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps), *run.options]
     if (directory / run.name / "args.json").exists():
         command += ["--resume", str(directory / run.name)]  # which refuses if the options are not those of that run
     else:

@@ -61,8 +61,9 @@ def load_tokenizer(name, revision=""):
 def load_model(name, revision, device, gradient_checkpointing):
     """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
 
-    Raises `BadInput` for weights that do not load or do not fit the configuration, and for models whose logits are more
-    than head(backbone(tokens)), which is what `logprobs.token_logprobs` computes (soft-capped or scaled logits).
+    Raises `BadInput` for weights that do not load, do not fit the configuration or are not finite, and for models whose
+    logits are more than head(backbone(tokens)), which is what `logprobs.token_logprobs` computes (soft-capped or scaled
+    logits).
     """
     config = load_config(name, revision)
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
@@ -81,7 +82,15 @@ def load_model(name, revision, device, gradient_checkpointing):
         probe_BT = torch.arange(8, device=device).unsqueeze(0) % model.config.vocab_size
         logits = model(input_ids=probe_BT).logits
         ours = model.get_output_embeddings()(model.base_model(input_ids=probe_BT).last_hidden_state)
-    if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4, equal_nan=True):
+    # Every tensor, since the probe reads only some of the embeddings; and the logits, since large weights may overflow.
+    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    broken += [] if logits.isfinite().all() else ["its logits"]
+    if broken:
+        raise BadInput(
+            f"--model {name} holds or computes NaN or infinity (first in {broken[0]}): give a model whose training did "
+            "not diverge, from an intact file."
+        )
+    if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4):
         raise BadInput(
             f"--model {name} changes its logits after the output head (soft-capping or scaling), which the log-probs "
             "here leave out: give a model without that."

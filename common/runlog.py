@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -34,25 +35,45 @@ PANELS = (
 
 
 def new_run_directory(output, name):
-    """The path `output/name`, free to be created. Raises `BadInput` where it exists or cannot be created."""
+    """The path `output/name`, free to be created. Raises `BadInput` where it exists or cannot be created.
+
+    Creates nothing: that is for `RunLog`, so that a start that is refused leaves nothing behind.
+    """
     path = Path(output) / name
     if path.exists():
         raise BadInput(
             f"--name {name}: {path} already exists; give another name, or continue that run with --resume {path}."
         )
-    try:
-        path.mkdir(parents=True)
-        path.rmdir()  # `RunLog` makes it; a run that fails before that leaves nothing behind
-    except OSError as error:
-        raise BadInput(f"--output {output} cannot be written to ({error}): give another directory.") from error
+    above = next(directory for directory in path.parents if directory.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(
+            f"--output {output} cannot be written to, since {above} is no directory in which you may create files: "
+            "give another."
+        )
     return path
+
+
+def _create(run_dir, args_json):
+    """Make the run's directory with `args.json` in it. Raises `BadInput` where another run has made it meanwhile.
+
+    Both appear at once, by renaming: a run that is killed before has taken no name, one that is killed after can be
+    resumed. Of two runs with one name, the second finds the directory not empty, onto which nothing can be renamed.
+    """
+    unfinished = run_dir.with_name(f"{run_dir.name}.{secrets.token_hex(4)}.unfinished")
+    try:
+        unfinished.mkdir(parents=True)
+        (unfinished / "args.json").write_text(args_json)
+        os.rename(unfinished, run_dir)
+    except OSError as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise BadInput(f"--name {run_dir.name}: {run_dir} cannot be made ({error}); give another name.") from error
 
 
 class RunLog:
     """Writes a run's files and shows its progress; a context manager.
 
     Args:
-        run_dir: the run's directory; made unless the run is resumed.
+        run_dir: the run's directory; made, as `_create` does it, unless the run is resumed.
         script: name of the training script, for `args.json`.
         args: its arguments, a dict that JSON can hold.
         first_step, num_steps: where the progress bar starts (the steps already done) and ends.
@@ -61,12 +82,12 @@ class RunLog:
 
     def __init__(self, run_dir, script, args, first_step, num_steps, offsets):
         self.run_dir = Path(run_dir)
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=bool(args["resume"]))
-        except FileExistsError as error:  # made by another run since `new_run_directory` looked
-            raise BadInput(f"--name {self.run_dir.name}: {self.run_dir} already exists; give another name.") from error
         self.script, self.first_step, self.num_steps = script, first_step, num_steps
-        write_atomically(self.run_dir / "args.json", json.dumps({"script": script, **args}, indent=2) + "\n")
+        args_json = json.dumps({"script": script, **args}, indent=2) + "\n"
+        if args["resume"]:
+            write_atomically(self.run_dir / "args.json", args_json)
+        else:
+            _create(self.run_dir, args_json)
         self._metrics = self._open("metrics.jsonl", offsets.get("metrics", 0))
         self._completions = self._open("completions.jsonl", offsets.get("completions", 0))
         self._write_environment()

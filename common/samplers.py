@@ -8,12 +8,15 @@ not exist here, and a checkpoint's `generation_config` is ignored but for its EO
 distribution are not the policy's.
 """
 
+import itertools
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 from transformers.utils.logging import disable_progress_bar
 
+from common.errors import RunStopped
 from common.logprobs import autocast
 from common.models import load_model
 from common.shared_weights import point_parameters
@@ -47,13 +50,30 @@ class Sampler:
     def sample(self, prompts, group_size, seed):
         """Draw `group_size` responses to each prompt (token ids) with random streams derived from `seed`.
 
-        The result depends on the weights and the arguments alone. Returns `Samples`.
+        The result depends on the weights and the arguments alone. Returns `Samples`. Raises `RunStopped` where the
+        policy is no distribution any more, because its weights or logits are not finite.
         """
         raise NotImplementedError
 
     def greedy(self, prompts):
         """The most likely token at every position, one response per prompt. Returns `Samples`."""
         raise NotImplementedError
+
+
+def inverse_cdf(logprobs_BV, uniform_B1):
+    """The ids that uniform numbers in [0, 1), float64, stand for under exp(logprobs_BV), one per row: int64 [B, 1].
+
+    An id's share of [0, 1) is its probability, and an id of probability 0 has none. Faster than `torch.multinomial`,
+    which draws an exponential for every entry of the vocabulary, where this takes one uniform number for all of them.
+    """
+    cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
+    total_B1 = cumulative_BV[:, -1:].contiguous()  # 1, but for rounding
+    # The first id whose cumulative probability is above the number: it must have added something itself.
+    token_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True)
+    # The product may round up to the total, which no id is above: then the last id that added something. Where the
+    # log-probs are NaN, nothing is above or equal to anything; any id will do, as long as it is one.
+    last_B1 = torch.searchsorted(cumulative_BV, total_B1).clamp(max=logprobs_BV.shape[-1] - 1)
+    return torch.minimum(token_B1, last_B1)
 
 
 class TransformersSampler(Sampler):
@@ -82,9 +102,21 @@ class TransformersSampler(Sampler):
 
     def sample(self, prompts, group_size, seed):
         generator = torch.Generator(self.model.device).manual_seed(seed)
-        return self._decode(
-            prompts, group_size, lambda logprobs_BV: torch.multinomial(logprobs_BV.exp(), 1, generator=generator)
-        )
+
+        def choose(logprobs_BV):
+            uniform_B1 = torch.rand(
+                len(logprobs_BV), 1, dtype=torch.float64, generator=generator, device=logprobs_BV.device
+            )
+            return inverse_cdf(logprobs_BV, uniform_B1)
+
+        samples = self._decode(prompts, group_size, choose)
+        # Looked at once for all tokens: a look at every token would make the CPU wait for the GPU each time.
+        if not all(map(math.isfinite, itertools.chain.from_iterable(samples.logprobs))):
+            raise RunStopped(
+                "The policy's weights or logits are no longer finite, so no response can be drawn from it: look at "
+                "loss and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
+            )
+        return samples
 
     def greedy(self, prompts):
         return self._decode(prompts, 1, lambda logprobs_BV: logprobs_BV.argmax(dim=-1, keepdim=True))

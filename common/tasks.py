@@ -97,7 +97,7 @@ class GSM8K(Task):
 
     `data` is a JSONL or Parquet file with columns `question` and `answer` (whose last line is `#### <number>`), a hub
     dataset ("openai/gsm8k"), or empty for the sample of 256 rows in this repository. Held out are `eval_data`, else
-    the hub dataset's test split, else the last `eval_size` rows of `data`.
+    the hub dataset's test split, else the last `eval_size` rows of `data` (of the sample: at most 64).
 
     The reward is 1 for a right answer and 0 otherwise. `format` (did the response box its answer?) is logged only.
     """
@@ -105,13 +105,20 @@ class GSM8K(Task):
     def __init__(self, data="", eval_data="", eval_size=256):
         super().__init__(data, eval_data, eval_size)
         self.grader = MathGrader()
-        if not data:
-            data, eval_size = str(GSM8K_SAMPLE), min(eval_size, 64)  # of 256 rows
-        train, test = read_rows(data, "--data", ("question", "answer"))
+        train, test = read_rows(data or str(GSM8K_SAMPLE), "--data", ("question", "answer"))
         if eval_data:
             rows, test_split = read_rows(eval_data, "--eval-data", ("question", "answer"))
             test = test_split or rows
+        if test and len(test) < eval_size:
+            source = f"--eval-data {eval_data}" if eval_data else f"the test split of --data {data}"
+            raise BadInput(
+                f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: give --eval-size {len(test)} "
+                "or less, or more rows with --eval-data."
+            )
         if not test:
+            if not data and eval_size > 64:
+                print(f"Of the sample's {len(train)} rows, 64 are held out, not {eval_size}.", file=sys.stderr)
+                eval_size = 64
             if len(train) <= eval_size:
                 raise BadInput(
                     f"--eval-size {eval_size} of the {len(train)} rows of --data {data} cannot be held "

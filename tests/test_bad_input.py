@@ -1,6 +1,6 @@
 """What a user can get wrong ends with exit code 2 and one sentence on stderr that names the option.
 
-It does so before a model is loaded, and nothing is left behind in the output directory. `refused` checks all of that;
+It does so before a model is loaded, and leaves no file or directory that was not there. `refused` checks all of that;
 `test_a_good_start_*` show that its checks can fail.
 """
 
@@ -24,8 +24,8 @@ def refused(tmp_path, capsys):
     """A function that starts a run with the given options and returns the sentence it was refused with."""
 
     def start(*argv, names, output=None):
-        output = output or tmp_path / "output"
-        before = sorted(output.rglob("*")) if output.is_dir() else []
+        output = output or tmp_path
+        before = sorted(output.rglob("*"))
         capsys.readouterr()
         assert command(*argv) == 2
         error = capsys.readouterr().err
@@ -33,7 +33,7 @@ def refused(tmp_path, capsys):
         (line,) = error.splitlines()
         assert line.startswith("grpo.py: error: ") and line.endswith((".", ".)"))
         assert names in line.removeprefix("grpo.py: error: ")
-        assert (sorted(output.rglob("*")) if output.is_dir() else []) == before
+        assert sorted(output.rglob("*")) == before
         return line
 
     return start
@@ -41,7 +41,7 @@ def refused(tmp_path, capsys):
 
 @pytest.fixture
 def given(tmp_path):
-    """A command line: small settings, an output directory that `refused` watches, and the settings given."""
+    """A command line: small settings, an output directory that does not exist yet, and the settings given."""
 
     def command_line(**settings):
         return options(tmp_path / "output", **settings)
@@ -105,6 +105,20 @@ def test_not_a_number(field, given, refused):
 @pytest.mark.parametrize("field", ["temperature", "learning_rate"])
 def test_infinity(field, given, refused):
     refused(*given(**{field: "inf"}), names=f"--{field.replace('_', '-')} inf ")
+
+
+@pytest.mark.parametrize("rate", ["1e38", "1.1e37", "1e300"])
+def test_learning_rate_beyond_float32(rate, given, refused):
+    line = refused(*given(learning_rate=rate), names=f"--learning-rate {float(rate)} ")
+    assert "float32" in line and "1e37" in line
+
+
+def test_largest_learning_rate_is_one_that_the_optimizer_takes():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    grpo.check(grpo.Args(learning_rate=1e37))
+    torch.optim.AdamW([parameter], lr=1e37, betas=(0.9, 0.999)).step()
+    assert parameter.isfinite().all()
 
 
 # Tasks
@@ -242,6 +256,14 @@ def test_eval_size_leaves_nothing_to_train_on(rows, eval_size, given, refused, t
     refused(*given(task="gsm8k", data=data, eval_size=eval_size), names=f"--eval-size {eval_size} ")
 
 
+def test_eval_size_is_more_than_the_held_out_rows(given, refused, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", [ROW] * 20)
+    eval_data = write_rows(tmp_path / "held_out.jsonl", [ROW] * 5)
+    argv = given(task="gsm8k", data=data, eval_data=eval_data, eval_size=6)
+    line = refused(*argv, names=f"--eval-data {eval_data}")
+    assert "--eval-size 6 " in line and " 5 rows" in line
+
+
 # Models
 
 
@@ -307,6 +329,30 @@ def test_weights_are_broken(damage, given, model, tmp_path, capsys):
     assert not (tmp_path / "output" / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "key, row, value, said",
+    [
+        ("model.layers.1.mlp.up_proj.weight", -1, float("nan"), "model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.0.self_attn.q_proj.bias", 3, float("-inf"), "model.layers.0.self_attn.q_proj.bias"),
+        ("model.embed_tokens.weight", -1, float("inf"), "model.embed_tokens.weight"),
+        ("model.norm.weight", slice(None), 3e38, "its logits"),  # finite, unlike what comes of it
+    ],
+)
+def test_weights_are_not_finite(key, row, value, said, given, model, tmp_path, capsys):
+    # What a run leaves behind whose last update ruined the weights.
+    from safetensors.torch import load_file, save_file
+
+    directory = broken_model(model, tmp_path / "model")
+    tensors = load_file(directory / "model.safetensors")
+    tensors[key][row] = value
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    assert command(*given(model=directory, task=dense_task(tmp_path))) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert f"--model {directory} " in error.splitlines()[-1] and f"first in {said})" in error.splitlines()[-1]
+    assert not (tmp_path / "output").exists()
+
+
 def test_chat_template_is_missing_where_it_is_needed(given, refused, model, tmp_path):
     directory = broken_model(model, tmp_path / "model", remove=["chat_template.jinja"])
     data = write_rows(tmp_path / "data.jsonl", [ROW] * 20)
@@ -363,6 +409,7 @@ def test_run_directory_is_a_file(given, refused, tmp_path):
 def test_output_cannot_be_written(below, refused, tmp_path):
     # Below a regular file nothing can be created, not even by root.
     (tmp_path / "file").write_text("")
+    (tmp_path / "file").chmod(0o777)
     refused(*options(tmp_path / "file" / below), names=f"--output {tmp_path / 'file' / below}")
 
 

@@ -5,11 +5,13 @@ the trained weights. Kills are SIGKILL to a real process, at moments drawn at ra
 """
 
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,11 @@ from helpers import (
     wait_for,
     write_task,
 )
+
+import grpo
+from common.commandline import parse
+from common.errors import BadInput
+from common.runlog import RunLog, new_run_directory
 
 NUM_STEPS = 7  # with a sync every 3 steps, batches wait in most checkpoints and the last period is cut short
 
@@ -91,13 +98,57 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
         killed = kill(process)  # on a busy machine the last one may come too late
         kills += killed
         print(f"{'killed' if killed else 'too late'} {delay:.3f} s after line {lines} of metrics.jsonl")
-        if (run_dir / "args.json").exists():
-            argv = resume(run_dir)
-        else:  # killed in the millisecond between making the directory and writing that file, or before
-            shutil.rmtree(run_dir, ignore_errors=True)
+        if run_dir.exists():
+            argv = resume(run_dir)  # else the same command starts it again
     assert kills >= 2, log.read_text()
     assert finish(argv, log) == 0, log.read_text()
     assert_same_run(run_dir, uninterrupted(schedule))
+
+
+class Killed(BaseException):
+    """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL."""
+
+
+def begin(run_dir):
+    """Make a run's directory and its files, as a script does before its first step."""
+    with RunLog(run_dir, "grpo", dataclasses.asdict(grpo.Args()), 0, 2, {}):
+        pass
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "owner, function",
+    [(Path, "mkdir"), (Path, "write_text"), (os, "rename"), (RunLog, "_open"), (RunLog, "_write_environment")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_killed_while_it_begins_it_can_be_started_or_resumed(owner, function, when, tmp_path, monkeypatch):
+    original = getattr(owner, function)
+
+    def killed(*args, **kwargs):
+        if when == "after":
+            original(*args, **kwargs)
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, function, killed)
+        begin(new_run_directory(tmp_path / "runs", "run"))
+    run_dir = tmp_path / "runs" / "run"
+    if run_dir.exists():
+        assert parse(grpo.Args, grpo.__file__, resume(run_dir)).resume == str(run_dir)
+    else:
+        begin(new_run_directory(tmp_path / "runs", "run"))
+        assert (run_dir / "args.json").exists()
+
+
+def test_of_two_runs_with_one_name_the_second_is_refused(tmp_path):
+    # Both have looked whether the name is free, and have loaded their models, before one of them makes the directory.
+    one, other = new_run_directory(tmp_path / "runs", "run"), new_run_directory(tmp_path / "runs", "run")
+    begin(one)
+    before = {path.name: path.read_bytes() for path in one.iterdir()}
+    with pytest.raises(BadInput, match="--name run"):
+        begin(other)
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
 
 
 def test_killed_while_it_writes_a_checkpoint_it_ends_the_same(place, uninterrupted, tmp_path):

@@ -5,7 +5,9 @@ where two runs must be the same run, they are compared bit for bit. Statistical 
 about five standard deviations.
 """
 
+import bisect
 import copy
+import itertools
 import json
 import math
 import random
@@ -16,9 +18,10 @@ import torch
 from conftest import FAMILIES, build_model
 
 from common.batching import collate
+from common.errors import RunStopped
 from common.logprobs import token_logprobs
 from common.models import load_model
-from common.samplers import TransformersSampler
+from common.samplers import TransformersSampler, inverse_cdf
 
 CPU = torch.device("cpu")
 VOCABULARY = 299
@@ -266,6 +269,81 @@ def test_greedy_equals_a_naive_loop(model):
         naive_TV = naive_logprobs_TV(in_float64(model), prompt, response, 0.7)
         assert logprobs == pytest.approx(naive_TV[torch.arange(len(response)), response].tolist(), abs=1e-5)
     assert len(set(map(len, samples.responses))) > 1
+
+
+# One token from one uniform number
+
+
+def log_of(*probabilities):
+    return torch.tensor(probabilities, dtype=torch.float64).log().float().unsqueeze(0)
+
+
+def drawn(logprobs_1V, *uniform):
+    """The ids that the uniform numbers stand for under one distribution."""
+    uniform_B1 = torch.tensor(uniform, dtype=torch.float64).unsqueeze(1)
+    return inverse_cdf(logprobs_1V.repeat(len(uniform), 1), uniform_B1).squeeze(1).tolist()
+
+
+BELOW_1 = math.nextafter(1, 0)
+
+
+def test_an_ids_share_of_the_unit_interval_is_its_probability():
+    # Quarters have no rounding: a number on the border of two shares belongs to the upper one.
+    quarters = log_of(0.25, 0.5, 0.25)
+    borders = (0, 0.25 - 1e-7, 0.25, 0.5, 0.75 - 1e-7, 0.75, BELOW_1)
+    assert drawn(quarters, *borders) == [0, 0, 1, 1, 1, 2, 2]
+
+
+def test_no_number_stands_for_an_impossible_id():
+    # The least and greatest numbers, and the borders between shares, with impossible ids on every side of them.
+    numbers = (0, math.ulp(0), 0.25, math.nextafter(0.25, 0), 0.5, BELOW_1, 1.0)  # 1.0 is what rounding might make
+    assert drawn(log_of(0, 0, 0.25, 0, 0, 0.75, 0, 0), *numbers) == [2, 2, 5, 2, 5, 5, 5]
+    assert drawn(log_of(0, 0, 1, 0), *numbers) == [2] * 7  # one id is all there is
+    assert drawn(log_of(1), *numbers) == [0] * 7
+    assert drawn(log_of(0.5, 0.5, 1e-60), *numbers)[-2:] == [1, 1]  # float32 makes it 0, although its log is finite
+
+
+def test_a_masked_vocabulary_against_a_loop():
+    # Rows of one batch have distributions of their own, from flat to one-hot, and two thirds of the ids are masked.
+    generator = torch.Generator().manual_seed(0)
+    scale_B1 = torch.logspace(-2, 2, 400).unsqueeze(1)
+    logits_BV = scale_B1 * torch.randn(400, 97, generator=generator)
+    logits_BV[torch.rand(400, 97, generator=generator) < 2 / 3] = -math.inf
+    logprobs_BV = torch.log_softmax(logits_BV, dim=-1)
+    uniform_B1 = torch.rand(400, 1, dtype=torch.float64, generator=generator)
+    uniform_B1[::3], uniform_B1[1::3] = 0, BELOW_1
+    found = inverse_cdf(logprobs_BV, uniform_B1).squeeze(1).tolist()
+    for b, (probs, uniform) in enumerate(zip(logprobs_BV.exp().tolist(), uniform_B1.squeeze(1).tolist(), strict=True)):
+        cumulative = list(itertools.accumulate(probs))
+        assert found[b] == bisect.bisect_right(cumulative, uniform * cumulative[-1])
+        assert probs[found[b]] > 0
+
+
+def test_drawn_ids_have_their_probabilities():
+    # Pearson's χ² again, on a distribution over six orders of magnitude, with masked ids among the likely ones.
+    num_draws, generator = 200_000, torch.Generator().manual_seed(17)
+    logits_V = torch.linspace(0, -14, 40)[torch.randperm(40, generator=generator)]
+    logits_V[::7] = -math.inf
+    uniform_B1 = torch.rand(num_draws, 1, dtype=torch.float64, generator=generator)
+    tokens_B1 = inverse_cdf(torch.log_softmax(logits_V, dim=0).expand(num_draws, -1), uniform_B1)
+    counts = torch.bincount(tokens_B1.squeeze(1), minlength=40)
+    expected = torch.softmax(logits_V.double(), dim=0) * num_draws
+    assert counts[::7].sum() == 0
+    often = expected >= 5
+    chi_square = ((counts[often] - expected[often]).square() / expected[often]).sum().item()
+    freedom = int(often.sum())  # the rare ids, left out, take the place of the one that is lost
+    assert freedom > 20 and abs(chi_square - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_weights_that_are_not_finite_stop_the_run(directories, bad):
+    model = load_model(directories["llama"], "", CPU, gradient_checkpointing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 5] = bad
+    sampler = TransformersSampler(model, MANY_EOS, PAD, 4, 1.0)
+    with pytest.raises(RunStopped, match=r"no longer finite.*--learning-rate"):
+        sampler.sample(make_prompts(), 2, seed=18)
+    sampler.greedy(make_prompts())  # an evaluation must not lose the metrics of the step that shows why
 
 
 # What sampling leaves alone

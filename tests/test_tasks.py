@@ -76,7 +76,7 @@ def test_reward_of_an_addition(response, reward):
 
 
 def test_gsm8k_files_have_the_published_numbers_of_problems(gsm8k):
-    task = GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=10_000)
+    task = GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=1319)
     training, held_out = task.problems("train"), task.problems("eval")
     assert (len(training), len(held_out)) == (7473, 1319)
     assert len(GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=100).problems("eval")) == 100
@@ -125,6 +125,17 @@ def test_without_held_out_data_the_last_rows_are_held_out(tmp_path):
     assert questions == {"train": [r["question"] for r in rows[:14]], "eval": [r["question"] for r in rows[14:]]}
 
 
+def test_of_the_sample_64_rows_are_held_out_by_default(capsys):
+    # Held-out data of one's own is used in full: that bound is the sample's.
+    task = GSM8K()
+    assert (len(task.problems("train")), len(task.problems("eval"))) == (192, 64)
+    assert "64 are held out, not 256" in capsys.readouterr().err
+    assert len(GSM8K(eval_size=64).problems("eval")) == 64
+    task = GSM8K(eval_data=str(GSM8K_SAMPLE), eval_size=100)
+    assert (len(task.problems("train")), len(task.problems("eval"))) == (256, 100)
+    assert capsys.readouterr().err == ""
+
+
 def test_directory_with_a_training_and_a_test_file(tmp_path):
     directory = tmp_path / "data"
     directory.mkdir()
@@ -134,7 +145,14 @@ def test_directory_with_a_training_and_a_test_file(tmp_path):
     assert GSM8K(str(directory), eval_size=5).rows == {"train": training, "eval": test[:5]}
     # As held-out data, a dataset gives its test split.
     other = copy_rows(GSM8K_SAMPLE, tmp_path / "other.jsonl", 20, 30)
-    assert GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=9).rows == {"train": other, "eval": test}
+    assert GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=8).rows == {"train": other, "eval": test}
+    # Either way it has to have as many rows as an evaluation is to have.
+    with pytest.raises(
+        BadInput, match=f"--eval-size 9 is more than the 8 rows of the test split of --data {directory}"
+    ):
+        GSM8K(str(directory), eval_size=9)
+    with pytest.raises(BadInput, match=f"--eval-size 9 is more than the 8 rows of --eval-data {directory}"):
+        GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=9)
 
 
 def test_parquet_equals_jsonl(tmp_path):

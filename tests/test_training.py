@@ -500,6 +500,17 @@ def test_diverged_run_skips_updates_and_stops(settings, tmp_path, capsys):
     assert after_3["skipped_in_a_row"] == 2
 
 
+def test_diverged_policy_that_must_draw_stops_the_run(settings, tmp_path, capsys):
+    # On-policy, the next batch has to come from the ruined weights, before any update can be skipped.
+    assert command(*options(tmp_path, **settings, num_steps=5, learning_rate=1e10, eval_interval=1)) == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    line = error.splitlines()[-1]
+    assert line.startswith("grpo.py: error: ") and "no longer finite" in line
+    assert "metrics.jsonl" in line and "--learning-rate" in line
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1]  # what it says to look at is there
+
+
 def test_skipped_updates_in_a_row_are_counted_across_a_resume(settings, tmp_path, capsys):
     argv = {**settings, "sync_interval": 8, "learning_rate": 1e10, "max_skipped_updates": 3}
     train(tmp_path, **argv, num_steps=3)

@@ -1,0 +1,55 @@
+"""The benchmarks' launcher: no run outlives it, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import REPOSITORY, wait_for
+
+# A run that would go on for long after the test, and a launcher of two of them.
+SCRIPT = """
+import os, pathlib, time
+pathlib.Path(f"pid-{os.getpid()}").touch()
+time.sleep(600)
+"""
+LAUNCHER = """
+import sys
+from pathlib import Path
+from benchmarks import launcher
+
+launcher.ROOT = Path(sys.argv[1])
+runs = [launcher.Run(name, "script", []) for name in ("one", "other")]
+launcher.run_all(runs, num_steps=3, directory=launcher.ROOT / "runs", jobs=2)
+"""
+
+
+def is_running(pid):
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"  # dead, although nobody has asked how it ended
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_no_run_outlives_the_launcher(how, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
+    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    runs = []
+    try:
+        wait_for(lambda: len(list(tmp_path.glob("pid-*"))) == 2, seconds=30)
+        runs = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
+        assert all(map(is_running, runs))
+        launcher.send_signal(how)
+        assert launcher.wait(30) != 0
+        wait_for(lambda: not any(map(is_running, runs)), seconds=10)
+    finally:
+        for pid in [launcher.pid, *runs]:
+            if is_running(pid):
+                os.kill(pid, signal.SIGKILL)
