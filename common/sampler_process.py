@@ -25,6 +25,8 @@ from common.rollouts import Batch
 from common.schedule import is_due
 from common.shared_weights import SharedWeights, point_parameters
 
+START_UP_SECONDS = 600  # how long the sampler may take to load its model; there is no heartbeat before the first token
+
 
 class OverlappedRollouts:
     """Delivers what `rollouts.SerialRollouts` would, drawn by a process that samples while the trainer trains.
@@ -143,12 +145,13 @@ class OverlappedRollouts:
     def _receive(self):
         """Wait for the sampler's next message, a batch or why it cannot go on; and for no longer than it is alive."""
         beat, beat_at = self.weights.heartbeat.item(), time.monotonic()
-        while not wait([self.connection, self.process.sentinel], timeout=min(1.0, self.timeout)):
+        timeout = self.timeout if beat else max(self.timeout, START_UP_SECONDS)
+        while not wait([self.connection, self.process.sentinel], timeout=min(1.0, timeout)):
             if (now_at := self.weights.heartbeat.item()) != beat:
-                beat, beat_at = now_at, time.monotonic()
-            elif time.monotonic() - beat_at > self.timeout:
+                beat, beat_at, timeout = now_at, time.monotonic(), self.timeout
+            elif time.monotonic() - beat_at > timeout:
                 raise RunStopped(
-                    f"The sampler's process has not decoded a token for {self.timeout} s while {self._its_work()}: "
+                    f"The sampler's process has not decoded a token for {timeout:g} s while {self._its_work()}: "
                     "look for what blocks it, or give --sampler-timeout more; then continue with --resume."
                 )
         try:
@@ -204,7 +207,7 @@ def run_sampler(connection, weights, make_sampler, plan):
                 outbox.submit(connection.send, batch)
     except EOFError:
         return  # the trainer is gone
-    except Exception as error:
+    except (Exception, RunStopped) as error:
         if not isinstance(error, RunStopped):
             traceback.print_exc()
         outbox.submit(connection.send, f"{type(error).__name__}: {error}")

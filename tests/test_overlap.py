@@ -233,7 +233,7 @@ def test_a_sampler_that_hangs_ends_the_run(place, tmp_path):
     assert run.end(60) == 1, run.log.read_text()
     assert 3 <= time.monotonic() - started < 3 + 5
     last_line = run.log.read_text().splitlines()[-1]
-    assert "has not decoded a token for 3.0 s while drawing batch" in last_line and "--sampler-timeout" in last_line
+    assert "has not decoded a token for 3 s while drawing batch" in last_line and "--sampler-timeout" in last_line
 
 
 def test_the_sampler_leaves_when_the_trainer_is_killed(place, tmp_path):
