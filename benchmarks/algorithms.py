@@ -94,7 +94,7 @@ def main(args, script_options):
             name=f"{script}-{seed}",
             script=script,
             options=[
-                *("--seed", str(seed), "--sync-interval", str(SYNC_INTERVAL), "--threads", "1"),
+                *("--seed", str(seed), "--sync-interval", str(SYNC_INTERVAL), "--threads", "1", "--serial"),
                 *("--prompts-per-step", str(args.prompts_per_step), "--learning-rate", str(args.learning_rate)),
                 *script_options,
             ],

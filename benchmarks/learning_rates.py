@@ -54,7 +54,7 @@ class Args:
 
 
 def main(args):
-    common = f"--seed {args.seed} --sync-interval 20 --threads 1 --prompts-per-step 8".split()
+    common = f"--seed {args.seed} --sync-interval 20 --threads 1 --serial --prompts-per-step 8".split()
     runs = {
         (label, rate): Run(f"{label}-{rate:g}", script, [*common, "--learning-rate", str(rate), *options])
         for rate in args.learning_rates

@@ -95,7 +95,8 @@ def run_grpo(model, threads, reference, steps, directory):
         "output": directory,
         "name": "run",
     }
-    command = [sys.executable, str(ROOT / "grpo.py"), "--reference-kl" if reference else "--no-reference-kl"]
+    command = [sys.executable, str(ROOT / "grpo.py"), "--serial"]  # one process, so that the threads are all there are
+    command.append("--reference-kl" if reference else "--no-reference-kl")
     run_child(command + [f"--{name}={value}" for name, value in options.items()], threads)
     lines = (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()
     return [

@@ -1,0 +1,136 @@
+"""What a schedule costs: replays sampler and trainer from how long sampling, training and a sync take.
+
+    python benchmarks/schedule_replay.py --sample 2.0 --train 1.0 --sync 0.1
+    python benchmarks/schedule_replay.py --sample 60 --train 45 --sync 3 --slow-share 0.2 --slow-factor 4
+    python benchmarks/schedule_replay.py --run runs/NAME          the times of a run's own steps
+
+Assumptions, all of them:
+- One sampler and one trainer, which do not slow each other down. The sampler draws one batch at a time, in order.
+- Batch k is drawn as soon as the sampler is free and the weights of version(k) have arrived (common/schedule.py).
+- Step k begins when step k − 1 has ended and batch k is there. It is `train` seconds of grading and training and, after
+  every I-th update, `sync` seconds in which the trainer hands over the weights; the sampler can use them after it.
+- How long a batch takes to draw, or to train on, does not depend on the schedule. (In training it does, a little: a
+  staler policy may give shorter or longer answers. Evaluation and checkpoints are left out.)
+"""
+
+import random
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common.runlog import read_metrics
+from common.schedule import is_due, version_of_batch
+
+MODES = {  # label: (sync_interval, sync_offset)
+    "Sync (1)": (1, 0),
+    "Sync (2)": (2, 0),
+    "Sync (10)": (10, 0),
+    "One-Step Off-Policy": (1, 1),
+}
+
+
+@dataclass
+class Replay:
+    """Who worked when, in seconds from the start; intervals are (start, end), the k-th of a list is of batch k + 1."""
+
+    sampling: list[tuple[float, float]]
+    training: list[tuple[float, float]]
+    syncing: list[tuple[float, float]]
+    lag: list[int]
+    seconds: float
+    """from the start to the end of the last step"""
+
+    def idle(self, *work):
+        """The share of the whole time in which none of these, e.g. `replay.sampling`, goes on."""
+        return 1 - sum(min(end, self.seconds) - start for intervals in work for start, end in intervals) / self.seconds
+
+
+def replay(sample, train, sync, sync_interval, sync_offset):
+    """Replay one run; the three lists hold seconds per batch (a sync's where it is due). Returns a `Replay`."""
+    version_ready = {0: 0.0}  # when the sampler has each version of the weights
+    sampling, training, syncing = [], [], []
+    sampler_free = trainer_free = 0.0
+    for k, (sample_seconds, train_seconds, sync_seconds) in enumerate(zip(sample, train, sync, strict=True), start=1):
+        # Batch k needs no update after k − 1, so that whatever it waits for has been replayed by now.
+        start = max(sampler_free, version_ready[version_of_batch(k, sync_interval, sync_offset)])
+        sampler_free = start + sample_seconds
+        sampling.append((start, sampler_free))
+
+        start = max(trainer_free, sampler_free)
+        trainer_free = start + train_seconds
+        training.append((start, trainer_free))
+        if is_due(k, sync_interval):
+            syncing.append((trainer_free, trainer_free + sync_seconds))
+            trainer_free += sync_seconds
+            version_ready[k] = trainer_free
+    lag = [k - 1 - version_of_batch(k, sync_interval, sync_offset) for k in range(1, len(training) + 1)]
+    return Replay(sampling, training, syncing, lag, seconds=trainer_free)
+
+
+def shortest_step(sample, train, sync_interval, sync_offset):
+    """Seconds per step in the long run, where every batch takes S to draw and T to train on, and a sync nothing.
+
+    (I max(S, T) + min(S, T)) / I for (I, 0): within an interval the slower of the two is always busy, and after its
+    end the sampler's first batch, or the trainer's last, is waited for. max(S, T) for (1, 1).
+    """
+    steps = 100 * sync_interval
+    finished = replay([sample] * 2 * steps, [train] * 2 * steps, [0.0] * 2 * steps, sync_interval, sync_offset)
+    return (finished.training[-1][1] - finished.training[steps - 1][1]) / steps
+
+
+def times_of_run(run_dir):
+    """(sample, train, sync) of every step of a run, as `replay` takes them; grading counts as training."""
+    records = [record for record in read_metrics(run_dir) if record["step"] > 0]
+    train = [record["time/grade"] + record["time/train"] for record in records]
+    return [record["time/sample"] for record in records], train, [record["time/sync"] for record in records]
+
+
+@dataclass
+class Args:
+    sample: float = 1.0
+    """seconds to draw a batch"""
+    train: float = 1.0
+    """seconds to grade a batch and train on it"""
+    sync: float = 0.0
+    """seconds to hand over the weights"""
+    slow_share: float = 0.0
+    """share of the batches whose longest answer keeps the sampler; chosen at random, the same for every mode"""
+    slow_factor: float = 3.0
+    """how much longer such a batch takes to draw"""
+    steps: int = 1000
+    """how many steps to replay"""
+    run: str = ""
+    """directory of a run; its times instead of those above"""
+
+
+def main(args):
+    if args.run:
+        sample, train, sync = times_of_run(args.run)
+        due = [seconds for seconds in sync if seconds > 1e-4]  # steps without a sync take microseconds
+        sync = [statistics.median(due) if due else 0.0] * len(sync)
+    else:
+        chance = random.Random(1)
+        slow = [chance.random() < args.slow_share for _ in range(args.steps)]
+        sample = [args.sample * (args.slow_factor if is_slow else 1.0) for is_slow in slow]
+        train, sync = [args.train] * args.steps, [args.sync] * args.steps
+    print("| mode | seconds per step | speed-up | sampler idle | trainer idle | mean lag | largest lag |")
+    print("|---|---|---|---|---|---|---|")
+    baseline = None
+    for label, (interval, offset) in MODES.items():
+        result = replay(sample, train, sync, interval, offset)
+        baseline = baseline or result.seconds
+        print(
+            f"| {label} | {result.seconds / len(sample):.3f} | {baseline / result.seconds:.2f} | "
+            f"{result.idle(result.sampling):.0%} | {result.idle(result.training, result.syncing):.0%} | "
+            f"{statistics.mean(result.lag):.2f} | {max(result.lag)} |"
+        )
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
