@@ -113,11 +113,11 @@ def main(args, script_options):
     directory, output = ROOT / args.runs, ROOT / args.output
 
     def run(name, mode, seed, steps, *options):
-        """Options of one run; evaluation and checkpoints only at its ends, where they keep nobody waiting."""
+        """One run. It evaluates and saves at its ends only, and little: meanwhile, the sampler would get ahead."""
         interval, offset = MODES[mode]
         fixed = {
             "seed": seed, "sync-interval": interval, "sync-offset": offset, "prompts-per-step": args.prompts_per_step,
-            "learning-rate": args.learning_rate, "eval-interval": steps, "checkpoint-interval": steps,
+            "learning-rate": args.learning_rate, "eval-interval": steps, "checkpoint-interval": steps, "eval-size": 8,
         }  # fmt: skip
         return Run(name, "grpo", [f"--{key}={value}" for key, value in fixed.items()] + [*options, *script_options])
 
@@ -389,7 +389,7 @@ def write_report(modes, both_cores, tail, published, args, script_options, envir
     lengths, longest, cut = (column(f"response_length/{key}").mean() for key in ("mean", "max", "truncated"))
     lines += [
         "",
-        "In the published runs answers grow. Our task rewards short ones: lengths fall, and what hangs on length in the "
+        "In the published runs answers grow. Our task rewards short ones: lengths fall, and what hangs on them in the "
         "published figure, from the hours to the order of the KL curves, cannot be expected here.",
         "",
         "## A long tail",
