@@ -75,10 +75,12 @@ class VllmSampler(Sampler):
                 skip_tokenizer_init=True,
                 dtype=precision,
                 max_model_len=longest_prompt + max_tokens,
+                use_tqdm_on_load=False,
                 generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
                 logprobs_mode="processed_logprobs",  # after the temperature
                 enforce_eager=current_platform.is_cpu(),  # compiling there takes longer than it ever saves
             )
+            self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
         except Exception as error:  # as varied as models, memories and machines
             raise BadInput(
                 f"--engine vllm cannot start with this model ({_reason(error)}): give a model that vLLM supports and "
@@ -86,7 +88,8 @@ class VllmSampler(Sampler):
             ) from error
 
     def sample(self, prompts, group_size, seed):
-        return next(self.sample_many([(prompts, seed)], group_size))
+        (samples,) = self.sample_many([(prompts, seed)], group_size)
+        return samples
 
     def greedy(self, prompts):
         """As the base class says; the log-probs are those at temperature 1, greedy decoding in vLLM has no other."""
@@ -219,7 +222,7 @@ def _or_stop(action, what):
 
 
 def _reason(error):
-    """The first line of the first cause: vLLM wraps exceptions several times, and quotes whole configurations."""
+    """The first cause, shortened: vLLM wraps exceptions several times, and quotes whole configurations."""
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -22,9 +22,10 @@ from common.batching import collate
 from common.errors import RunStopped
 from common.logprobs import token_logprobs
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""largest mean absolute difference (nats per probe token) between trainer and sampler with the same weights. Measured:
-below 1e-5 and 0.03; a tensor of the canary that does not arrive costs 0.3 and more"""
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
+"""largest mean absolute difference (nats per probe token) between trainer and sampler with the same weights. Small
+models measured 3e-6 and 0.05 at most; one of their weight matrices that does not arrive with the canary costs 0.04 to
+2, a bias a hundredth: bfloat16 hides some of it, float32 nothing"""
 
 
 @dataclass
@@ -126,9 +127,9 @@ def perturbed(model, names, strength=0.5):
     try:
         for name in names:
             noise = torch.randn(parameters[name].shape, generator=generator).to(parameters[name])
-            # Biases may be all zero: those move by what is usual for initial weights.
-            scale = strength * saved[name].square().mean().sqrt().clamp(min=0.02)
-            parameters[name].data.add_(noise * scale)
+            # Biases may be all zero; matrices are not.
+            size = saved[name].square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)
+            parameters[name].data.add_(noise * strength * size)
         yield
     finally:
         for name in names:
