@@ -155,12 +155,13 @@ class VllmSampler(Sampler):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
         return SamplingParams(
             n=group_size,
             temperature=temperature,
             seed=seed,
             max_tokens=self.max_tokens,
-            stop_token_ids=sorted(self.eos_ids),
+            stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses ids that never come
             ignore_eos=True,  # the ids above are all there are
             logprobs=0,  # of the token drawn, and of no others
             detokenize=False,

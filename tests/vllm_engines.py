@@ -45,14 +45,15 @@ def model_directory(family):
 
 
 @functools.cache
-def _engine(family, precision):
+def start_engine(family, precision, purpose="shared"):
+    """A `VllmSampler`. Kept to the end: collecting one engine takes the process groups of all others with it."""
     return VllmSampler(model_directory(family), EOS, LONGEST_PROMPT, MAX_TOKENS, 1.0, precision)
 
 
 def engine(family, precision, **settings):
     """A fresh trainer's model and a sampler that holds its weights; `settings` are attributes of the sampler."""
     model = load_model(model_directory(family), "", torch.device("cpu"), gradient_checkpointing=False)
-    sampler = copy.copy(_engine(family, precision))  # with attributes of its own, on the shared engine
+    sampler = copy.copy(start_engine(family, precision))  # with attributes of its own, on the shared engine
     vars(sampler).update(settings)
     sampler.use_weights(dict(model.named_parameters()))
     return model, sampler
