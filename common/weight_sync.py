@@ -25,8 +25,8 @@ from common.logprobs import token_logprobs
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """largest mean absolute difference (nats per probe token) between trainer and sampler with the same weights. Small
-models differ by 3e-6 at most in float32 and by 0.01 to 0.1 in bfloat16; a matrix of theirs that does not arrive with the
-canary costs 0.04 to 2, a bias a hundredth: float32 shows every tensor, bfloat16 the coarse failures"""
+models differ by 3e-6 at most in float32 and by 0.01 to 0.1 in bfloat16; a matrix of theirs that does not arrive with
+the canary costs 0.04 to 2, a bias a hundredth: float32 shows every tensor, bfloat16 the coarse failures"""
 
 
 @dataclass
