@@ -72,6 +72,7 @@ class VllmSampler(Sampler):
         self.eos_ids = set(eos_ids)
         self.max_tokens = max_tokens
         self.temperature = temperature
+        self.room = max(longest_prompt + max_tokens, 64)  # some is needed for `weight_sync`'s probe in any case
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
         """grows with every engine step and every tensor loaded: as long as it moves, the engine is alive"""
 
@@ -88,7 +89,7 @@ class VllmSampler(Sampler):
                 revision=revision or None,
                 skip_tokenizer_init=True,
                 dtype=precision,
-                max_model_len=longest_prompt + max_tokens,
+                max_model_len=self.room,
                 use_tqdm_on_load=False,
                 generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
                 logprobs_mode="processed_logprobs",  # after the temperature
@@ -107,8 +108,8 @@ class VllmSampler(Sampler):
 
     def greedy(self, prompts):
         """As the base class says; the log-probs are those at temperature 1, greedy decoding in vLLM has no other."""
-        outputs = self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts])
-        return self._samples([output for _, output in sorted(outputs)])
+        outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
+        return self._samples([outputs[p] for p in range(len(prompts))])
 
     def sample_many(self, batches, group_size):
         """Draw several batches, (prompts, seed) each, at once: the engine fills the tail of one with the next.
@@ -133,35 +134,30 @@ class VllmSampler(Sampler):
         """Log-probs, at temperature 1, of every token of each sequence but the first: a list of lists."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = [output for _, output in sorted(self._run([(sequence, params) for sequence in sequences]))]
-        return [
-            [at[token].logprob for at, token in zip(output.prompt_logprobs[1:], sequence[1:], strict=True)]
-            for output, sequence in zip(outputs, sequences, strict=True)
-        ]
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        outputs = dict(self._run([(sequence, params) for sequence in sequences]))
+        return [list(outputs[i].prompt_logprobs.logprobs) for i in range(len(sequences))]
 
     def use_weights(self, tensors):
         """Load new weights, a dict by parameter name as in `model.named_parameters()`; they are copied.
 
         Raises `RunStopped` where the engine does not take them. Nothing computed with the old weights is kept.
         """
-        taken = 0
 
         def stream():
-            nonlocal taken
             for name, tensor in tensors.items():
-                yield name, tensor.detach()
-                taken += 1
                 self.heartbeat += 1
+                yield name, tensor.detach()
 
         def reload():
-            heads = self.llm.apply_model(_packed_tied_head)
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+            heads = self.llm.apply_model(_packed_head)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
             self.llm.apply_model(lambda model: _repack_tied_head(model, heads[0]))
 
+        unread = stream()
         _or_stop(reload, "did not take new weights")
-        if taken < len(tensors):
-            raise RunStopped(f"The vLLM engine read {taken} of {len(tensors)} tensors: use --engine transformers.")
+        if left := [name for name, _ in unread]:
+            raise RunStopped(f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine.")
         if not self.llm.reset_prefix_cache():
             raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
 
@@ -177,7 +173,8 @@ class VllmSampler(Sampler):
             max_tokens=self.max_tokens,
             stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses ids that never come
             ignore_eos=True,  # the ids above are all there are
-            logprobs=0,  # of the token drawn, and of no others
+            logprobs=0,  # of the token drawn, and of no others: a flat list of them
+            flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -188,6 +185,8 @@ class VllmSampler(Sampler):
 
         def add():
             for number, (prompt, params) in enumerate(requests):
+                if len(prompt) + params.max_tokens > self.room:  # vLLM would cut the response short without a word
+                    raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
                 engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
 
         _or_stop(add, "refused a prompt")
@@ -200,14 +199,10 @@ class VllmSampler(Sampler):
     def _samples(self, outputs):
         """`Samples` of one batch from the engine's outputs, one per prompt."""
         drawn = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
-        responses = [list(one.token_ids) for one in drawn]
         return Samples(
-            responses=responses,
-            logprobs=[
-                [at[token].logprob for at, token in zip(one.logprobs, response, strict=True)]
-                for one, response in zip(drawn, responses, strict=True)
-            ],
-            truncated=[response[-1] not in self.eos_ids for response in responses],
+            responses=[list(one.token_ids) for one in drawn],
+            logprobs=[list(one.logprobs.logprobs) for one in drawn],
+            truncated=[one.token_ids[-1] not in self.eos_ids for one in drawn],
         )
 
 
@@ -216,13 +211,13 @@ class VllmSampler(Sampler):
 # without a word. The head is packed again wherever a reload has left the very same copy in place.
 
 
-def _packed_tied_head(model):
+def _packed_head(model):
     """What the output head multiplies with on a CPU; None on a GPU, which uses the weights themselves."""
     return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
 
 
 def _repack_tied_head(model, before):
-    if before is not None and _packed_tied_head(model) is before:
+    if before is not None and _packed_head(model) is before:
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 

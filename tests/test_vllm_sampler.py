@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import REPOSITORY, build_model
 from test_samplers import check_ends, in_float64, make_prompts, naive_logprobs_TV, trainer_logprobs
-from vllm_engines import EOS, KINDS, MAX_TOKENS, VOCABULARY, engine
+from vllm_engines import EOS, KINDS, MAX_TOKENS, VOCABULARY, engine, model_directory
 
-from common.errors import BadInput
+from common.errors import BadInput, RunStopped
 from common.models import load_model
 from common.samplers import TransformersSampler
 from common.vllm_sampler import VllmSampler, make_vllm_sampler
@@ -143,6 +143,16 @@ def unknown_architecture(directory, monkeypatch):
         directory
     )
     return str(directory)
+
+
+def test_a_prompt_that_would_cut_its_response_short_is_refused():
+    # One engine, KEPT, whose longest prompt is 40: with 41 tokens, vLLM would stop after 39 of 40.
+    directory = model_directory("qwen2")
+    sampler = VllmSampler(directory, "", NO_EOS, longest_prompt=40, max_tokens=40, temperature=1.0)
+    KEPT.append(sampler)
+    assert list(map(len, sampler.sample([[5] * 40], 2, seed=1).responses)) == [40, 40]
+    with pytest.raises(RunStopped, match=r"refused a prompt .*41 tokens"):
+        sampler.sample([[5] * 41], 2, seed=1)
 
 
 @pytest.mark.parametrize(
