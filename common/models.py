@@ -80,7 +80,9 @@ def load_model(name, revision, device, gradient_checkpointing):
     with torch.no_grad():
         probe_BT = torch.arange(8, device=device).unsqueeze(0) % model.config.vocab_size
         logits = model(input_ids=probe_BT).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=probe_BT).last_hidden_state)
+        head = model.get_output_embeddings()
+        hidden = model.base_model(input_ids=probe_BT).last_hidden_state
+        ours = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
     if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4, equal_nan=True):
         raise BadInput(
             f"--model {name} changes its logits after the output head (soft-capping or scaling), which the log-probs "
