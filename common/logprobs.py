@@ -136,8 +136,8 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
             than once, and for some log-probs before the others are known.
         Others: as for `logprobs_and_entropy`.
 
-    Returns `loss` (a scalar, differentiable in h and W), and detached, float32 [N], the log-probs, the entropies and the
-    slopes d loss_n / d logprob_n. Tokens with a slope of exactly zero cost no backward work. The gradient exists once:
+    Returns `loss` (a scalar, differentiable in h and W), and detached, float32 [N], log-probs, entropies and the slopes
+    d loss_n / d logprob_n. Tokens with a slope of exactly zero cost no backward work. The gradient exists once:
     a second backward pass through `loss` raises a RuntimeError. Raises ValueError as `logprobs_and_entropy` does.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
@@ -202,8 +202,8 @@ class SlicedLogprobs(torch.autograd.Function):
     Walking over V with all rows at once, rather than over N, makes each slice of dW one product, written once.
 
     PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20. But what a softmax
-    needs are *differences* of logits, and those that matter are small: p_v = exp(z_v − lse) is largest where z_v − lse is
-    nearest to 0. So a centre c close to the row's largest logits is subtracted inside of the product
+    needs are *differences* of logits, and those that matter are small: p_v = exp(z_v − lse) is largest where z_v − lse
+    is nearest to 0. So a centre c close to the row's largest logits is subtracted inside of the product
     (`addmm`, which rounds once, at its end), and rounding then costs p_v no more than 2⁻⁸ |log p_v| of itself, at most
     1.4e-3 in absolute terms. The target's logit, the one number that shows by itself, is computed in float32.
     """
