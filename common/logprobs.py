@@ -265,7 +265,9 @@ class SlicedLogprobs(torch.autograd.Function):
         bits = math.log2(math.e) / ctx.temperature
         # dL/dz = a (1[v = y] − p) − b p (log p + entropy), with the target's own entry from its float32 log-prob.
         at_target_n = -a_n * logprobs_n.expm1() - b_n * logprobs_n.exp() * (logprobs_n + entropy_n)
+        # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would leave nothing.
         has_entropy = bool((b_n != 0).any())
+        product_nH, product_centre_n = (t.float() if has_entropy else t for t in (live_nH, centre_n))
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from the others.
@@ -273,14 +275,10 @@ class SlicedLogprobs(torch.autograd.Function):
         dweight_VH = torch.empty_like(weight_VH) if wants_weight and len(rows) else torch.zeros_like(weight_VH)
         for start in range(0, len(weight_VH) if len(rows) else 0, SLICE):
             weight_vH = weight_VH[start : start + SLICE]
-            logits_nv = torch.addmm(-centre_n.unsqueeze(1), live_nH, weight_vH.T)
+            logits_nv = torch.addmm(-product_centre_n.unsqueeze(1), product_nH, weight_vH.to(product_nH.dtype).T)
             log2p_nv = torch.add(-math.log2(math.e) * rest_n.unsqueeze(1), logits_nv, alpha=bits)
             if has_entropy:
                 log2p_nv.clamp_(min=-1000.0)  # as in the forward pass
-                # Multiplied by log p, a large p shows its rounding twice: those above 2⁻⁵, few in a row, in float32.
-                large, at = (log2p_nv > -5).nonzero(as_tuple=True)
-                exact = (live_nH[large].float() * weight_vH[at].float()).sum(dim=1) - centre_n[large].float()
-                log2p_nv[large, at] = bits * exact - math.log2(math.e) * rest_n[large]
                 factor_nv = log2p_nv.mul(math.log(2)).add_(entropy_n.unsqueeze(1)).mul_(b_n.unsqueeze(1))
                 grad_nv = log2p_nv.exp2_().mul_(factor_nv.add_(a_n.unsqueeze(1)).neg_())
             else:

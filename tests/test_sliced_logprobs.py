@@ -23,11 +23,11 @@ def run(hidden, weight, targets, temperature, dlogprobs, dentropy):
     return *(r.detach() for r in results), hidden.grad, weight.grad
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16])
+# (Of a single row the gradient may hang on one p_v = exp(−6), which centred bf16 logits know to 1 %: not in bf16.)
+@pytest.mark.parametrize("shape, dtype", [((127, 65, 1000), F32), ((127, 65, 1000), BF16), ((1, 130, 257), F32)])
 @pytest.mark.parametrize("upstream", UPSTREAM)
 @pytest.mark.parametrize("spread", [0.02, 0.4])  # flat and peaked
-@pytest.mark.parametrize("shape", [(127, 65, 1000), (1, 130, 257)])
-def test_against_float64(shape, spread, upstream, dtype):
+def test_against_float64(shape, dtype, spread, upstream):
     arguments = problem(*shape, dtype, spread, temperature=0.7)
     a, b = (on * torch.randn(shape[0]) for on in UPSTREAM[upstream])
     assert_close(run(*arguments, 0.7, a, b), truth(*arguments, 0.7, a, b), dtype)
@@ -106,12 +106,13 @@ def test_masked_vocabulary(masked):
 
 def test_certain_targets_in_bf16():
     # p(y) = 1 − 2e-4: next to a target that is rounded to bf16, nothing would be left of 1 − p.
-    hidden, weight, targets = problem(30, 64, 1000, F32, 0.01)
+    hidden, weight, _ = problem(200, 64, 1000, F32, 0.01)
+    targets = torch.randperm(1000)[:200]
     weight[targets] = 9.5 * torch.nn.functional.normalize(hidden, dim=1)
     arguments = (torch.nn.functional.normalize(hidden, dim=1) * 1.6).to(BF16), weight.to(BF16), targets
-    a, b = torch.randn(30), torch.zeros(30)
+    a, b = torch.randn(200), torch.zeros(200)
     expected = truth(*arguments, 1.0, a, b)
-    assert expected[0].median() > -0.01
+    assert expected[0].median() > -0.1
     assert_close(run(*arguments, 1.0, a, b), expected, BF16)
 
 
