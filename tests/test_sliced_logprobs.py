@@ -105,15 +105,19 @@ def test_masked_vocabulary(masked):
 
 
 def test_certain_targets_in_bf16():
-    # p(y) = 1 − 2e-4: next to a target that is rounded to bf16, nothing would be left of 1 − p.
+    # p(y) = 1 − 5e-4 in every row: next to a target that is rounded to bf16, nothing would be left of 1 − p. Here 1 − p
+    # is a sum of probabilities near exp(−8), and what centred bf16 logits know of those, 1 % each, is the gradient's
+    # error: up to 6e-3 was seen, and 1.5e-2 for the plain bf16 expression.
     hidden, weight, _ = problem(200, 64, 1000, F32, 0.01)
     targets = torch.randperm(1000)[:200]
     weight[targets] = 9.5 * torch.nn.functional.normalize(hidden, dim=1)
     arguments = (torch.nn.functional.normalize(hidden, dim=1) * 1.6).to(BF16), weight.to(BF16), targets
     a, b = torch.randn(200), torch.zeros(200)
-    expected = truth(*arguments, 1.0, a, b)
-    assert expected[0].median() > -0.1
-    assert_close(run(*arguments, 1.0, a, b), expected, BF16)
+    found, expected = run(*arguments, 1.0, a, b), truth(*arguments, 1.0, a, b)
+    assert -0.01 < expected[0].median() < 0
+    assert (found[0] - expected[0]).abs().max() <= 1e-4
+    for x, y in zip(found[2:], expected[2:], strict=True):
+        assert (x.double() - y).norm() <= 1e-2 * y.norm()
 
 
 def test_memory_layouts():
