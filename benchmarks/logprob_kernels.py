@@ -6,7 +6,7 @@
 
 Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns log-probs; then
 gradients to h and W are made from the same upstream gradient, 1 for a share f of the rows (live ones) and 0 for the
-others. They take turns in one process, and a contestant's time is the least of its rounds: what disturbs a run only adds to it.
+others. They take turns in one process, and a contestant's time is the least of its rounds: disturbances only add.
 
 - Extra memory: the peak while it runs, less what was there before, and less both gradients, which all must return.
 - Error: of the gradients in relative Frobenius norm, and of log-probs, against float64 on the same rounded inputs.
