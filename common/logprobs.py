@@ -216,8 +216,8 @@ class SlicedLogprobs(torch.autograd.Function):
         # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and Σ 2^x x.
         bits = math.log2(math.e) / temperature
         sum_N, weighted_N = torch.zeros_like(targeted_N), torch.zeros_like(targeted_N)
-        # How far the largest logit may be above the centre. In bf16, up to 1 costs log-probs 2e-4 on average and 1e-3 at
-        # most; up to 4 would save an eighth of this pass at four times the error. In float32 2^x must stay in range.
+        # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on average and 1e-3 at
+        # most; 4 would save an eighth of this pass for four times the error. In float32 2^x must stay in range.
         limit = (1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0) * temperature
 
         for start in range(0, len(weight_VH), SLICE):
