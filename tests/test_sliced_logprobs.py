@@ -256,3 +256,15 @@ def test_what_does_not_fit_is_refused():
             policy_loss(*arguments, torch.exp)
     with pytest.raises(TypeError):
         logprobs_and_entropy(hidden, weight, targets)  # a temperature must be given
+
+
+def test_a_masked_target_far_below_zero():
+    # It has no logit to be the first centre, and 0 is too high for logits of −400: all powers would underflow.
+    hidden, weight, targets = problem(20, 64, 1000)
+    hidden[:, -1], weight[:, -1] = 16, -25
+    targets = targets % 10
+    expected = truth(hidden, weight[10:], targets, 1.0, torch.zeros(20), torch.zeros(20))[1]
+    weight[:10, -1] = -torch.inf
+    with torch.no_grad():
+        found = SlicedLogprobs.apply(hidden, weight, targets, 1.0)
+    assert (found[0] == -torch.inf).all() and (found[1] - expected).abs().max() <= 3e-4
