@@ -53,7 +53,7 @@ from common.checkpoints import latest_checkpoint, save_checkpoint
 from common.commandline import require, run
 from common.errors import RunStopped
 from common.interrupts import finish_step_on_interrupt
-from common.logprobs import token_logprobs
+from common.logprobs import token_logprobs, token_policy_loss
 from common.metrics import TokenStatistics, peak_memory_gib, reward_statistics
 from common.models import (
     TINY_MODEL,
@@ -289,15 +289,16 @@ def main(args):
             for rows in splits:
                 micro = collate(batch.prompts, batch.responses, batch.logprobs, rows, pad_id, device)
                 token_args = (micro.inputs_BT, micro.attention_BT, micro.targets_BT, micro.mask_BT)
+                advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
+                given = {"sampler_logprobs_BT": micro.sampler_logprobs_BT, "advantages_B1": advantages_B1, "args": args}
                 with torch.set_grad_enabled(has_gradient[rows[0]]):
-                    logprobs_BT, entropy_BT = token_logprobs(model, *token_args, args.temperature, precision)
-                    advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
-                    loss_BT = per_token_loss(logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, args)
-                    loss = loss_BT[micro.mask_BT].sum() / num_tokens
+                    loss, logprobs_BT, entropy_BT, slopes_BT = token_policy_loss(
+                        model, *token_args, args.temperature, partial(per_token_loss, **given), precision
+                    )
+                    loss = loss / num_tokens
                 if loss.requires_grad:
-                    logprobs_BT.retain_grad()  # a token whose log-prob gets no gradient has been clipped
                     loss.backward()
-                    statistics.add_clipped((logprobs_BT.grad == 0)[micro.mask_BT])
+                    statistics.add_clipped((slopes_BT == 0)[micro.mask_BT])  # the loss is flat: no gradient
                 ref_logprobs_BT = None
                 if reference is not None:
                     with torch.no_grad():

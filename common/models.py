@@ -81,7 +81,9 @@ def load_model(name, revision, device, gradient_checkpointing):
     with torch.no_grad():
         probe_BT = torch.arange(8, device=device).unsqueeze(0) % model.config.vocab_size
         logits = model(input_ids=probe_BT).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=probe_BT).last_hidden_state)
+        head = model.get_output_embeddings()
+        hidden = model.base_model(input_ids=probe_BT).last_hidden_state
+        ours = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
     # Every tensor, since the probe reads only some of the embeddings; and the logits, since large weights may overflow.
     broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     broken += [] if logits.isfinite().all() else ["its logits"]

@@ -13,7 +13,7 @@ import torch
 from conftest import build_model
 
 from common.batching import collate, split_by_token_budget
-from common.logprobs import token_logprobs
+from common.logprobs import logprobs_and_entropy, token_logprobs
 from common.models import load_model
 from grpo import Args, per_token_loss
 
@@ -139,13 +139,17 @@ def test_padding_tokens_do_not_matter(model):
         assert torch.equal(logprobs_BT, results[0][0]) and torch.equal(entropy_BT, results[0][1])
 
 
-def test_only_response_tokens_reach_the_head(model):
+def test_only_response_tokens_reach_the_head(model, monkeypatch):
     micro = collate(*make_batch()[:3], range(6), PAD)
-    sizes = []
-    hook = model.get_output_embeddings().register_forward_hook(lambda head, inputs, output: sizes.append(output.shape))
+    shapes = []
+
+    def spy(hidden_NH, weight_VH, targets_N, temperature):
+        shapes.append((hidden_NH.shape, weight_VH.shape))
+        return logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+
+    monkeypatch.setattr("common.logprobs.logprobs_and_entropy", spy)
     token_logprobs(model, *tensors(micro), 1.0)
-    hook.remove()
-    assert sizes == [(micro.mask_BT.sum().item(), VOCABULARY)]
+    assert shapes == [((micro.mask_BT.sum().item(), 64), (VOCABULARY, 64))]
 
 
 def test_inputs_are_left_unchanged(model):

@@ -1,0 +1,440 @@
+"""Time, memory and error of log-probs from hidden states: this repository, other libraries, and the plain expression.
+
+    pip install -r benchmarks/requirements.txt
+    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1 cut-cross-entropy       more peers
+    python benchmarks/logprob_kernels.py          all that this machine can run; about ten minutes on two idle cores
+
+Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns log-probs; then
+gradients to h and W are made from the same upstream gradient, 1 for a share f of the rows (live ones) and 0 for the
+others. They take turns in one process, and a contestant's time is the least of its rounds: disturbances only add.
+
+- Extra memory: the peak while it runs, less what was there before, and less both gradients, which all must return.
+- Error: of the gradients in relative Frobenius norm, and of log-probs, against float64 on the same rounded inputs.
+- Floor: (2 + 4f)·N·H·V operations for the policy-loss form, (2 + 6f)·N·H·V for the general form, at the rate that this
+  machine reaches on a plain product of bf16 matrices; next to a time stands its ratio to the floor.
+
+Flat logits: W of the size of an initialised model's; peaked: entropies of about one nat, as trained models have them.
+What needs a GPU is marked "not run" on a machine without one. A peer that is not installed, or that does not run here,
+is listed with the reason. Writes `results/logprob_kernels/`.
+"""
+
+import ctypes
+import gc
+import importlib.util
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import tyro
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from common import logprobs
+from common.logprobs import logprobs_and_entropy, plain_logprobs_and_entropy, policy_loss, token_policy_loss
+from common.runlog import describe_environment
+
+V = 151_936  # of the Qwen 2.5 and 3 families
+PEERS = ("trl", "liger-kernel", "verl", "quack-kernels", "cut-cross-entropy", "triton")
+GENERAL, POLICY, PLAIN = "general form", "policy-loss form", "plain"
+
+
+@dataclass
+class Args:
+    rounds: int = 3
+    """how often each contestant takes its turn, after one untimed call"""
+    threads: int = 2
+    """CPU threads"""
+    output: Path = ROOT / "benchmarks" / "results" / "logprob_kernels"
+    """where report.md and results.json are written"""
+
+
+# Contestants: (h, W, y) → log-probs [N], or a loss already summed over live rows, for those that know no other
+
+
+def ours_general(hidden, weight, targets, upstream):
+    return logprobs_and_entropy(hidden, weight, targets, 1.0)[0] @ upstream
+
+
+def ours_policy(hidden, weight, targets, upstream):
+    return policy_loss(hidden, weight, targets, 1.0, lambda logprobs_N: upstream * logprobs_N)[0]
+
+
+def plain(hidden, weight, targets, upstream, entropy=True):
+    """Logits in the inputs' dtype, statistics in float32, as the scripts did before."""
+    logprobs_NV = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
+    found = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    if entropy:
+        with torch.no_grad():
+            -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+    return found @ upstream
+
+
+def from_file(package, path):
+    """A module of an installed package, loaded by itself: its package may want much that is not needed here."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ImportError("not installed")
+    location = Path(spec.submodule_search_locations[0]) / path
+    spec = importlib.util.spec_from_file_location(f"{package}_{location.stem}", location)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def trl():
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+
+    return lambda h, w, y, up: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 8192, None, 1.0, ("entropy",))[0] @ up
+
+
+def liger(fallback=False):
+    from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
+
+    if fallback:
+        function = module._FusedLinearPPOFallbackFunction
+        return lambda h, w, y, up: -(function.apply(h, w, y, 1.0, -100, True)[0] @ up)
+    function = module.LigerFusedLinearScaledCrossEntropyFunction
+    return lambda h, w, y, up: -(function.apply(h, w, y, return_entropy=True)[0] @ up)
+
+
+def verl_cpu():
+    function = from_file("verl", "utils/experimental/torch_functional.py").FusedLinearForPPOFunction
+    return lambda h, w, y, up: function.apply(h, w, y, 1.0)[0] @ up
+
+
+def verl_gpu():
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return lambda h, w, y, up: linear_cross_entropy(h, w, y, 1.0, "none")[0] @ up
+
+
+def quack():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda h, w, y, up: -chunked_linear_cross_entropy(h, w, y.masked_fill(up == 0, -100), reduction="sum")
+
+
+def cce(impl):
+    from cut_cross_entropy import linear_cross_entropy
+
+    return lambda h, w, y, up: -(linear_cross_entropy(h, w, y, reduction="none", impl=impl).float() @ up)
+
+
+OURS = {GENERAL: lambda: ours_general, POLICY: lambda: ours_policy}
+PLAINS = {PLAIN: lambda: plain, "plain, no entropy": lambda: partial(plain, entropy=False)}
+ON_CPU = {**OURS, **PLAINS, "TRL": trl, "Liger": liger, "verl": verl_cpu}
+ON_GPU = {
+    **OURS,
+    **PLAINS,
+    "torch.compile of plain": lambda: torch.compile(plain),
+    "TRL": trl,
+    "Liger": liger,
+    "Liger, fallback": lambda: liger(fallback=True),
+    "verl": verl_gpu,
+    "quack (no entropy)": quack,
+    "cce (no entropy)": lambda: cce("cce"),
+    "cce_exact (no entropy)": lambda: cce("cce_exact"),
+}
+
+
+# Measuring
+
+
+def make_problem(N, H, dtype, peaked, device, live=1.0):
+    torch.manual_seed(0)
+    hidden = torch.randn(N, H, device=device).to(dtype)
+    weight = (torch.randn(V, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(dtype)
+    with torch.no_grad():  # in pieces: N × V values are what this is about
+        targets = [(rows.float() @ weight.float().T).softmax(-1).multinomial(1) for rows in hidden.split(256)]
+    upstream = (torch.arange(N, device=device) % 100 < 100 * live).float()
+    return hidden.requires_grad_(), weight.requires_grad_(), torch.cat(targets).squeeze(1), upstream
+
+
+def gradients(contestant, problem):
+    hidden, weight, targets, upstream = problem
+    hidden.grad = weight.grad = None
+    contestant(hidden, weight, targets, upstream).backward()
+    return hidden.grad, weight.grad
+
+
+def timed(contestant, problem):
+    """Seconds of one forward and backward pass."""
+    _synchronize(problem)
+    started = time.perf_counter()
+    gradients(contestant, problem)
+    _synchronize(problem)
+    return time.perf_counter() - started
+
+
+def _synchronize(problem):
+    if problem[0].is_cuda:
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Bytes by which the memory in use rose at most: PyTorch's on a GPU, the process's on a CPU."""
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def __enter__(self):
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # Linux: memory that was freed is given back
+            Path("/proc/self/clear_refs").write_text("5")  # and the peak starts from here
+            self.before = self._status("VmRSS")
+        return self
+
+    def __exit__(self, *_):
+        now = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self._status("VmHWM")
+        self.bytes = now - self.before
+
+    @staticmethod
+    def _status(key):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def true_gradients(problem):
+    """dh, dW in float64, a few rows at a time."""
+    hidden, weight, targets, upstream = problem
+    hidden64, weight64 = hidden.detach().double(), weight.detach().double()
+    dhidden, dweight = torch.zeros_like(hidden64), torch.zeros_like(weight64)
+    for rows in torch.arange(len(hidden)).split(256):
+        p = torch.softmax(hidden64[rows] @ weight64.T, dim=-1)
+        p[torch.arange(len(rows)), targets[rows]] -= 1
+        p *= -upstream[rows].unsqueeze(1)
+        dhidden[rows] = p @ weight64
+        dweight.addmm_(p.T, hidden64[rows])
+    return dhidden, dweight
+
+
+def relative_error(found, true):
+    return ((found.double() - true).norm() / true.norm()).item()
+
+
+def contest(makers, problem, rounds):
+    """Time, extra memory and gradient error of every contestant that runs: one dict per contestant."""
+    contestants, rows, true = {}, {}, true_gradients(problem)
+    for name, make in makers.items():
+        hidden, weight, _, _ = problem
+        try:
+            contestant = make()
+            hidden.grad = weight.grad = None
+            gradients(contestant, problem)  # compiles, tunes, imports
+            hidden.grad = weight.grad = None
+            with PeakMemory(hidden.device) as peak:
+                found = gradients(contestant, problem)
+        except Exception as error:  # a peer may fail in as many ways as there are peers; the table says so
+            rows[name] = {"does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
+            continue
+        contestants[name] = contestant
+        rows[name] = {
+            "extra_memory_bytes": peak.bytes - sum(gradient.nbytes for gradient in found),
+            "gradient_error": max(map(relative_error, found, true)),
+            "seconds": [],
+        }
+    del true
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            rows[name]["seconds"].append(timed(contestant, problem))
+            print(f"  {name}: {rows[name]['seconds'][-1]:.3f} s", flush=True)
+    return rows
+
+
+def run_cpu(args):
+    cases = []
+    for dtype in (torch.bfloat16, torch.float32):
+        problem = make_problem(512, 896, dtype, peaked=True, device="cpu")
+        case = {"N": 512, "H": 896, "dtype": str(dtype).removeprefix("torch."), "load_average": os.getloadavg()[0]}
+        print(case)
+        cases.append(case | {"contestants": contest(ON_CPU, problem, args.rounds)})
+    return cases
+
+
+def run_gpu(args):
+    matrix = torch.randn(16_384, 16_384, device="cuda", dtype=torch.bfloat16)
+    rates = []
+    for _ in range(10):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        matrix @ matrix
+        torch.cuda.synchronize()
+        rates.append(2 * 16_384**3 / (time.perf_counter() - started))
+    del matrix
+    cases = []
+    for H in (896, 2048, 3584):
+        for peaked in (False, True):
+            for live in (1.0, 0.5):
+                problem = make_problem(16_384, H, torch.bfloat16, peaked, "cuda", live)
+                case = {"N": 16_384, "H": H, "logits": "peaked" if peaked else "flat", "live": live}
+                print(case)
+                floors = {GENERAL: 2 + 6 * live, POLICY: 2 + 4 * live}
+                case["floor_seconds"] = {k: n * 16_384 * H * V / max(rates) for k, n in floors.items()}
+                cases.append(case | {"contestants": contest(ON_GPU, problem, args.rounds)})
+                torch.cuda.empty_cache()
+    return {"operations_per_second": max(rates), "cases": cases}
+
+
+def run_step(device):
+    """Peak memory of a training step's forward and backward pass, by path and number of response tokens.
+
+    The backbone is small (one layer, H = 64), so that what the peak is made of is the step from hidden states to loss.
+    """
+    config = Qwen2Config(
+        vocab_size=V, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).to(device)
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    results = []
+    for N in (2048, 8192):
+        tokens_BT = torch.randint(V, (N // 512, 512), device=device)
+        ones_BT = torch.ones_like(tokens_BT)
+        batch = (tokens_BT, ones_BT, tokens_BT.roll(-1, dims=1), ones_BT.bool())
+        for path in ("this repository", PLAIN):
+            logits_bytes = 4 * N * V
+            if path == PLAIN and device == "cpu" and available < 8 * logits_bytes:
+                results.append({"N": N, "path": path, "peak_bytes": None, "logits_bytes": logits_bytes})
+                continue
+            for _ in range(2):  # the first run is for what is only allocated once
+                model.zero_grad()
+                with PeakMemory(device) as peak:
+                    if path == PLAIN:
+                        _plain_step(model, batch)
+                    else:
+                        token_policy_loss(model, *batch, 1.0, lambda lp: lp)[0].backward()
+            results.append({"N": N, "path": path, "peak_bytes": peak.bytes, "logits_bytes": logits_bytes})
+            print(results[-1], flush=True)
+    return results
+
+
+def _plain_step(model, batch):
+    hidden_NH, weight_VH = logprobs._hidden_and_head(model, batch[0], batch[1], batch[3], "float32")
+    plain_logprobs_and_entropy(hidden_NH, weight_VH, batch[2][batch[3]], 1.0)[0].sum().backward()
+
+
+# Reporting
+
+
+def cpu_table(case):
+    rows = case["contestants"]
+    best = {name: min(row["seconds"]) for name, row in rows.items() if "seconds" in row}
+    lines = [
+        "| contestant | seconds | × plain | extra memory, MiB | × plain | gradient error |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        if name in best:
+            memory, base = row["extra_memory_bytes"], rows[PLAIN]["extra_memory_bytes"]
+            lines.append(
+                f"| {name} | {best[name]:.2f} | {best[name] / best[PLAIN]:.2f} | {memory / 2**20:,.0f} "
+                f"| {memory / base:.2f} | {row['gradient_error']:.1e} |"
+            )
+        else:
+            lines.append(f"| {name} | {row['does_not_run']} | | | | |")
+    title = f"N = {case['N']}, H = {case['H']}, V = {V:,}, {case['dtype']}, peaked logits"
+    return f"{title} (load average at the start: {case['load_average']:.1f}):\n\n" + "\n".join(lines)
+
+
+def gpu_table(gpu):
+    lines = [
+        "| H | logits | live rows | contestant | ms | × floor | extra memory, MiB | gradient error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    if gpu is None:
+        grid = [(H, logits, live) for H in (896, 2048, 3584) for logits in ("flat", "peaked") for live in (1.0, 0.5)]
+        return "\n".join(lines + [f"| {H} | {x} | {live:.0%} | all | not run | | | |" for H, x, live in grid])
+    for case in gpu["cases"]:
+        for name, row in case["contestants"].items():
+            start = f"| {case['H']} | {case['logits']} | {case['live']:.0%} | {name} "
+            if "seconds" not in row:
+                lines.append(f"{start}| {row['does_not_run']} | | | |")
+                continue
+            best = min(row["seconds"])
+            ratio = best / case["floor_seconds"].get(name, case["floor_seconds"][GENERAL])
+            lines.append(
+                f"{start}| {1e3 * best:.1f} | {ratio:.2f} | {row['extra_memory_bytes'] / 2**20:,.0f} "
+                f"| {row['gradient_error']:.1e} |"
+            )
+    rate = gpu["operations_per_second"] / 1e12
+    return "\n".join(lines) + f"\n\nFloors at {rate:.0f} TFLOP/s; a peer's ratio is to the general form's."
+
+
+def step_table(steps):
+    lines = ["| N | path | peak, MiB | fall, as a share of the logits' size |", "|---|---|---|---|"]
+    peaks = {(row["N"], row["path"]): row["peak_bytes"] for row in steps}
+    for row in steps:
+        peak, other = row["peak_bytes"], peaks[row["N"], PLAIN]
+        fall = f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] != PLAIN and other else ""
+        lines.append(f"| {row['N']:,} | {row['path']} | {f'{peak / 2**20:,.0f}' if peak else 'not run'} | {fall} |")
+    return "\n".join(lines)
+
+
+def report(results):
+    cpu = "\n\n".join(map(cpu_table, results["cpu"]))
+    return f"""# Log-probs from hidden states: time, memory, error
+
+Forward and backward pass, gradients to h and W; least of {results["rounds"]} interleaved rounds. "plain" computes
+log-prob and entropy, as do all contestants unless it says otherwise.
+
+## On a GPU (N = 16,384, V = {V:,}, bf16)
+
+{gpu_table(results["gpu"])}
+
+## On a CPU
+
+{cpu}
+
+## Peak memory of a training step ({results["step_device"]}, float32, V = {V:,})
+
+Forward and backward pass of a model whose backbone is small; "not run" where the machine's memory is too small for it.
+
+{step_table(results["step"])}
+
+```
+{results["environment"].strip()}
+```
+
+Written by `python benchmarks/logprob_kernels.py`; every round is in `results.json`.
+"""
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    environment = describe_environment()
+    for package in PEERS:
+        try:
+            environment += f"{package}: {version(package)}\n" if f"{package}: " not in environment else ""
+        except PackageNotFoundError:
+            environment += f"{package}: not installed\n"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {
+        "environment": environment,
+        "rounds": args.rounds,
+        "step_device": device,
+        "step": run_step(device),
+        "cpu": run_cpu(args),
+        "gpu": run_gpu(args) if device == "cuda" else None,
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / "report.md").write_text(report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

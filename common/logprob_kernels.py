@@ -1,0 +1,348 @@
+"""Log-prob and entropy kernels in Triton, for GPUs; what they compute is in `logprobs.py`, which calls them.
+
+The notation is that of `logprobs.py`: h [N, H], W [V, H], y [N], τ. Inside, everything is in bits, base 2, since a
+GPU's exponential is 2^x: x = (log₂e / τ) h Wᵀ, m = max_v x_v, s = Σ_v 2^(x_v − m), so p_v = 2^((x_v − m) − log₂ s).
+(m + log₂ s is not formed: next to an m of 1,000 it would lose log₂ s its last three digits.) Products are taken in the
+dtype of h and W, bf16 as a rule, and summed in float32, and x never leaves float32 registers: rounding a logit of 20 to
+bf16 would shift its log-prob by up to 0.06.
+
+    forward        one pass over V: Σ 2^x, Σ 2^x x and x_y per row                                   2·N·H·V
+    general        backward: x again, slice by slice of V, gradients as they go by                 +6·N·H·V
+    policy loss    backward within the forward pass: 2^x is still at hand when its sum is known    +4·N·H·V
+
+Products whose factors both exist in memory (dW = Gᵀ h, dh = G W, for a slice G of the logits' gradient) are left to
+cuBLAS. Triton does the products that must not be written out: those that make x.
+
+Offsets are 64-bit wherever N × V or V × H enters: 16,384 × 151,936 is beyond 2³¹.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from common.logprobs import slopes
+
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
+
+SPLIT = 8192
+"""vocabulary entries that one program of the forward kernel walks over"""
+SCRATCH_BYTES = 2**28
+"""size of a slice of the logits' gradient: large enough for cuBLAS to run at its full rate, while the policy-loss form,
+which holds two such slices and some vectors, stays far below 1 GiB"""
+
+
+def _blocks(dtype):
+    """Tile sizes and launch options by dtype of the products.
+
+    bf16: a tile of 128 × 256 float32 sums is 128 registers for each of 256 threads, half of what a thread can have; the
+    other half is for the epilogue's powers. It is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three
+    stages, one in use and two on their way, fit into 228 KB of shared memory. Each element that is loaded takes part in
+    85 multiplications per byte, above the 40 or so where an H200's level-2 cache would limit. float32: true float32
+    products do not run on tensor cores; small tiles keep them in registers.
+    """
+    if dtype == torch.bfloat16:
+        return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
+
+
+@triton.jit
+def _product_tile(
+    hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """One tile [BLOCK_N, BLOCK_V] of h Wᵀ, summed in float32 along H; 0 outside of the matrices."""
+    features = tl.arange(0, BLOCK_H)
+    hidden_rows = hidden + rows[:, None].to(tl.int64) * hidden_n
+    weight_columns = weight + columns[None, :].to(tl.int64) * weight_v
+    sums = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for start in range(0, H, BLOCK_H):
+        k = start + features
+        hidden_tile = tl.load(
+            hidden_rows + k[None, :] * hidden_h, mask=(rows[:, None] < N) & (k[None, :] < H), other=0.0
+        )
+        weight_tile = tl.load(
+            weight_columns + k[:, None] * weight_h, mask=(k[:, None] < H) & (columns[None, :] < V), other=0.0
+        )
+        sums = tl.dot(hidden_tile, weight_tile, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _forward_kernel(
+    hidden, weight, targets, largest, sums, weighted, targeted, powers, references,
+    N, V, H, hidden_n, hidden_h, weight_v, weight_h, bits,
+    SPLIT: tl.constexpr, KEEP_POWERS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Row statistics over one split of the vocabulary.
+
+    Equation: with m = max_v x_v over the split, s = Σ_v 2^(x_v − m) and t = Σ_v 2^(x_v − m) (x_v − m). When a tile
+    raises the maximum from m to m', what was summed so far moves along:
+
+        s ← s 2^(m − m')        t ← (t + (m − m') s) 2^(m − m')
+
+    Tile walk: program (i, j) owns BLOCK_N rows and walks over the SPLIT entries of split j, BLOCK_V at a time. Programs
+    that run together have neighbouring i and the same j, so that all of them want the same tiles of W at the same
+    time, and those come from memory once. Splits give a GPU with 132 multiprocessors enough programs at N = 16,384 rows
+    (128 × 19) for the last ones not to matter, and at a few hundred rows something to share. Nothing is added up across
+    programs, so no sum depends on which program is faster; `_statistics` combines the splits.
+
+    With KEEP_POWERS, 2^(x − m) of each tile is kept in bf16 (m as it stands after that tile, kept too in `references`):
+    relative to their row's maximum so far, powers are at most 1 and rounded relatively to their own size.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    split = tl.program_id(1)
+    target = tl.load(targets + rows, mask=rows < N, other=-1)
+    # −1e30 stands for −∞, of masked entries and of a maximum over nothing: 2^−1e30 = 0, and 0 · −1e30 is no NaN. If a
+    # whole tile is masked its powers are 2⁰, but the first real maximum, here or in another split, scales them to 0.
+    m = tl.full((BLOCK_N,), -1e30, tl.float32)
+    s = tl.zeros((BLOCK_N,), tl.float32)
+    t = tl.zeros((BLOCK_N,), tl.float32)
+    x_target = tl.zeros((BLOCK_N,), tl.float32)
+    for first in range(split * SPLIT, tl.minimum((split + 1) * SPLIT, V), BLOCK_V):
+        columns = first + tl.arange(0, BLOCK_V)
+        x = bits * _product_tile(
+            hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
+            BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
+        x_target += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), axis=1)
+        x = tl.where(columns[None, :] < V, x, -1e30)
+        x = tl.where(x < -1e30, -1e30, x)  # and not a maximum, which would lose a NaN
+        raised = tl.maximum(m, tl.max(x, axis=1))
+        x -= raised[:, None]
+        power = tl.exp2(x)
+        moved = tl.exp2(m - raised)
+        t = (t + (m - raised) * s) * moved + tl.sum(power * x, axis=1)
+        s = s * moved + tl.sum(power, axis=1)
+        m = raised
+        if KEEP_POWERS:
+            places = rows[:, None].to(tl.int64) * V + columns[None, :]
+            inside = (rows[:, None] < N) & (columns[None, :] < V)
+            tl.store(powers + places, power.to(powers.dtype.element_ty), mask=inside)
+            tl.store(references + (first // BLOCK_V) * N + rows, m, mask=rows < N)
+    tl.store(largest + split * N + rows, m, mask=rows < N)
+    tl.store(sums + split * N + rows, s, mask=rows < N)
+    tl.store(weighted + split * N + rows, t, mask=rows < N)
+    here = (rows < N) & (target >= split * SPLIT) & (target < (split + 1) * SPLIT)  # one split has a row's target
+    tl.store(targeted + rows, x_target, mask=here)
+
+
+@triton.jit
+def _gradient_kernel(
+    hidden, weight, targets, largest, log2_sum, entropy, dlogprob, dentropy, grad,
+    N, V, H, first_column, hidden_n, hidden_h, weight_v, weight_h, bits,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """A slice of the logits' gradient, from logits that are computed again.
+
+    Equation, with upstream gradients a and b (already divided by τ) of log-prob and entropy:
+
+        p = 2^((x − m) − log₂ s)        G = a (1[v = y] − p) − b p (ln p + entropy)
+
+    Tile walk: one tile of G per program, rows fastest, so that programs that run together share tiles of W. `weight`
+    points at the slice, whose first entry is `first_column` of the vocabulary; V is the slice's width.
+    """
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    x = bits * _product_tile(
+        hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
+        BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+    exists = rows < N
+    target = tl.load(targets + rows, mask=exists, other=-1) - first_column
+    a = tl.load(dlogprob + rows, mask=exists, other=0.0)
+    b = tl.load(dentropy + rows, mask=exists, other=0.0)
+    log2_p = x - tl.load(largest + rows, mask=exists, other=0.0)[:, None]
+    log2_p -= tl.load(log2_sum + rows, mask=exists, other=0.0)[:, None]
+    log2_p = tl.where(log2_p < -1e30, -1e30, log2_p)
+    surprise = 0.6931471805599453 * log2_p + tl.load(entropy + rows, mask=exists, other=0.0)[:, None]
+    g = -tl.exp2(log2_p) * (a[:, None] + b[:, None] * surprise)
+    g += tl.where(columns[None, :] == target[:, None], a[:, None], 0.0)
+    places = rows[:, None].to(tl.int64) * V + columns[None, :]
+    tl.store(grad + places, g.to(grad.dtype.element_ty), mask=exists[:, None] & (columns[None, :] < V))
+
+
+@triton.jit
+def _finish_kernel(
+    powers, references, live, targets, largest, log2_sum, slope, grad, num_rows, num_live, V,
+    REFERENCE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The logits' gradient from kept powers, for the live rows only, packed.
+
+    Equation: G = a (1[v = y] − 2^(x − r) 2^((r − m) − log₂ s)), where 2^(x − r) was kept and r is its tile's reference.
+    Tile walk: BLOCK_N live rows by one tile's REFERENCE_V columns per program, which share one reference per row. Reads
+    and writes each value once: bound by memory, so that the tile only has to be wide enough for whole cache lines.
+    """
+    places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = places < num_live
+    tile = tl.program_id(1)
+    columns = tile * REFERENCE_V + tl.arange(0, REFERENCE_V)
+    inside = exists[:, None] & (columns[None, :] < V)
+    rows = tl.load(live + places, mask=exists, other=0)
+    a = tl.load(slope + rows, mask=exists, other=0.0)
+    target = tl.load(targets + rows, mask=exists, other=-1)
+    reference = tl.load(references + tile * num_rows + rows, mask=exists, other=0.0)
+    m = tl.load(largest + rows, mask=exists, other=0.0)
+    scale = tl.exp2((reference - m) - tl.load(log2_sum + rows, mask=exists, other=0.0))
+    power = tl.load(powers + rows[:, None].to(tl.int64) * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    g = tl.where(columns[None, :] == target[:, None], a[:, None], 0.0) - (a * scale)[:, None] * power
+    tl.store(grad + places[:, None].to(tl.int64) * V + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
+
+
+def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False):
+    """Run the forward kernel and combine its splits, in a fixed order.
+
+    Returns float32 [N]: log-prob, entropy, m, log₂ s; then the powers [N, V] and their references [tiles, N], or None.
+    """
+    (N, H), V, device = hidden_NH.shape, len(weight_VH), hidden_NH.device
+    blocks, num_splits = _blocks(hidden_NH.dtype), triton.cdiv(V, SPLIT)
+    m_SN, s_SN, t_SN = torch.empty(3, num_splits, N, dtype=torch.float32, device=device)
+    x_target_N = torch.empty(N, dtype=torch.float32, device=device)
+    powers_NV = references_TN = None
+    if keep_powers:
+        powers_NV = torch.empty(N, V, dtype=hidden_NH.dtype, device=device)
+        references_TN = torch.empty(triton.cdiv(V, blocks["BLOCK_V"]), N, dtype=torch.float32, device=device)
+    if N:
+        with torch.cuda.device_of(hidden_NH):
+            _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), num_splits)](
+                hidden_NH, weight_VH, targets_N, m_SN, s_SN, t_SN, x_target_N, powers_NV, references_TN,
+                N, V, H, *hidden_NH.stride(), *weight_VH.stride(), LOG2_E / temperature,
+                SPLIT=SPLIT, KEEP_POWERS=keep_powers, **blocks,
+            )  # fmt: skip
+    m_N = m_SN.amax(dim=0)
+    moved_SN = torch.exp2(m_SN - m_N)
+    s_N = (moved_SN * s_SN).sum(dim=0)
+    t_N = (moved_SN * (t_SN + (m_SN - m_N) * s_SN)).sum(dim=0)
+    log2_s_N = s_N.log2()
+    # Differences first: x_y − m is small where x_y itself may be in the thousands.
+    logprobs_N = LN_2 * ((x_target_N - m_N) - log2_s_N)
+    entropy_N = LN_2 * (log2_s_N - t_N / s_N)
+    return logprobs_N, entropy_N, m_N, log2_s_N, powers_NV, references_TN
+
+
+def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
+    """The general form. See `logprobs.logprobs_and_entropy`, which checks the arguments."""
+    return _LogprobsAndEntropy.apply(hidden_NH, weight_VH, targets_N, temperature)
+
+
+class _LogprobsAndEntropy(torch.autograd.Function):
+    """Walks over V in the backward pass, all live rows at once: a slice of dW is one product, and only dh is a sum."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, targets_N, temperature):
+        logprobs_N, entropy_N, m_N, log2_s_N, _, _ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, m_N, log2_s_N, entropy_N)
+        ctx.temperature = temperature
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dlogprobs_N, dentropy_N):
+        hidden_NH, weight_VH, *per_row = ctx.saved_tensors
+        live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
+        live_nH = hidden_NH if len(live) == len(hidden_NH) else hidden_NH[live]
+        targets_n, m_n, log2_s_n, entropy_n = (tensor[live] for tensor in per_row)
+        a_n, b_n = dlogprobs_N[live] / ctx.temperature, dentropy_N[live] / ctx.temperature
+
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        (n, H), V, blocks = live_nH.shape, len(weight_VH), _blocks(hidden_NH.dtype)
+        dhidden_nH = torch.zeros(n, H, dtype=torch.float32, device=hidden_NH.device)
+        dweight_VH = torch.empty_like(weight_VH) if wants_weight and n else torch.zeros_like(weight_VH)
+        width = _multiple_of(blocks["BLOCK_V"], SCRATCH_BYTES // (hidden_NH.element_size() * max(1, n)))
+        for start in range(0, V if n else 0, width):
+            weight_vH = weight_VH[start : start + width]
+            grad_nv = torch.empty(n, len(weight_vH), dtype=hidden_NH.dtype, device=hidden_NH.device)
+            with torch.cuda.device_of(hidden_NH):
+                _gradient_kernel[(triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(len(weight_vH), blocks["BLOCK_V"]))](
+                    live_nH, weight_vH, targets_n, m_n, log2_s_n, entropy_n, a_n, b_n, grad_nv,
+                    n, len(weight_vH), H, start, *live_nH.stride(), *weight_vH.stride(), LOG2_E / ctx.temperature,
+                    **blocks,
+                )  # fmt: skip
+            if wants_weight:
+                torch.mm(grad_nv.T, live_nH, out=dweight_VH[start : start + width])
+            if wants_hidden:
+                _add_product(dhidden_nH, grad_nv, weight_vH)
+        dhidden_NH = None
+        if wants_hidden:
+            dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
+        return dhidden_NH, dweight_VH if wants_weight else None, None, None
+
+
+def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
+    """The policy-loss form. See `logprobs.policy_loss`, which checks the arguments."""
+    if torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad):
+        return _PolicyLoss.apply(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
+    logprobs_N, entropy_N, *_ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
+    return per_token_loss(logprobs_N).sum(), logprobs_N, entropy_N, slopes(per_token_loss, logprobs_N)
+
+
+class _PolicyLoss(torch.autograd.Function):
+    """Walks over N in chunks of rows whose powers 2^x fit into memory.
+
+    As soon as a chunk's sums are known, so are its log-probs, the slopes of its tokens' losses, and with them its part
+    of the gradient: x is not computed a second time. dW is a sum over chunks, in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
+        (N, H), V, device = hidden_NH.shape, len(weight_VH), hidden_NH.device
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        logprobs_N, entropy_N, slopes_N = torch.zeros(3, N, dtype=torch.float32, device=device)
+        dhidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
+        dweight_VH = torch.zeros(V, H, dtype=torch.float32, device=device) if wants_weight else None
+        blocks = _blocks(hidden_NH.dtype)
+        height = _multiple_of(blocks["BLOCK_N"], SCRATCH_BYTES // (hidden_NH.element_size() * V))
+        for start in range(0, N, height):
+            chunk = slice(start, start + height)
+            hidden_cH, targets_c = hidden_NH[chunk], targets_N[chunk]
+            logprobs_N[chunk], entropy_N[chunk], m_c, log2_s_c, powers_cV, references_Tc = _statistics(
+                hidden_cH, weight_VH, targets_c, temperature, keep_powers=True
+            )
+            # The loss is elementwise, so it can be asked about all tokens though only those so far have a log-prob.
+            slopes_N[chunk] = slopes(per_token_loss, logprobs_N)[chunk]
+            live = slopes_N[chunk].nonzero().squeeze(1)
+            if not len(live):
+                continue
+            grad_nV = torch.empty(len(live), V, dtype=hidden_NH.dtype, device=device)
+            with torch.cuda.device_of(hidden_NH):
+                _finish_kernel[(triton.cdiv(len(live), 16), triton.cdiv(V, blocks["BLOCK_V"]))](
+                    powers_cV, references_Tc, live, targets_c, m_c, log2_s_c, slopes_N[chunk] / temperature, grad_nV,
+                    len(hidden_cH), len(live), V, REFERENCE_V=blocks["BLOCK_V"], BLOCK_N=16,
+                )  # fmt: skip
+            if wants_hidden:
+                dhidden_NH[start + live] = grad_nV @ weight_VH
+            if wants_weight:
+                _add_product(dweight_VH, grad_nV.T, hidden_cH[live])
+        ctx.gradients = dhidden_NH, dweight_VH
+        ctx.mark_non_differentiable(logprobs_N, entropy_N, slopes_N)
+        return per_token_loss(logprobs_N).sum(), logprobs_N, entropy_N, slopes_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, *_):
+        if ctx.gradients is None:
+            raise RuntimeError("the policy loss keeps its gradient for one backward pass, and that has been made.")
+        (dhidden_NH, dweight_VH), ctx.gradients = ctx.gradients, None
+        # In place: a second dW would be the largest tensor of the step.
+        return *(None if gradient is None else gradient.mul_(dloss) for gradient in (dhidden_NH, dweight_VH)), *[
+            None
+        ] * 3
+
+
+def _multiple_of(block, number):
+    """The largest multiple of `block` up to `number`, but at least one."""
+    return max(1, number // block) * block
+
+
+def _add_product(total, a, b):
+    """total += a @ b, with `total` in float32 and the factors in their own dtype."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:  # Triton's interpreter, which computes on a CPU
+        total += a.float() @ b.float()

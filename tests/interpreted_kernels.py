@@ -1,0 +1,282 @@
+"""The kernels of `common/logprob_kernels.py` against float64, on a GPU if there is one, else in Triton's interpreter.
+
+`test_logprob_kernels.py` runs this file in a process of its own, because Triton reads TRITON_INTERPRET when it is
+imported. On a machine with a GPU, `python -m pytest -n 0 tests/interpreted_kernels.py` runs it there. The interpreter
+computes tile by tile in numpy: it shows wrong indices, masks and formulas, but no races and no tensor-core rounding.
+
+Truth, bounds and seeds: `logprob_truth.py`.
+"""
+
+import numpy as np
+import pytest
+import torch
+from logprob_truth import BF16, DEVICE, F32, UPSTREAM, assert_close, leaves, problem, seed, truth
+from triton.runtime import interpreter
+
+from common import logprob_kernels, logprobs
+
+
+def mend_the_interpreter():
+    """Triton 3.6 to 3.9 interpret bf16 as the 16-bit integers that hold it: products are wrong, and rounding cuts off.
+
+    Give both what a GPU does: products of the values, and rounding to nearest.
+    """
+
+    def floats(handle):
+        if handle.dtype.scalar.name != "bf16":
+            return handle.data
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+
+    def dot(self, a, b, d, *_):
+        return interpreter.TensorHandle(np.matmul(floats(a), floats(b), dtype=np.float32) + d.data, d.dtype.scalar)
+
+    cast = interpreter.InterpreterBuilder.cast_impl
+
+    def rounding_cast(self, source, target):
+        if (source.dtype.scalar.name, target.scalar.name) != ("fp32", "bf16"):
+            return cast(self, source, target)
+        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(BF16).view(torch.int16).numpy()
+        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(source.data.shape), target.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = dot
+    interpreter.InterpreterBuilder.cast_impl = rounding_cast
+
+
+if DEVICE == "cpu":
+    mend_the_interpreter()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    seed()
+
+
+def general(hidden, weight, targets, temperature, dlogprobs, dentropy):
+    hidden, weight = leaves(hidden, weight)
+    results = logprob_kernels.logprobs_and_entropy(hidden, weight, targets, temperature)
+    (results[0] @ dlogprobs + results[1] @ dentropy).backward()
+    return *(r.detach() for r in results), hidden.grad, weight.grad
+
+
+def policy(hidden, weight, targets, temperature, coefficients):
+    hidden, weight = leaves(hidden, weight)
+    loss, found, entropy, slopes = logprob_kernels.policy_loss(
+        hidden, weight, targets, temperature, lambda logprobs_N: coefficients * logprobs_N
+    )
+    assert torch.equal(slopes, coefficients)
+    loss.backward()
+    return found, entropy, hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("shape", [(127, 65, 257), (1, 130, 1000)])
+def test_general_form(shape, upstream, dtype):
+    arguments = problem(*shape, dtype, temperature=0.7)
+    a, b = (on * torch.randn(shape[0], device=DEVICE) for on in UPSTREAM[upstream])
+    assert_close(general(*arguments, 0.7, a, b), truth(*arguments, 0.7, a, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("spread", [0.02, 0.4])
+def test_policy_loss_form(spread, dtype, monkeypatch):
+    monkeypatch.setattr(logprob_kernels, "SCRATCH_BYTES", 1)  # one block of rows at a time: two chunks
+    hidden, weight, targets = problem(150, 72, 1000, dtype, spread)
+    slopes = torch.randn(150, device=DEVICE) * (torch.rand(150, device=DEVICE) < 0.6)
+    expected = truth(hidden, weight, targets, 1.0, slopes, torch.zeros_like(slopes))
+    found = policy(hidden, weight, targets, 1.0, slopes)
+    assert_close(found, expected, dtype)
+    # The other form gives the same gradients; rows of slope zero exactly none.
+    again = general(hidden, weight, targets, 1.0, slopes, torch.zeros_like(slopes))
+    for one, other in zip(found[2:], again[2:], strict=True):
+        assert (one.double() - other.double()).norm() <= (1e-5 if dtype == F32 else 4e-3) * other.double().norm()
+    assert (found[2][slopes == 0] == 0).all() and (again[2][slopes == 0] == 0).all()
+
+
+@pytest.mark.parametrize("V", [129_920, 151_936])
+def test_large_vocabularies(V, monkeypatch):
+    if DEVICE == "cpu":  # tiles with hardly a row of padding, for a fifth of the time
+        small = {"BLOCK_N": 4, "BLOCK_V": 512, "BLOCK_H": 64}
+        monkeypatch.setattr(logprob_kernels, "_blocks", lambda dtype: small)
+    hidden, weight, targets = problem(3, 64, V, BF16)
+    a, b = torch.randn(3, device=DEVICE), torch.zeros(3, device=DEVICE)
+    expected = truth(hidden, weight, targets, 1.0, a, b)
+    assert_close(policy(hidden, weight, targets, 1.0, a), expected, BF16)
+    assert_close(general(hidden, weight, targets, 1.0, a, b), expected, BF16)
+
+
+def test_no_rows():
+    hidden, weight, targets = problem(0, 64, 257)
+    nothing = torch.zeros(0, device=DEVICE)
+    for form in (
+        policy(hidden, weight, targets, 1.0, nothing),
+        general(hidden, weight, targets, 1.0, nothing, nothing),
+    ):
+        assert [tuple(t.shape) for t in form] == [(0,), (0,), (0, 64), (257, 64)]
+        assert (form[3] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [-400.0, 400.0])
+def test_logits_far_from_zero(offset):
+    # One feature that is always 20, with the same weight everywhere: the distribution stays what it was. A float32
+    # number of 400 ends at 3e-5, and that is what logits made of it can be off by.
+    hidden, weight, targets = problem(20, 64, 1000)
+    hidden[:, -1], weight[:, -1] = 20, offset / 20
+    a, b = torch.randn(2, 20, device=DEVICE)
+    found, expected = general(hidden, weight, targets, 1.0, a, b), truth(hidden, weight, targets, 1.0, a, b)
+    assert_close(found[:2], expected[:2], F32, scale=30)
+    # Not dh's last feature, Σ_v G_v · offset, of which nothing but rounding is left.
+    for x, y in zip((found[2][:, :-1], found[3]), (expected[2][:, :-1], expected[3]), strict=True):
+        assert (x.double() - y).norm() <= 1e-3 * y.norm()
+    again = policy(hidden, weight, targets, 1.0, a)
+    assert torch.equal(again[0], found[0]) and torch.equal(again[1], found[1])
+
+
+@pytest.mark.parametrize("masked", [slice(0, 300), slice(700, 1000), slice(100, 900)])
+def test_masked_vocabulary(masked):
+    # A feature that is always 1 carries a bias of −inf. Its own gradient, 0 × −inf, is nobody's; all others are finite.
+    hidden, weight, _ = problem(9, 64, 1000)
+    hidden[:, -1], weight[:, -1] = 1, 0
+    left = torch.ones(1000, dtype=torch.bool, device=DEVICE)
+    left[masked] = False
+    allowed = left.nonzero().squeeze(1)
+    positions = torch.randint(len(allowed), (9,), device=DEVICE)
+    a, b = torch.randn(2, 9, device=DEVICE)
+    expected = truth(hidden, weight[allowed], positions, 1.0, a, b)
+    weight[masked, -1] = -torch.inf
+    found = general(hidden, weight, allowed[positions], 1.0, a, b)
+    assert (found[3][masked] == 0).all()
+    kept = *found[:2], found[2][:, :-1], found[3][allowed][:, :-1]
+    assert_close(kept, (*expected[:2], expected[2][:, :-1], expected[3][:, :-1]), F32)
+
+
+def test_certain_targets():
+    # p(y) = 1 − 2e-4 or so. A float32 sum of 1.0002 knows the 0.0002 to 3e-4 of itself, and so does every gradient made
+    # with it: the plain float32 expression is the measure here.
+    hidden, weight, targets = problem(30, 64, 257, F32, 0.01)
+    weight[targets] = 9.5 * torch.nn.functional.normalize(hidden, dim=1)
+    hidden = torch.nn.functional.normalize(hidden, dim=1) * 1.5
+    a, b = torch.randn(30, device=DEVICE), torch.zeros(30, device=DEVICE)
+    expected = truth(hidden, weight, targets, 1.0, a, b)
+    assert expected[0].median() > -0.01
+    inputs = leaves(hidden, weight)
+    (logprobs.plain_logprobs_and_entropy(*inputs, targets, 1.0)[0] @ a).backward()
+    for found in (general(hidden, weight, targets, 1.0, a, b), policy(hidden, weight, targets, 1.0, a)):
+        assert_close(found[:2], expected[:2], F32)
+        for x, y, plain in zip(found[2:], expected[2:], inputs, strict=True):
+            assert (x - y).norm() <= 2 * (plain.grad - y).norm() + 1e-5 * y.norm()
+
+
+def test_memory_layouts():
+    hidden, weight, targets = problem(20, 64, 257)
+    a, b = torch.randn(2, 20, device=DEVICE)
+    expected = general(hidden, weight, targets, 1.0, a, b)
+    strided = torch.stack([hidden, hidden + 1], dim=2)[..., 0]
+    transposed = weight.T.contiguous().T
+    assert not strided.is_contiguous() and not transposed.is_contiguous()
+    for x, y in zip(general(strided, transposed, targets, 1.0, a, b), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_without_gradient_may_hold_anything():
+    hidden, weight, targets = problem(20, 64, 257)
+    a = torch.randn(20, device=DEVICE)
+    a[::3] = 0
+    hidden[::3] = torch.nan
+    for form in (
+        general(hidden, weight, targets, 1.0, a, torch.zeros_like(a)),
+        policy(hidden, weight, targets, 1.0, a),
+    ):
+        live = torch.arange(20) % 3 > 0
+        expected = truth(hidden[live], weight, targets[live], 1.0, a[live], torch.zeros_like(a[live]))
+        assert form[0][~live].isnan().all()  # but a NaN that is there shows
+        assert_close((form[0][live], form[1][live], form[2][live], form[3]), expected, F32)
+        assert (form[2][~live] == 0).all()
+
+
+def test_frozen_hidden_or_weight():
+    hidden, weight, targets = problem(20, 64, 257)
+    a = torch.randn(20, device=DEVICE)
+    _, _, dhidden, dweight = general(hidden, weight, targets, 1.0, a, torch.zeros_like(a))
+    for freeze in (0, 1):
+        inputs = leaves(hidden, weight)
+        inputs[freeze].requires_grad_(False)
+        (logprob_kernels.logprobs_and_entropy(*inputs, targets, 1.0)[0] @ a).backward()
+        assert inputs[freeze].grad is None and torch.equal(inputs[1 - freeze].grad, (dweight, dhidden)[freeze])
+        inputs[1 - freeze].grad = None
+        logprob_kernels.policy_loss(*inputs, targets, 1.0, lambda lp: a * lp)[0].backward()
+        assert inputs[freeze].grad is None
+        torch.testing.assert_close(inputs[1 - freeze].grad, (dweight, dhidden)[freeze], rtol=1e-4, atol=1e-5)
+
+
+def test_repeats_bit_for_bit_and_barely_depends_on_chunks(monkeypatch):
+    arguments = problem(70, 64, 600)
+    a, b = torch.randn(2, 70, device=DEVICE)
+    first = [*general(*arguments, 1.0, a, b), *policy(*arguments, 1.0, a)]
+    again = [*general(*arguments, 1.0, a, b), *policy(*arguments, 1.0, a)]
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    monkeypatch.setattr(logprob_kernels, "SCRATCH_BYTES", 1)
+    monkeypatch.setattr(logprob_kernels, "SPLIT", 256)
+    for x, y in zip([*general(*arguments, 1.0, a, b), *policy(*arguments, 1.0, a)], first, strict=True):
+        assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+def test_one_backward_pass_only():
+    hidden, weight, targets = problem(5, 64, 257)
+    inputs = leaves(hidden, weight)
+    logprobs_N, _ = logprob_kernels.logprobs_and_entropy(*inputs, targets, 1.0)
+    (gradient,) = torch.autograd.grad(logprobs_N.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+    loss = logprob_kernels.policy_loss(*inputs, targets, 1.0, lambda lp: lp)[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_upstream_gradient_of_the_policy_loss():
+    arguments = problem(20, 64, 257)
+    slopes = torch.randn(20, device=DEVICE)
+    _, _, dhidden, dweight = policy(*arguments, 1.0, slopes)
+    inputs = leaves(*arguments[:2])
+    (logprob_kernels.policy_loss(*inputs, arguments[2], 1.0, lambda lp: slopes * lp)[0] / 8).backward()
+    assert torch.equal(8 * inputs[0].grad, dhidden) and torch.equal(8 * inputs[1].grad, dweight)
+
+
+def test_without_gradients_nothing_is_kept():
+    hidden, weight, targets = problem(20, 64, 257)
+    with torch.no_grad():
+        loss, found, entropy, slopes = logprob_kernels.policy_loss(*leaves(hidden, weight), targets, 1.0, torch.exp)
+    assert not loss.requires_grad and torch.equal(slopes, found.exp()) and loss == found.exp().sum()
+    expected = logprobs.plain_logprobs_and_entropy(hidden.double(), weight.double(), targets, 1.0)
+    assert_close((found, entropy), expected, F32)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="N × V above 2³¹ needs a GPU")
+def test_offsets_beyond_31_bits(monkeypatch):
+    monkeypatch.setattr(logprob_kernels, "SCRATCH_BYTES", 2**33)
+    N, V = 16_384, 151_936
+    hidden, weight = torch.randn(N, 64, device=DEVICE).to(BF16), torch.randn(V, 64, device=DEVICE).to(BF16) * 0.3
+    targets = torch.randint(V, (N,), device=DEVICE)
+    slopes = torch.randn(N, device=DEVICE)
+    found = policy(hidden, weight, targets, 1.0, slopes)
+    rows = slice(N - 64, N)
+    expected = truth(hidden[rows], weight, targets[rows], 1.0, slopes[rows], torch.zeros(64, device=DEVICE))
+    assert_close((found[0][rows], found[1][rows], found[2][rows]), expected[:3], BF16)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's memory is not the kernels'")
+@pytest.mark.parametrize("form", ["general", "policy loss"])
+def test_peak_memory(form):
+    N, H, V = 16_384, 896, 151_936
+    hidden, weight = torch.randn(N, H, device=DEVICE).to(BF16), (torch.randn(V, H, device=DEVICE) * 0.05).to(BF16)
+    targets, ones = torch.randint(V, (N,), device=DEVICE), torch.ones(N, device=DEVICE)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    inputs = hidden.requires_grad_(), weight.requires_grad_()
+    if form == "general":
+        (logprob_kernels.logprobs_and_entropy(*inputs, targets, 1.0)[0] @ ones).backward()
+    else:
+        logprob_kernels.policy_loss(*inputs, targets, 1.0, lambda lp: lp)[0].backward()
+    outputs = hidden.grad.nbytes + weight.grad.nbytes
+    assert torch.cuda.max_memory_allocated() - before - outputs <= 2**30

@@ -1,0 +1,270 @@
+"""Log-probs in slices of the vocabulary, on a CPU, against float64. Truth, bounds and seeds: `logprob_truth.py`."""
+
+import logprob_truth
+import pytest
+import torch
+from logprob_truth import BF16, F32, UPSTREAM, assert_close, leaves, problem, seed, truth
+
+from common import logprobs
+from common.logprobs import LARGE_VOCABULARY, SlicedLogprobs, logprobs_and_entropy, policy_loss
+
+
+@pytest.fixture(autouse=True)
+def seeded(monkeypatch):
+    seed()
+    monkeypatch.setattr(logprob_truth, "DEVICE", "cpu")
+    monkeypatch.setattr(logprobs, "SLICE", 300)  # of 1,000: three whole slices and the tail
+
+
+def run(hidden, weight, targets, temperature, dlogprobs, dentropy):
+    hidden, weight = leaves(hidden, weight)
+    results = SlicedLogprobs.apply(hidden, weight, targets, temperature)
+    (results[0] @ dlogprobs + results[1] @ dentropy).backward()
+    return *(r.detach() for r in results), hidden.grad, weight.grad
+
+
+# (Of a single row the gradient may hang on one p_v = exp(−6), which centred bf16 logits know to 1 %: not in bf16.)
+@pytest.mark.parametrize("shape, dtype", [((127, 65, 1000), F32), ((127, 65, 1000), BF16), ((1, 130, 257), F32)])
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("spread", [0.02, 0.4])  # flat and peaked
+def test_against_float64(shape, dtype, spread, upstream):
+    arguments = problem(*shape, dtype, spread, temperature=0.7)
+    a, b = (on * torch.randn(shape[0]) for on in UPSTREAM[upstream])
+    assert_close(run(*arguments, 0.7, a, b), truth(*arguments, 0.7, a, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("V", [129_920, 151_936])
+def test_large_vocabularies(V, dtype, monkeypatch):
+    monkeypatch.setattr(logprobs, "SLICE", 4096)
+    arguments = problem(16, 64, V, dtype)
+    a, b = torch.randn(16), torch.zeros(16)
+    assert_close(run(*arguments, 1.0, a, b), truth(*arguments, 1.0, a, b), dtype)
+
+
+def test_which_way_is_taken(monkeypatch):
+    taken = []
+    monkeypatch.setattr(SlicedLogprobs, "apply", lambda *_: taken.append("sliced") or (torch.zeros(2), torch.zeros(2)))
+    monkeypatch.setattr(logprobs, "plain_logprobs_and_entropy", lambda *_: taken.append("plain"))
+    for V in (LARGE_VOCABULARY - 1, LARGE_VOCABULARY):
+        logprobs_and_entropy(torch.zeros(2, 4), torch.zeros(V, 4), torch.zeros(2, dtype=torch.int64), 1.0)
+    assert taken == ["plain", "sliced"]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("offset", [-400.0, 400.0])
+def test_logits_far_from_zero(offset, dtype):
+    # A float32 number of 400 ends at 3e-5, which is what logits made of it can be off by. The centre takes the offset
+    # out of the product before it is rounded, so that bf16 is no worse for it.
+    hidden, weight, targets = problem(20, 64, 1000, dtype)
+    hidden[:, -1], weight[:, -1] = 16, offset / 16
+    a, b = torch.randn(2, 20)
+    found, expected = run(hidden, weight, targets, 1.0, a, b), truth(hidden, weight, targets, 1.0, a, b)
+    assert_close(found[:2], expected[:2], dtype, scale=30 if dtype == F32 else 1)
+    # Not dh's last feature, Σ_v G_v · offset, of which nothing but rounding is left.
+    for x, y in zip((found[2][:, :-1], found[3]), (expected[2][:, :-1], expected[3]), strict=True):
+        assert (x.double() - y).norm() <= (1e-3 if dtype == F32 else 4e-3) * y.norm()
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_a_first_centre_far_too_high_or_low(dtype):
+    # The target's logit is the first centre. Here it is 150 below all others or, at τ = 0.1, 1,500; and where the first
+    # slices hold nothing but logits 150 below the target's, every one of their powers is 0.
+    for sign, temperature in ((-1, 1.0), (-1, 0.1), (1, 1.0)):
+        hidden, weight, _ = problem(20, 64, 1000, dtype)
+        targets = torch.randint(950, 1000, (20,))
+        hidden[:, -1], weight[:, -1] = 16, 0
+        weight[targets, -1] = sign * 150 / 16
+        a, b = torch.randn(20), torch.zeros(20)
+        found, expected = (
+            run(hidden, weight, targets, temperature, a, b),
+            truth(hidden, weight, targets, temperature, a, b),
+        )
+        relative = (found[0] - expected[0]).abs() / expected[0].abs().clamp(min=1)
+        assert relative.max() < (1e-5 if dtype == F32 else 1e-3)
+        assert (found[1] - expected[1]).abs().max() < (1e-4 if dtype == F32 else 2e-2)
+        assert all(x.isfinite().all() for x in found)
+
+
+@pytest.mark.parametrize("masked", [slice(0, 350), slice(700, 1000), slice(100, 900)])
+def test_masked_vocabulary(masked):
+    # A feature that is always 1 carries a bias of −inf. Its own gradient, 0 × −inf, is nobody's; all others are finite.
+    hidden, weight, _ = problem(9, 64, 1000)
+    hidden[:, -1], weight[:, -1] = 1, 0
+    left = torch.ones(1000, dtype=torch.bool)
+    left[masked] = False
+    allowed = left.nonzero().squeeze(1)
+    positions = torch.randint(len(allowed), (9,))
+    a, b = torch.randn(2, 9)
+    expected = truth(hidden, weight[allowed], positions, 1.0, a, b)
+    weight[masked, -1] = -torch.inf
+    found = run(hidden, weight, allowed[positions], 1.0, a, b)
+    assert (found[3][masked] == 0).all()
+    kept = *found[:2], found[2][:, :-1], found[3][allowed][:, :-1]
+    assert_close(kept, (*expected[:2], expected[2][:, :-1], expected[3][:, :-1]), F32)
+
+
+def test_certain_targets_in_bf16():
+    # p(y) = 1 − 5e-4 in every row: next to a target that is rounded to bf16, nothing would be left of 1 − p. Here 1 − p
+    # is a sum of probabilities near exp(−8), and what centred bf16 logits know of those, 1 % each, is the gradient's
+    # error: up to 6e-3 was seen, and 1.5e-2 for the plain bf16 expression.
+    hidden, weight, _ = problem(200, 64, 1000, F32, 0.01)
+    targets = torch.randperm(1000)[:200]
+    weight[targets] = 9.5 * torch.nn.functional.normalize(hidden, dim=1)
+    arguments = (torch.nn.functional.normalize(hidden, dim=1) * 1.6).to(BF16), weight.to(BF16), targets
+    a, b = torch.randn(200), torch.zeros(200)
+    found, expected = run(*arguments, 1.0, a, b), truth(*arguments, 1.0, a, b)
+    assert -0.01 < expected[0].median() < 0
+    assert (found[0] - expected[0]).abs().max() <= 1e-4
+    for x, y in zip(found[2:], expected[2:], strict=True):
+        assert (x.double() - y).norm() <= 1e-2 * y.norm()
+
+
+def test_memory_layouts():
+    hidden, weight, targets = problem(20, 64, 1000)
+    a, b = torch.randn(2, 20)
+    expected = run(hidden, weight, targets, 1.0, a, b)
+    strided, transposed = torch.stack([hidden, hidden + 1], dim=2)[..., 0], weight.T.contiguous().T
+    for x, y in zip(run(strided, transposed, targets, 1.0, a, b), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("V", [1000, LARGE_VOCABULARY])
+def test_ignored_rows_may_hold_anything(V):
+    hidden, weight, targets = problem(20, 64, V)
+    live = torch.arange(20) % 3 > 0
+    a, b = torch.randn(2, 20)
+    expected = truth(hidden[live], weight, targets[live], 1.0, a[live], b[live])
+    hidden[~live] = torch.nan
+    # Marked by a negative target, in both forms …
+    marked = torch.where(live, targets, -100)
+    inputs = leaves(hidden, weight)
+    results = logprobs_and_entropy(*inputs, marked, 1.0)
+    (results[0] @ a + results[1] @ b).backward()
+    assert (results[0][~live] == 0).all() and (inputs[0].grad[~live] == 0).all()
+    assert_close((results[0][live], results[1][live], inputs[0].grad[live], inputs[1].grad), expected, F32)
+    inputs = leaves(hidden, weight)
+    loss, *results = policy_loss(*inputs, marked, 1.0, lambda lp: a * lp)
+    loss.backward()
+    expected = truth(hidden[live], weight, targets[live], 1.0, a[live], torch.zeros(int(live.sum())))
+    assert_close((results[0][live], results[1][live], inputs[0].grad[live], inputs[1].grad), expected, F32)
+    assert torch.equal(results[2], torch.where(live, a, 0))
+    # … or only without a gradient; then their own results show what they hold.
+    if V == LARGE_VOCABULARY:
+        found = run(hidden, weight, targets, 1.0, torch.where(live, a, 0), torch.zeros(20))
+        assert found[0][~live].isnan().all() and (found[2][~live] == 0).all()
+        assert_close((found[0][live], found[1][live], found[2][live], found[3]), expected, F32)
+
+
+def test_rows_without_gradient_cost_no_backward_work(monkeypatch):
+    arguments = problem(64, 64, 1000)
+    rows, mm = [], torch.mm
+
+    def spy(one, other, out):
+        rows.append(len(other))
+        return mm(one, other, out=out)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    a = torch.randn(64)
+    a[10:] = 0
+    run(*arguments, 1.0, a, torch.zeros(64))
+    assert rows == [10] * 4
+    run(*arguments, 1.0, torch.zeros(64), torch.zeros(64))
+    assert len(rows) == 4
+
+
+@pytest.mark.parametrize("V", [1000, LARGE_VOCABULARY])
+def test_both_forms_give_the_same_gradients(V):
+    arguments = problem(40, 64, V)
+    old, advantages = torch.randn(2, 40)
+
+    def clipped(lp):
+        ratio = torch.exp(lp - lp.detach() + 0.3 * old)
+        return -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+
+    inputs, others = leaves(*arguments[:2]), leaves(*arguments[:2])
+    loss, found, entropy, slopes = policy_loss(*inputs, arguments[2], 1.0, clipped)
+    (loss / 8).backward()
+    expected = logprobs_and_entropy(*others, arguments[2], 1.0)
+    expected[0].retain_grad()
+    (clipped(expected[0]).sum() / 8).backward()
+    assert torch.equal(found, expected[0]) and torch.equal(entropy, expected[1])
+    assert torch.equal(slopes, 8 * expected[0].grad) and 0 < (slopes == 0).sum() < 40
+    assert all(torch.equal(x.grad, y.grad) for x, y in zip(inputs, others, strict=True))
+    assert not found.requires_grad and not entropy.requires_grad
+
+
+def test_frozen_hidden_or_weight():
+    hidden, weight, targets = problem(20, 64, 1000)
+    a = torch.randn(20)
+    _, _, *expected = run(hidden, weight, targets, 1.0, a, torch.zeros(20))
+    for freeze in (0, 1):
+        inputs = leaves(hidden, weight)
+        inputs[freeze].requires_grad_(False)
+        (SlicedLogprobs.apply(*inputs, targets, 1.0)[0] @ a).backward()
+        assert inputs[freeze].grad is None and torch.equal(inputs[1 - freeze].grad, expected[1 - freeze])
+
+
+def test_tied_embeddings_accumulate():
+    weight = torch.randn(1000, 64).mul_(0.4).requires_grad_()
+    tokens, targets = torch.randint(1000, (2, 20))
+    a = torch.randn(20)
+    (SlicedLogprobs.apply(weight[tokens], weight, targets, 1.0)[0] @ a).backward()
+    twin = weight.detach().double().requires_grad_()
+    (logprobs.plain_logprobs_and_entropy(twin[tokens], twin, targets, 1.0)[0] @ a.double()).backward()
+    assert (weight.grad - twin.grad).norm() <= 1e-5 * twin.grad.norm()
+
+
+def test_repeats_bit_for_bit_and_barely_depends_on_slices(monkeypatch):
+    arguments = problem(40, 64, 1000)
+    a, b = torch.randn(2, 40)
+    first = run(*arguments, 1.0, a, b)
+    assert all(torch.equal(x, y) for x, y in zip(run(*arguments, 1.0, a, b), first, strict=True))
+    for width in (7, 128, 4096):
+        monkeypatch.setattr(logprobs, "SLICE", width)
+        for x, y in zip(run(*arguments, 1.0, a, b), first, strict=True):
+            assert (x - y).norm() <= 2e-6 * y.norm()
+
+
+def test_no_rows():
+    hidden, weight, targets = problem(0, 64, LARGE_VOCABULARY)
+    for results in (run(hidden, weight, targets, 1.0, torch.zeros(0), torch.zeros(0)),):
+        assert [tuple(t.shape) for t in results] == [(0,), (0,), (0, 64), (LARGE_VOCABULARY, 64)]
+        assert (results[3] == 0).all()
+
+
+def test_it_cannot_be_differentiated_twice():
+    inputs = leaves(*problem(5, 64, 1000)[:2])
+    logprobs_N, _ = SlicedLogprobs.apply(*inputs, torch.arange(5), 1.0)
+    (gradient,) = torch.autograd.grad(logprobs_N.square().sum(), inputs[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        gradient.sum().backward()
+
+
+def test_what_does_not_fit_is_refused():
+    hidden, weight, targets = problem(5, 64, 257)
+    for arguments, match in [
+        ((hidden, weight[:, :-1], targets, 1.0), "do not fit"),
+        ((hidden, weight, targets[:-1], 1.0), "one target for each"),
+        ((hidden, weight.to(BF16), targets, 1.0), "must both be"),
+        ((hidden, weight, targets, 0.0), "temperature"),
+        ((hidden, weight, targets + 257, 1.0), "outside the vocabulary"),
+    ]:
+        with pytest.raises(ValueError, match=match):
+            logprobs_and_entropy(*arguments)
+        with pytest.raises(ValueError, match=match):
+            policy_loss(*arguments, torch.exp)
+    with pytest.raises(TypeError):
+        logprobs_and_entropy(hidden, weight, targets)  # a temperature must be given
+
+
+def test_a_masked_target_far_below_zero():
+    # It has no logit to be the first centre, and 0 is too high for logits of −400: all powers would underflow.
+    hidden, weight, targets = problem(20, 64, 1000)
+    hidden[:, -1], weight[:, -1] = 16, -25
+    targets = targets % 10
+    expected = truth(hidden, weight[10:], targets, 1.0, torch.zeros(20), torch.zeros(20))[1]
+    weight[:10, -1] = -torch.inf
+    with torch.no_grad():
+        found = SlicedLogprobs.apply(hidden, weight, targets, 1.0)
+    assert (found[0] == -torch.inf).all() and (found[1] - expected).abs().max() <= 3e-4
