@@ -64,6 +64,8 @@ from common.runlog import RunLog, new_run_directory
 from common.sampler_process import OverlappedRollouts
 from common.samplers import TransformersSampler, load_transformers_sampler
 from common.tasks import encode_problems, grade, load_task
+from common.vllm_sampler import make_vllm_sampler, require_vllm
+from common.weight_sync import describe as describe_weights
 
 
 @dataclass
@@ -98,6 +100,8 @@ class Args:
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
     """O: how many batches the sampler may be ahead; (I, O) = (1, 1) is one-step off-policy"""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """what draws the responses; vLLM is installed separately, see the README"""
     serial: bool = False
     """sample in the trainer's process, in turns with training, and get the same batches; on a GPU always so"""
     sampler_timeout: float = 300.0
@@ -206,6 +210,23 @@ def check(args):
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
 
+def make_rollouts(args, sampler, sampler_options, plan, serial):
+    """Where batches come from: `sampler` in turns with training, or a process of its own that draws meanwhile."""
+    eos_ids, pad_id, max_tokens, temperature, precision = sampler_options
+    # Sampler and trainer must agree on log-probs where both hold the same weights.
+    mismatch = partial(sampler_mismatch, sampler.model, pad_id, temperature, precision)
+    if serial:
+        return SerialRollouts(sampler, plan, mismatch)
+    if args.engine == "vllm":
+        engine_options = (eos_ids, max(map(len, plan.prompt_ids)), max_tokens, temperature, precision)
+        make_sampler = partial(make_vllm_sampler, args.model, args.revision, args.threads, *engine_options)
+        describe = partial(describe_weights, precision=precision)  # what an engine loads has to be verified
+    else:
+        make_sampler = partial(load_transformers_sampler, args.model, args.revision, args.threads, *sampler_options)
+        describe = None
+    return OverlappedRollouts(sampler.model, make_sampler, plan, mismatch, args.sampler_timeout, describe)
+
+
 def main(args):
     # Everything that can be wrong with the input shows before a model is loaded.
     check(args)
@@ -214,6 +235,9 @@ def main(args):
     schedule = (args.sync_interval, args.sync_offset)
     args.threads = args.threads or (2 if serial or schedule == (1, 0) else 1)
     torch.set_num_threads(args.threads)
+    if args.engine == "vllm":
+        require_vllm()
+        require(not serial, "engine", args.engine, "it samples in a process of its own, on a CPU; leave out --serial")
     name = args.name or f"{Path(__file__).stem}-{Path(args.task).stem}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(args.resume) if args.resume else new_run_directory(args.output, name)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)
@@ -236,13 +260,7 @@ def main(args):
     sampler = TransformersSampler(model, *sampler_options)
     batch_shape = (args.prompts_per_step, args.group_size)
     plan = RolloutPlan(prompts, *batch_shape, *schedule, args.seed)
-    # Sampler and trainer must agree on log-probs where both hold the same weights.
-    mismatch = partial(sampler_mismatch, model, pad_id, args.temperature, precision)
-    if serial:
-        rollouts = SerialRollouts(sampler, plan, mismatch)
-    else:  # this sampler then only evaluates
-        make_sampler = partial(load_transformers_sampler, args.model, args.revision, args.threads, *sampler_options)
-        rollouts = OverlappedRollouts(model, make_sampler, plan, mismatch, args.sampler_timeout)
+    rollouts = make_rollouts(args, sampler, sampler_options, plan, serial)
 
     step, elapsed_seconds, skipped_in_a_row, offsets = 0, 0.0, 0, {}
     if args.resume and (checkpoint := latest_checkpoint(run_dir)):
@@ -322,7 +340,7 @@ def main(args):
             metrics = {
                 **reward_statistics(rewards_PG, grades, response_lengths, batch.truncated),
                 **statistics.result(num_tokens, same_weights=lag == 0),
-                **batch.mismatch,
+                **batch.measured,
                 "loss": loss_sum,
                 "grad_norm": grad_norm,
                 "lr": lr,

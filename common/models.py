@@ -39,7 +39,7 @@ def load_config(name, revision):
 
     Raises `BadInput` for a directory that holds no model, and for what `transformers` does not know.
     """
-    path = Path(_location(name))
+    path = Path(location(name))
     if path.is_dir():
         if revision:
             raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
@@ -105,13 +105,14 @@ def load_model(name, revision, device, gradient_checkpointing):
     return model
 
 
-def _location(name):
+def location(name):
+    """Where a model of that name lies: the embedded model's directory for its name, else the name itself."""
     return str(Path(__file__).parent / "tiny_model") if name == TINY_MODEL else name
 
 
 def _load(auto_class, name, revision, **options):
     try:
-        return auto_class.from_pretrained(_location(name), revision=revision or "main", **options)
+        return auto_class.from_pretrained(location(name), revision=revision or "main", **options)
     except Exception as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
         raise BadInput(
             f"--model {name} cannot be loaded ({auto_class.__name__}: {str(error)[:300]}): give the directory or the "

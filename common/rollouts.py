@@ -31,8 +31,8 @@ class Batch:
     """B lists: log-probability of each response token under the policy that drew it"""
     truncated: list[bool]
     """B: cut at the token limit"""
-    mismatch: dict[str, float]
-    """what `sampler_mismatch` found, where `RolloutPlan.mismatch_is_due`"""
+    measured: dict[str, float]
+    """to be logged with its step: `sampler_mismatch` where it is due, and what an engine's sync took"""
     sample_started_at: float
     """when the sampler began with it, Unix time in seconds"""
     sample_seconds: float
@@ -85,24 +85,30 @@ class RolloutPlan:
         """
         return self.version(k) < k - 1 and k == self.batches_of(self.version(k))[0]
 
-    def draw(self, sampler, k):
-        """Draw batch `k` with the weights that `sampler` holds, which must be those of version(k)."""
+    def draw(self, sampler, numbers):
+        """Draw the batches `numbers` with the weights that `sampler` holds, which must be those of their version.
+
+        Yields each `Batch` as soon as it is complete; to be read to the end.
+        """
+        problems_of = {k: problems_of_batch(k, len(self.prompt_ids), self.prompts_per_step, self.seed) for k in numbers}
+        prompts_of = {k: [self.prompt_ids[problem] for problem in problems] for k, problems in problems_of.items()}
+        asked = [(prompts_of[k], derive_seed(self.seed, "sample", k)) for k in numbers]
         started, started_at = time.perf_counter(), time.time()
-        problems = problems_of_batch(k, len(self.prompt_ids), self.prompts_per_step, self.seed)
-        prompts = [self.prompt_ids[problem] for problem in problems]
-        samples = sampler.sample(prompts, self.group_size, derive_seed(self.seed, "sample", k))
-        return Batch(
-            number=k,
-            version=self.version(k),
-            problems=problems,
-            prompts=[prompt for prompt in prompts for _ in range(self.group_size)],
-            responses=samples.responses,
-            logprobs=samples.logprobs,
-            truncated=samples.truncated,
-            mismatch={},
-            sample_started_at=started_at,
-            sample_seconds=time.perf_counter() - started,
-        )
+        for k, samples in zip(numbers, sampler.sample_many(asked, self.group_size), strict=True):
+            now, now_at = time.perf_counter(), time.time()
+            yield Batch(
+                number=k,
+                version=self.version(k),
+                problems=problems_of[k],
+                prompts=[prompt for prompt in prompts_of[k] for _ in range(self.group_size)],
+                responses=samples.responses,
+                logprobs=samples.logprobs,
+                truncated=samples.truncated,
+                measured={},
+                sample_started_at=started_at,
+                sample_seconds=now - started,
+            )
+            started, started_at = now, now_at
 
 
 class SerialRollouts:
@@ -157,9 +163,9 @@ class SerialRollouts:
             raise RuntimeError(
                 f"Batch {k} is due from weights of version {self.plan.version(k)}, but the model holds {self.version}."
             )
-        batch = self.plan.draw(self.sampler, k)
+        (batch,) = self.plan.draw(self.sampler, [k])
         if self.plan.mismatch_is_due(k):
-            batch.mismatch = self.measure_mismatch(batch)
+            batch.measured = self.measure_mismatch(batch)
         self.waiting[k] = batch
         self.last_drawn = k
 

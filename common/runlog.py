@@ -83,6 +83,7 @@ class RunLog:
     def __init__(self, run_dir, script, args, first_step, num_steps, offsets):
         self.run_dir = Path(run_dir)
         self.script, self.first_step, self.num_steps = script, first_step, num_steps
+        self.engine = args["engine"]  # what samples; its version is among the packages'
         args_json = json.dumps({"script": script, **args}, indent=2) + "\n"
         if args["resume"]:
             write_atomically(self.run_dir / "args.json", args_json)
@@ -193,7 +194,7 @@ class RunLog:
     def _write_environment(self):
         """Append a section per start or resume, and say where a resumed run's surroundings differ from before."""
         path = self.run_dir / "environment.txt"
-        described = describe_environment()
+        described = describe_environment() + f"engine: {self.engine}\n"
         sections = path.read_text().split("\n\n") if path.exists() else []
         with path.open("a") as file:
             file.write(f"started: {datetime.now():%Y-%m-%d %H:%M:%S}\n{described}\n")

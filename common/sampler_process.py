@@ -23,7 +23,8 @@ from multiprocessing.connection import wait
 from common.errors import RunStopped
 from common.rollouts import Batch
 from common.schedule import is_due
-from common.shared_weights import SharedWeights, point_parameters
+from common.shared_weights import SharedWeights, parameters_from
+from common.weight_sync import deliver
 
 START_UP_SECONDS = 600  # how long the sampler may take to load its model; there is no heartbeat before the first token
 
@@ -39,16 +40,19 @@ class OverlappedRollouts:
         plan: a `rollouts.RolloutPlan`.
         measure_mismatch: `rollouts.sampler_mismatch` but for its last argument, the batch.
         timeout: seconds without a decoded token, while the trainer waits, after which the sampler counts as hung.
+        describe: model, version → `weight_sync.Manifest` of its weights, by which the sampler checks every delivery
+            before it draws; None for a sampler whose parameters lie in the shared memory itself.
 
     Raises `RunStopped` as soon as the process has died, wherever the trainer is at that moment, or hangs.
     """
 
-    def __init__(self, model, make_sampler, plan, measure_mismatch, timeout):
+    def __init__(self, model, make_sampler, plan, measure_mismatch, timeout, describe=None):
         self.model = model
         self.make_sampler = make_sampler
         self.plan = plan
         self.measure_mismatch = measure_mismatch
         self.timeout = timeout
+        self.describe = describe
         # Version v is needed until its last batch, v + O + I, has been trained on. After update j, those are the
         # multiples of I above j − O − I and up to j: at most ceil(O / I) + 1, so a slot is free whenever one is due.
         self.weights = SharedWeights(model, num_slots=-(-plan.sync_offset // plan.sync_interval) + 1)
@@ -74,7 +78,9 @@ class OverlappedRollouts:
             self.publish(0)
         else:  # resumed: versions in order, as they were published
             for version in sorted(self.slot_of):
-                self._announce(version)
+                with parameters_from(self.model, self.weights.slots[self.slot_of[version]]):
+                    manifest = self.describe and self.describe(self.model, version)
+                self._announce(version, manifest)
         return self
 
     def __exit__(self, *exception):
@@ -95,11 +101,8 @@ class OverlappedRollouts:
             self._receive()
         batch = self.waiting.pop(step)
         if self.plan.mismatch_is_due(step):
-            own = point_parameters(self.model, self.weights.slots[self.slot_of[version]])
-            try:
-                batch.mismatch = self.measure_mismatch(batch)
-            finally:
-                point_parameters(self.model, own)
+            with parameters_from(self.model, self.weights.slots[self.slot_of[version]]):
+                batch.measured |= self.measure_mismatch(batch)
         return batch
 
     def publish(self, update):
@@ -111,7 +114,7 @@ class OverlappedRollouts:
         slot = min(set(range(len(self.weights.slots))) - set(self.slot_of.values()))
         self.weights.write(slot, update, self.model)
         self.slot_of[update], self.published = slot, update
-        self._announce(update)
+        self._announce(update, self.describe and self.describe(self.model, update))
 
     def state(self):
         """What a checkpoint needs besides the live weights: batches drawn ahead, weights for those still to draw."""
@@ -137,10 +140,10 @@ class OverlappedRollouts:
             self.weights.versions[slot] = version
             self.slot_of[version] = slot
 
-    def _announce(self, version):
+    def _announce(self, version, manifest):
         still_to_draw = [k for k in self.plan.batches_of(version) if k > self.last_arrived]
         with contextlib.suppress(BrokenPipeError):  # it died just now; that is said where its batch is missed
-            self.connection.send((version, self.slot_of[version], still_to_draw))
+            self.connection.send((version, self.slot_of[version], manifest, still_to_draw))
 
     def _receive(self):
         """Wait for the sampler's next message, a batch or why it cannot go on; and for no longer than it is alive."""
@@ -195,15 +198,19 @@ def run_sampler(connection, weights, make_sampler, plan):
         sampler = make_sampler()
         sampler.heartbeat = weights.heartbeat
         while True:
-            version, slot, numbers = connection.recv()
-            sampler.use_weights(weights.slots[slot])
-            for k in numbers:
-                batch = plan.draw(sampler, k)
-                if not plan.version(k) == version == weights.versions[slot]:
+            version, slot, manifest, numbers = connection.recv()
+            tensors, measured = weights.slots[slot], {}
+            if manifest:
+                measured = deliver(sampler, tensors, manifest)
+            else:
+                sampler.use_weights(tensors)
+            for batch in plan.draw(sampler, numbers):
+                if not batch.version == version == weights.versions[slot]:
                     raise RuntimeError(
-                        f"batch {k} is due from version {plan.version(k)}, but version {version} was announced and "
-                        f"version {weights.versions[slot]} lies in slot {slot}"
+                        f"batch {batch.number} is due from version {batch.version}, but version {version} was "
+                        f"announced and version {weights.versions[slot]} lies in slot {slot}"
                     )
+                batch.measured, measured = measured, {}  # with the first batch of its version
                 outbox.submit(connection.send, batch)
     except EOFError:
         return  # the trainer is gone

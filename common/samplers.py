@@ -55,6 +55,11 @@ class Sampler:
         """
         raise NotImplementedError
 
+    def sample_many(self, batches, group_size):
+        """Draw batches of (prompts, seed) each; yields their `Samples` in order, each as soon as it is complete."""
+        for prompts, seed in batches:
+            yield self.sample(prompts, group_size, seed)
+
     def greedy(self, prompts):
         """The most likely token at every position, one response per prompt. Returns `Samples`."""
         raise NotImplementedError

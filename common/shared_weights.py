@@ -7,6 +7,7 @@ room for one version of all the weights. Nothing is pickled, and nothing is left
 import mmap
 import os
 import tempfile
+from contextlib import contextmanager
 from math import prod
 from multiprocessing.reduction import DupFd
 from pathlib import Path
@@ -99,3 +100,13 @@ def point_parameters(model, tensors):
     for name, parameter in model.named_parameters():
         previous[name], parameter.data = parameter.data, tensors[name]
     return previous
+
+
+@contextmanager
+def parameters_from(model, tensors):
+    """Inside, the parameters of `model` are these tensors; then again what they were."""
+    own = point_parameters(model, tensors)
+    try:
+        yield
+    finally:
+        point_parameters(model, own)

