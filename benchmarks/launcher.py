@@ -68,8 +68,11 @@ def run_all(runs, num_steps, directory, jobs):
 
 
 def environment_of(run_dir):
-    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware, threads."""
-    return (run_dir / "environment.txt").read_text().split("\n\n")[0].strip()
+    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware, threads.
+
+    With paths as seen from the repository, wherever that lies.
+    """
+    return (run_dir / "environment.txt").read_text().split("\n\n")[0].strip().replace(f"{ROOT}/", "")
 
 
 def _start(run, num_steps, directory):

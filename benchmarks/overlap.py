@@ -62,8 +62,8 @@ def measure_run(run_dir, interval, offset):
     sync = statistics.median(r["time/sync"] for r in records if r["step"] % interval == 0) / interval
     step, shortest = statistics.median(cycles), shortest_step(sample, train, interval, offset)
     return {
-        "steps": len(begun) - 1, "sample": sample, "train": train, "sync": sync, "step": step, "shortest": shortest,
-        "ratio": step / (shortest + sync),
+        "steps": len(cycles) * interval, "sample": sample, "train": train, "sync": sync, "step": step,
+        "shortest": shortest, "ratio": step / (shortest + sync),
     }  # fmt: skip
 
 

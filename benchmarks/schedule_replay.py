@@ -10,7 +10,8 @@ Assumptions, all of them:
 - Step k begins when step k − 1 has ended and batch k is there. It is `train` seconds of grading and training and, after
   every I-th update, `sync` seconds in which the trainer hands over the weights; the sampler can use them after it.
 - How long a batch takes to draw, or to train on, does not depend on the schedule. (In training it does, a little: a
-  staler policy may give shorter or longer answers. Evaluation and checkpoints are left out.)
+  staler policy may give shorter or longer answers. Evaluation and checkpoints are left out.) With `--run`, the run was
+  sampled by `transformers`: a vLLM engine draws the batches of a version together, and no batch has a time of its own.
 """
 
 import random

@@ -18,6 +18,7 @@ CHANGEABLE = {
     "keep_checkpoints",
     "completions_per_step",
     "threads",
+    "sampler_timeout",
     "track",
     "wandb_project",
     "wandb_entity",

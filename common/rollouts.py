@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from common.batching import collate
+from common.errors import BadInput
 from common.logprobs import token_logprobs
 from common.randomness import derive_seed
 from common.schedule import batches_of_version, version_of_batch
@@ -155,6 +156,8 @@ class SerialRollouts:
         return {"version": self.version, "last_drawn": self.last_drawn, "waiting": waiting}
 
     def load_state(self, state):
+        if "version" not in state:
+            raise BadInput("--resume: this run sampled in a process of its own, on a CPU, and has to go on there.")
         self.version, self.last_drawn = state["version"], state["last_drawn"]
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
 

@@ -13,6 +13,7 @@ the schedule, so an overlapped run trains on the very batches of a serial one; o
 import contextlib
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
 
-from common.errors import RunStopped
+from common.errors import BadInput, RunStopped
 from common.rollouts import Batch
 from common.schedule import is_due
 from common.shared_weights import SharedWeights, parameters_from
@@ -58,6 +59,7 @@ class OverlappedRollouts:
         self.weights = SharedWeights(model, num_slots=-(-plan.sync_offset // plan.sync_interval) + 1)
         self.slot_of = {}  # version: its slot, for the versions still needed
         self.published = None  # the newest version the sampler has been told of
+        self.resumed = False
         self.last_arrived = 0
         self.waiting = {}  # batches that have arrived but not been trained on, by number
 
@@ -73,14 +75,20 @@ class OverlappedRollouts:
         finally:
             signal.signal(signal.SIGINT, previous)
         its_end.close()
-        self._on_child_before = signal.signal(signal.SIGCHLD, self._on_child_exit)
-        if self.published is None:
-            self.publish(0)
-        else:  # resumed: versions in order, as they were published
-            for version in sorted(self.slot_of):
+        # A thread reads, so that the trainer never waits in the middle of a message from a sampler that has stopped.
+        self.inbox, self.failure = queue.SimpleQueue(), None
+        threading.Thread(target=_read_into, args=(self.inbox, self.connection), daemon=True).start()
+        self._trainer, self._on_child_before = os.getpid(), signal.signal(signal.SIGCHLD, self._on_child_exit)
+        try:
+            if self.published is None:
+                self.publish(0)
+            for version in sorted(self.slot_of) if self.resumed else []:  # in the order they were published
                 with parameters_from(self.model, self.weights.slots[self.slot_of[version]]):
                     manifest = self.describe and self.describe(self.model, version)
                 self._announce(version, manifest)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exception):
@@ -97,8 +105,12 @@ class OverlappedRollouts:
                 f"Batch {step} is due from weights of version {version}, which were never published; the newest is "
                 f"{self.published}."
             )
-        while step not in self.waiting:
-            self._receive()
+        self._drain()
+        # A failure counts at once, though batches may be waiting: no update after weights were found not to be right.
+        while step not in self.waiting or self.failure:
+            if self.failure:
+                raise self.failure
+            self._accept(self._receive())
         batch = self.waiting.pop(step)
         if self.plan.mismatch_is_due(step):
             with parameters_from(self.model, self.weights.slots[self.slot_of[version]]):
@@ -118,8 +130,7 @@ class OverlappedRollouts:
 
     def state(self):
         """What a checkpoint needs besides the live weights: batches drawn ahead, weights for those still to draw."""
-        while self.connection.poll():
-            self._receive()
+        self._drain()
         return {
             "waiting": [vars(batch) for batch in self.waiting.values()],
             "last_arrived": self.last_arrived,
@@ -133,7 +144,7 @@ class OverlappedRollouts:
 
     def load_state(self, state):
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
-        self.last_arrived, self.published = state["last_arrived"], state["published"]
+        self.last_arrived, self.published, self.resumed = state["last_arrived"], state["published"], True
         for slot, (version, tensors) in enumerate(state["weights"].items()):
             for name, tensor in tensors.items():
                 self.weights.slots[slot][name].copy_(tensor)
@@ -142,32 +153,41 @@ class OverlappedRollouts:
 
     def _announce(self, version, manifest):
         still_to_draw = [k for k in self.plan.batches_of(version) if k > self.last_arrived]
-        with contextlib.suppress(BrokenPipeError):  # it died just now; that is said where its batch is missed
+        with contextlib.suppress(OSError):  # it died just now; that is said where its batch is missed
             self.connection.send((version, self.slot_of[version], manifest, still_to_draw))
 
+    def _drain(self):
+        """Accept whatever has arrived. A failure is kept for `next`: a checkpoint is complete without the sampler."""
+        while not self.inbox.empty():
+            self._accept(self.inbox.get())
+
     def _receive(self):
-        """Wait for the sampler's next message, a batch or why it cannot go on; and for no longer than it is alive."""
+        """Wait for the sampler's next message, but no longer than its heart beats."""
         beat, beat_at = self.weights.heartbeat.item(), time.monotonic()
         timeout = self.timeout if beat else max(self.timeout, START_UP_SECONDS)
-        while not wait([self.connection, self.process.sentinel], timeout=min(1.0, timeout)):
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.inbox.get(timeout=min(1.0, timeout))
             if (now_at := self.weights.heartbeat.item()) != beat:
                 beat, beat_at, timeout = now_at, time.monotonic(), self.timeout
             elif time.monotonic() - beat_at > timeout:
                 raise RunStopped(
-                    f"The sampler's process has not decoded a token for {timeout:g} s while {self._its_work()}: "
-                    "look for what blocks it, or give --sampler-timeout more; then continue with --resume."
+                    f"The sampler's process has not decoded a token for {timeout:g} s while {self._its_work()}: look "
+                    "for what blocks it; --resume continues from the last checkpoint, with more --sampler-timeout if "
+                    "need be."
                 )
-        try:
-            message = self.connection.recv()
-        except (EOFError, ConnectionResetError):
-            raise self._death() from None
-        if not isinstance(message, Batch):
-            raise RunStopped(f"The sampler's process failed while {self._its_work()}: {message}")
-        expected = self.last_arrived + 1
-        if (message.number, message.version) != (expected, self.plan.version(expected)):
-            raise RuntimeError(f"Batch {message.number} arrived from version {message.version}, but {expected} is due.")
-        self.waiting[message.number] = message
-        self.last_arrived = message.number
+
+    def _accept(self, message):
+        """Put a batch with those waiting; keep what else may come, None for the end or a reason, as the failure."""
+        if isinstance(message, Batch):
+            expected = self.last_arrived + 1
+            if (message.number, message.version) != (expected, self.plan.version(expected)):
+                raise RuntimeError(f"Batch {message.number} of version {message.version} came, but {expected} is due.")
+            self.waiting[message.number] = message
+            self.last_arrived = message.number
+        elif not self.failure:
+            reason = f"The sampler's process failed while {self._its_work()}: {message}"
+            self.failure = RunStopped(reason) if message else self._death()
 
     def _its_work(self):
         """What the sampler was to do: its next batch, or its next version if all batches of the newest are drawn."""
@@ -178,27 +198,31 @@ class OverlappedRollouts:
 
     def _on_child_exit(self, signal_number, frame):
         """SIGCHLD, in the middle of whatever the trainer does: it should not train on for minutes without a sampler."""
-        if not self.process.is_alive():
+        if os.getpid() == self._trainer and not self.process.is_alive():  # a fork of the trainer inherits this handler
+            signal.signal(signal.SIGCHLD, self._on_child_before)  # once is enough
             raise self._death()
 
     def _death(self):
         self.process.join(timeout=5)
         return RunStopped(
             f"The sampler's process died (exit code {self.process.exitcode}; -9 is what running out of memory looks "
-            f"like) while {self._its_work()}. The last checkpoint is intact: continue with --resume."
+            f"like) while {self._its_work()}: continue with --resume, from the last checkpoint."
         )
 
 
 def run_sampler(connection, weights, make_sampler, plan):
     """The sampler's process: draw the batches of each version announced, in order, until the trainer is gone."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    # A batch is larger than a pipe holds, and the trainer reads it when it needs it: a thread waits for that.
-    outbox = ThreadPoolExecutor(max_workers=1)
+    # A batch is larger than a pipe holds, and the trainer may be busy: a thread waits for it to be read.
+    outbox, sent = ThreadPoolExecutor(max_workers=1), []
     try:
         sampler = make_sampler()
         sampler.heartbeat = weights.heartbeat
         while True:
-            version, slot, manifest, numbers = connection.recv()
+            try:
+                version, slot, manifest, numbers = connection.recv()
+            except (EOFError, ConnectionResetError):
+                return  # the trainer is gone
             tensors, measured = weights.slots[slot], {}
             if manifest:
                 measured = deliver(sampler, tensors, manifest)
@@ -211,14 +235,22 @@ def run_sampler(connection, weights, make_sampler, plan):
                         f"announced and version {weights.versions[slot]} lies in slot {slot}"
                     )
                 batch.measured, measured = measured, {}  # with the first batch of its version
-                outbox.submit(connection.send, batch)
-    except EOFError:
-        return  # the trainer is gone
+                sent.append(outbox.submit(connection.send, batch))
+                while sent and sent[0].done():
+                    sent.pop(0).result()  # raises what went wrong in that thread
     except (Exception, RunStopped) as error:
-        if not isinstance(error, RunStopped):
+        if not isinstance(error, (BadInput, RunStopped)):  # those say it all in a sentence
             traceback.print_exc()
         outbox.submit(connection.send, f"{type(error).__name__}: {error}")
         _leave_with_parent()  # not before: the trainer should read the message, not find a dead process
+
+
+def _read_into(inbox, connection):
+    """Put every message into the queue, and None when there can be no more."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(connection.recv())
+    inbox.put(None)
 
 
 def _leave_with_parent():

@@ -7,6 +7,7 @@ room for one version of all the weights. Nothing is pickled, and nothing is left
 import mmap
 import os
 import tempfile
+import weakref
 from contextlib import contextmanager
 from math import prod
 from multiprocessing.reduction import DupFd
@@ -48,7 +49,7 @@ class SharedWeights:
                 raise BadInput(
                     f"Sampling in a process of its own takes {self._num_bytes() / 2**20:.0f} MiB of shared memory for "
                     f"the weights, which {directory or tempfile.gettempdir()} does not have ({error.strerror}): make "
-                    "room (docker run --shm-size), or sample in the trainer's process with --serial."
+                    "room (docker run --shm-size), or start a run that samples in the trainer's process, with --serial."
                 ) from error
             self._map(os.dup(file.fileno()))
         self.versions.fill_(-1)
@@ -77,6 +78,7 @@ class SharedWeights:
 
     def _map(self, file):
         self._file = file
+        weakref.finalize(self, os.close, file)
         memory = torch.frombuffer(mmap.mmap(file, self._num_bytes()), dtype=torch.uint8)
         counters = memory[:COUNTERS_PAGE].view(torch.int64)
         self.heartbeat, self.versions = counters[:1], counters[1 : 1 + self._num_slots]

@@ -38,7 +38,7 @@ class Manifest:
     """per parameter name"""
     probe: list[list[int]]
     """sequences of token ids"""
-    logprobs: torch.Tensor
+    logprobs: list[float]
     """of all their tokens but the first ones, by the trainer's own forward pass, in one row"""
     tolerance: float
 
@@ -49,7 +49,8 @@ def describe(model, version, precision):
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
-    return Manifest(version, checksums, probe, logprobs_of(model, probe, precision), TOLERANCE[precision])
+    logprobs = logprobs_of(model, probe, precision).tolist()
+    return Manifest(version, checksums, probe, logprobs, TOLERANCE[precision])
 
 
 def checksum(tensor):
@@ -143,7 +144,7 @@ def perturbed(model, names, strength=0.5):
 def _gap(sampler, manifest):
     """Mean absolute difference of the sampler's log-probs of the probe from the trainer's."""
     found = torch.tensor(sampler.score(manifest.probe), dtype=torch.float64).flatten()
-    return (found - manifest.logprobs.double()).abs().mean().item()
+    return (found - torch.tensor(manifest.logprobs, dtype=torch.float64)).abs().mean().item()
 
 
 def _listed(word, names):

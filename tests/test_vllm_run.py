@@ -54,13 +54,15 @@ def test_a_resumed_run_trains_on_the_batches_it_had_stored(settings, tmp_path):
     run.end(30, grace=30)
     latest = max(run_dir.glob("checkpoints/step_*.pt"), key=lambda path: int(path.stem[5:]))
     stored = torch.load(latest, weights_only=True)
-    waiting = {batch["number"]: batch for batch in stored["rollouts"]["waiting"]}
+    batch = stored["rollouts"]["waiting"][0]  # version 0 draws eleven batches, at once
     number = stored["step"] + 1
-    assert number in waiting  # version 0 draws eleven batches, at once
+    assert batch["number"] == number
+    for part in ("responses", "logprobs"):  # nobody would draw this again
+        batch[part] = [values[:3] for values in batch[part]]
+    torch.save(stored, latest)
     again = Run(["--resume", str(run_dir), "--num-steps", str(number)], tmp_path / "log")
     assert again.end(240) == 0, again.log.read_text()
-    lengths = [len(response) for response in waiting[number]["responses"]]
-    assert metrics(run_dir)[number]["response_length/mean"] == sum(lengths) / len(lengths)
+    assert metrics(run_dir)[number]["response_length/mean"] == 3
 
 
 @pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
@@ -128,12 +130,12 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
     rollouts = make_rollouts(settings["model"])
     with rollouts:
         rollouts.next(1)
-        rollouts.publish(1)
-        time.sleep(0.002)
+        beat = rollouts.weights.heartbeat.item()
         with pytest.raises(RunStopped, match=r"died .* while drawing batch 2 with weights of version 1"):
+            rollouts.publish(1)
+            wait_for(lambda: rollouts.weights.heartbeat.item() > beat)  # one beat per tensor loaded: this is the first
             rollouts.process.kill()
             time.sleep(5)  # the signal that a child has died ends this
-            rollouts.next(2)
 
 
 def test_without_a_second_process_there_is_no_engine(settings, tmp_path):
