@@ -95,7 +95,7 @@ def measure(name, directory, precision, rounds):
     started = time.perf_counter()
     canary(sampler, model, precision)
     canary_seconds = time.perf_counter() - started
-    gap = (torch.tensor(sampler.score(manifest.probe)).flatten() - manifest.logprobs).abs()
+    gap = (torch.tensor(sampler.score(manifest.probe)).flatten() - torch.tensor(manifest.logprobs)).abs()
     cells = [f"{1000 * seconds:.1f}" for seconds in (copy, fresh, repack, load, describing, verifying)]
     cells += [
         f"{(load - repack) / copy:.1f} / {(load - repack) / fresh:.1f}",

@@ -70,10 +70,15 @@ class OverlappedRollouts:
         self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
         # Ctrl-C reaches every process of the terminal. It is for the trainer: the sampler starts with it ignored.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The sampler is killed in the end; Python's tracker of shared resources then clears up after it, as it should,
+        # but would warn of that below the run's last words.
+        warnings_before = os.environ.get("PYTHONWARNINGS", "")
+        os.environ["PYTHONWARNINGS"] = f"{warnings_before},ignore:resource_tracker".lstrip(",")
         try:
             self.process.start()
         finally:
             signal.signal(signal.SIGINT, previous)
+            os.environ["PYTHONWARNINGS"] = warnings_before
         its_end.close()
         # A thread reads, so that the trainer never waits in the middle of a message from a sampler that has stopped.
         self.inbox, self.failure = queue.SimpleQueue(), None
