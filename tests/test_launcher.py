@@ -40,7 +40,13 @@ def test_no_run_outlives_the_launcher(how, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-c", LAUNCHER, str(tmp_path)]
-    launcher = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    launcher = subprocess.Popen(
+        command,
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        # What a shell starts in the background is told to ignore Ctrl-C, and so would be what these tests start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     runs = []
     try:
         wait_for(lambda: len(list(tmp_path.glob("pid-*"))) == 2, seconds=30)
