@@ -97,7 +97,7 @@ class VllmSampler(Sampler):
                 enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
             )
             self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
-        except Exception as error:  # as varied as models, memories and machines
+        except (Exception, RunStopped) as error:  # as varied as models, memories and machines
             raise BadInput(
                 f"--engine vllm cannot start with this model ({_reason(error)}): give a model that vLLM supports and "
                 "that fits in memory with its cache (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out."

@@ -119,7 +119,7 @@ def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
 def test_the_factory_proves_the_engine_against_its_own_model():
     # As a process would call it that was given nothing but a picklable function.
     directory = str(REPOSITORY / "common" / "tiny_model")
-    factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", {0}, 16, 16, 1.0, "float32")))
+    factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", 1, {0}, 16, 16, 1.0, "float32")))
     sampler = factory()
     KEPT.append(sampler)
     model = load_model(directory, "", torch.device("cpu"), gradient_checkpointing=False)
