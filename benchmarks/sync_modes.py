@@ -28,6 +28,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.algorithms import moving_average
 from benchmarks.launcher import Run, environment_of, run_all
 from benchmarks.schedule_replay import MODES, replay
 from common.runlog import read_metrics
@@ -160,12 +161,6 @@ def write_csv(modes, seeds, path):
                     values = [record.get(key) for key in keys]
                     cells = ["" if value is None else f"{value:.10g}" for value in values]
                     writer.writerow([mode, seed, f"{seconds:.3f}", *cells])
-
-
-def moving_average(values, width=9):
-    """A centred average over `width` steps, of fewer at the ends: small batches are noisy."""
-    kernel = np.ones(min(width, len(values)))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def draw(modes, path):

@@ -89,6 +89,11 @@ def as_options(settings):
     return words
 
 
+def resume(run_dir, *more):
+    """The command line that continues a run, a list of strings."""
+    return ["--resume", str(run_dir), *map(str, more)]
+
+
 def command(*argv):
     """What `python grpo.py …` does, in this process: returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:

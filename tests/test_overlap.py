@@ -25,6 +25,7 @@ from helpers import (
     metrics,
     num_logged,
     options,
+    resume,
     train,
     wait_for,
     write_task,
@@ -62,10 +63,6 @@ def serial(place):
         return train(directory, f"serial-{schedule[0]}-{schedule[1]}", **settings, **sync)
 
     return run
-
-
-def resume(run_dir, *more):
-    return ["--resume", str(run_dir), *map(str, more)]
 
 
 # The same run

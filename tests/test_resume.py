@@ -25,6 +25,7 @@ from helpers import (
     metrics,
     num_logged,
     options,
+    resume,
     start,
     steps,
     train,
@@ -65,10 +66,6 @@ def uninterrupted(place):
         return runs[schedule]
 
     return run
-
-
-def resume(run_dir, *more):
-    return ["--resume", str(run_dir), *map(str, more)]
 
 
 def kill(process):
