@@ -23,6 +23,8 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
+from common.products import linear
+
 SLICE = 4096
 """vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
 LARGE_VOCABULARY = 8192
@@ -78,12 +80,13 @@ def token_policy_loss(
 
 def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
     """The backbone's hidden states of the response tokens, and the head's weight, in the dtype of the products."""
-    # A token's position is the number of real tokens before it, wherever the padding is.
-    positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
+    padding = {}  # on the right it comes after all that is read, where causal attention does not look
+    if not attention_BT[:, 0].all():
+        # A token's position is the number of real tokens before it.
+        positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
+        padding = {"attention_mask": attention_BT, "position_ids": positions_BT}
     with autocast(inputs_BT.device.type, precision):
-        hidden_BTH = model.base_model(
-            input_ids=inputs_BT, attention_mask=attention_BT, position_ids=positions_BT, use_cache=False
-        ).last_hidden_state
+        hidden_BTH = model.base_model(input_ids=inputs_BT, use_cache=False, **padding).last_hidden_state
     head = model.get_output_embeddings()
     hidden_NH, weight_VH = hidden_BTH[mask_BT], head.weight
     if getattr(head, "bias", None) is not None:  # one more feature, which is always 1
@@ -188,7 +191,7 @@ def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     """The plain expression, which holds several N × V tensors. Arguments and results: see `logprobs_and_entropy`."""
     # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in float32.
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T / temperature
+    logits_NV = linear(hidden_NH.to(dtype), weight_VH.to(dtype)) / temperature
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     logprobs_N = logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     # p log p → 0 as p → 0, also where a masked vocabulary entry has log p = −inf.
