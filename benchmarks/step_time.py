@@ -1,15 +1,17 @@
-"""How long a whole training step takes, `grpo.py` against TRL's `GRPOTrainer`.
+"""How long the training steps of the default run take, `grpo.py` against TRL's `GRPOTrainer`.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step_time.py                    about ten minutes on two idle cores
+    python benchmarks/step_time.py                    about 25 minutes on two idle cores
 
 A step is: draw G responses to each of P prompts, grade them, make one update. Both sides get the same model directory,
 the same prompts in the same order, the same reward function, group size, token limit, float32, device (CPU) and number
 of threads. Short runs take turns, A B C D A B C D …, each in a process of its own, so that a machine that slows down
 slows all of them; the first steps of each are dropped as warm-up, and medians over all rounds are compared.
 
-The learning rate is 1e-9 on both sides. The work of a step depends on how long the responses are, and training changes
-that, differently with every random stream; at 1e-9 all steps are drawn by what is still the initial policy.
+The work of a step changes while a model learns: responses get shorter, and more groups have equal rewards. So the
+default run is made first, and steps are timed with its policy as it stood after several of its steps, at a learning
+rate of 1e-9 on both sides, which keeps the policy as it is: left to learn by themselves, the two sides would soon do
+different work. The time of the whole run follows by the trapezoid rule.
 
 What is timed:
 - `grpo.py`: `time/step` in its metrics.jsonl, from before sampling to after the update.
@@ -27,6 +29,7 @@ to the one being trained. `grpo.py` skips the backward pass of groups whose rewa
 gradient; how many there were is in the results for both (`zero_std_groups`).
 """
 
+import itertools
 import json
 import os
 import statistics
@@ -45,7 +48,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # run as a script, the repository's own modules are not yet importable
 
 import grpo
-from common.models import load_tokenizer
+from common.models import TINY_MODEL, load_model, load_tokenizer
 from common.rollouts import problems_of_batch
 from common.runlog import describe_environment
 from common.tasks import encode_problems, load_task
@@ -65,18 +68,42 @@ VARIANTS = {  # name: (is it TRL?, does it compute the reference's log-probs?)
 
 @dataclass
 class Args:
-    model: str = str(ROOT / "common" / "tiny_model")
-    """model directory, for both sides"""
+    stages: tuple[int, ...] = (0, 25, 75, 150)
+    """after which steps of the default run to time steps, from 0 to its last; multiples of the checkpoint interval"""
     threads: tuple[int, ...] = (1, 2)
     """numbers of CPU threads to measure with"""
-    rounds: int = 3
+    rounds: int = 2
     """how many times all variants take their turn"""
-    steps: int = 10
-    """training steps of each run, warm-up included"""
+    steps: int = 9
+    """training steps of each timed run, warm-up included"""
     trl_batch_size: int = 64
     """sequences in one of TRL's micro-batches, a divisor of P·G; the fastest of 32, 64, 128 and 256 on two CPU cores"""
     output: Path = ROOT / "benchmarks" / "results" / "step_time"
     """where step_time.json and report.md are written"""
+
+
+def make_stages(stages, directory):
+    """Make the default run and save its policy as it stood after each of these steps. Returns {step: model directory}.
+
+    Raises ValueError for steps of which there is no checkpoint.
+    """
+    if unknown := [s for s in stages if s % DEFAULTS.checkpoint_interval or not 0 <= s <= DEFAULTS.num_steps]:
+        raise ValueError(f"--stages {unknown[0]}: the default run has no checkpoint of that step.")
+    run_dir = Path(directory) / "default"
+    keep = ["--keep-checkpoints", str(DEFAULTS.num_steps), "--no-reference-kl", "--eval-interval", "1000000"]
+    run_child([sys.executable, str(ROOT / "grpo.py"), "--output", directory, "--name", "default", *keep], threads=2)
+    import torch  # not at the top: see train_with_trl
+
+    model = load_model(TINY_MODEL, "", torch.device("cpu"), gradient_checkpointing=False)
+    tokenizer, directories = load_tokenizer(TINY_MODEL), {}
+    for stage in stages:
+        if stage:
+            path = run_dir / "checkpoints" / f"step_{stage:06d}.pt"
+            model.load_state_dict(torch.load(path, weights_only=True)["model"])
+        directories[stage] = str(Path(directory) / f"after_{stage}")
+        model.save_pretrained(directories[stage])
+        tokenizer.save_pretrained(directories[stage])
+    return directories
 
 
 def run_grpo(model, threads, reference, steps, directory):
@@ -207,83 +234,116 @@ def train_with_trl(model, threads, reference, steps, batch_size, directory):
     (Path(directory) / "steps.json").write_text(json.dumps(records))
 
 
-def summarise(runs):
-    """Medians per (threads, variant), with the ratio to TRL without a reference; `runs` as `main` collects them."""
-    summary = []
-    for threads in sorted({run["threads"] for run in runs}):
-        of_variant = {
-            name: [run["steps"][WARM_UP_STEPS:] for run in runs if (run["threads"], run["variant"]) == (threads, name)]
-            for name in VARIANTS
-        }
-        medians = {name: statistics.median(s["seconds"] for r in rs for s in r) for name, rs in of_variant.items()}
-        for name, rounds in of_variant.items():
-            steps = [step for steps in rounds for step in steps]
-            per_round = [
-                statistics.median(s["seconds"] for s in trl) / statistics.median(s["seconds"] for s in ours)
-                for trl, ours in zip(of_variant[BASELINE], rounds, strict=True)
-            ]
-            batch = DEFAULTS.prompts_per_step * DEFAULTS.group_size
-            summary.append(
-                {
-                    "threads": threads,
-                    "variant": name,
-                    "steps_measured": len(steps),
-                    "median_seconds_per_step": medians[name],
-                    "median_response_tokens_per_second": statistics.median(
-                        step["response_length"] * batch / step["seconds"] for step in steps
-                    ),
-                    "speed_relative_to_trl": medians[BASELINE] / medians[name],
-                    "speed_relative_to_trl_by_round": per_round,
-                    "speed_relative_to_same_in_trl": medians["TRL, reference KL" if VARIANTS[name][1] else BASELINE]
-                    / medians[name],
-                    "mean_response_length": statistics.mean(step["response_length"] for step in steps),
-                    "mean_reward": statistics.mean(step["reward"] for step in steps),
-                    "mean_zero_std_groups": statistics.mean(step["zero_std_groups"] for step in steps),
-                }
-            )
-    return summary
+def whole_run(seconds_per_step):
+    """Seconds of a whole run, {stage: seconds per step} → their integral over the steps, by the trapezoid rule."""
+    stages = sorted(seconds_per_step)
+    return sum((b - a) * (seconds_per_step[a] + seconds_per_step[b]) / 2 for a, b in itertools.pairwise(stages))
 
 
-def table(summary):
+def summarise(runs, stages, rounds):
+    """One row per number of threads and variant: medians by stage, the whole run, ratios to TRL without a reference."""
+    steps = {}  # by threads, variant and stage, a list of steps per round
+    for run in runs:
+        steps.setdefault((run["threads"], run["variant"], run["stage"]), []).append(run["steps"][WARM_UP_STEPS:])
+
+    def medians(threads, variant, chosen_rounds):
+        def seconds(stage):
+            return [step["seconds"] for r in chosen_rounds for step in steps[threads, variant, stage][r]]
+
+        return {stage: statistics.median(seconds(stage)) for stage in stages}
+
+    rows = []
+    for threads, variant in dict.fromkeys((run["threads"], run["variant"]) for run in runs):
+        ours, trl = (medians(threads, name, range(rounds)) for name in (variant, BASELINE))
+        ours_by_round, trl_by_round = (
+            [whole_run(medians(threads, name, [r])) for r in range(rounds)] for name in (variant, BASELINE)
+        )
+        rows.append(
+            {
+                "threads": threads,
+                "variant": variant,
+                "seconds_per_step": ours,
+                "whole_run_seconds": whole_run(ours),
+                "speed_relative_to_trl": whole_run(trl) / whole_run(ours),
+                "speed_relative_to_trl_by_round": [b / a for a, b in zip(ours_by_round, trl_by_round, strict=True)],
+                "speed_relative_to_trl_by_stage": {stage: trl[stage] / ours[stage] for stage in stages},
+                "policy": {
+                    stage: {
+                        key: statistics.mean(step[key] for r in steps[threads, variant, stage] for step in r)
+                        for key in ("response_length", "reward", "zero_std_groups")
+                    }
+                    for stage in stages
+                },
+            }
+        )
+    return rows
+
+
+def table(rows, stages):
     """The summary as a Markdown table."""
     lines = [
-        "| threads | variant | median s/step | response tokens/s | speed, TRL = 1 (by round) | mean response length |",
-        "|---|---|---|---|---|---|",
+        f"| threads | variant | {' | '.join(f'after {stage}' for stage in stages)} | whole run (s) "
+        "| speed, TRL = 1 (by round) |",
+        f"|---|---|{'---|' * len(stages)}---|---|",
     ]
-    for row in summary:
+    for row in rows:
+        cells = [
+            f"{row['seconds_per_step'][stage]:.2f} s ({row['speed_relative_to_trl_by_stage'][stage]:.2f} ×)"
+            for stage in stages
+        ]
         by_round = ", ".join(f"{ratio:.2f}" for ratio in row["speed_relative_to_trl_by_round"])
         lines.append(
-            f"| {row['threads']} | {row['variant']} | {row['median_seconds_per_step']:.3f} "
-            f"| {row['median_response_tokens_per_second']:,.0f} | {row['speed_relative_to_trl']:.2f} ({by_round}) "
-            f"| {row['mean_response_length']:.1f} |"
+            f"| {row['threads']} | {row['variant']} | {' | '.join(cells)} | {row['whole_run_seconds']:.0f} "
+            f"| {row['speed_relative_to_trl']:.2f} ({by_round}) |"
         )
     return "\n".join(lines)
 
 
-def report(args, summary, environment, load):
+def policy_table(rows, stages):
+    """What the policies of the stages are like: means over all variants, as a Markdown table."""
+    lines = [
+        "| policy after step | response length (tokens) | reward | groups with equal rewards |",
+        "|---|---|---|---|",
+    ]
+    for stage in stages:
+        length, reward, equal = (
+            statistics.mean(row["policy"][stage][key] for row in rows)
+            for key in ("response_length", "reward", "zero_std_groups")
+        )
+        lines.append(f"| {stage} | {length:.1f} | {reward:.2f} | {equal:.0%} |")
+    return "\n".join(lines)
+
+
+def report(args, rows, environment, load):
     """The text of report.md."""
     claims = [
-        f"{row['speed_relative_to_trl']:.2f} × at {row['threads']} thread{'s' * (row['threads'] > 1)}"
-        for row in summary
+        f"{row['speed_relative_to_trl']:.2f} × on {row['threads']} thread{'s' * (row['threads'] > 1)}"
+        for row in rows
         if row["variant"] == CLAIM
     ]
     about = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    return f"""# Time of a whole training step: grpo.py and TRL {version("trl")}
+    return f"""# Time of training steps: grpo.py and TRL {version("trl")}
 
-With `grpo.py` logging the KL to the reference and TRL doing without one, `grpo.py` trains at this multiple of TRL's
-speed: {" and ".join(claims)}.
+With `grpo.py` logging the KL to the reference and TRL doing without one, `grpo.py` makes the steps of the default run \
+at this multiple of TRL's speed: {" and ".join(claims)}.
 
-{table(summary)}
+Median seconds of a whole step (sample, grade, update) with the policy as it stood after so many steps of the default \
+run, in brackets the speed relative to TRL without a reference:
 
-Each number is a median over {summary[0]["steps_measured"]} whole steps (sample, grade, update) from {args.rounds} \
-rounds of short runs that took turns, on the same model, prompts, reward function, token limit, precision and threads. \
-A learning rate of {LEARNING_RATE:g} keeps the policy, and so the work of a step, as it was at the start; "reference \
-KL" means that the log-probs of a frozen reference are computed too, and the column of ratios compares with TRL \
-without them.
+{table(rows, args.stages)}
+
+The work of a step changes as the policy learns, for both sides alike:
+
+{policy_table(rows, args.stages)}
+
+Each time is a median over {(args.steps - WARM_UP_STEPS) * args.rounds} steps from {args.rounds} rounds of short runs \
+that took turns, on the same model, prompts, reward function, token limit, precision and threads. A learning rate of \
+{LEARNING_RATE:g} keeps each policy as it is. "Reference KL" means that the log-probs of a frozen reference are \
+computed too. The whole run is the sum over its steps, interpolated between the policies measured.
 
 - P = {DEFAULTS.prompts_per_step}, G = {DEFAULTS.group_size}, at most {DEFAULTS.max_response_tokens} tokens, float32; \
 TRL in micro-batches of {args.trl_batch_size}
-- load average when started: {load:.2f} (of other work; 0 is an idle machine)
+- load average when the timed runs began: {load:.2f} (this benchmark's own default run came before)
 {about}
 
 Written by `benchmarks/step_time.py`; every step's time is in `step_time.json`.
@@ -291,24 +351,32 @@ Written by `benchmarks/step_time.py`; every step's time is in `step_time.json`.
 
 
 def main(args):
-    load = os.getloadavg()[0]
-    variants = [(threads, name, *flags) for threads in args.threads for name, flags in VARIANTS.items()]
+    variants = [
+        (stage, threads, name, *flags)
+        for stage in args.stages
+        for threads in args.threads
+        for name, flags in VARIANTS.items()
+    ]
     runs = []
-    with tqdm(total=args.rounds * len(variants), unit="run", dynamic_ncols=True) as bar:
+    with tempfile.TemporaryDirectory() as home, tqdm(total=args.rounds * len(variants), unit="run") as bar:
+        bar.set_postfix_str("the default run, to have its policies")
+        models = make_stages(args.stages, home)
+        load = os.getloadavg()[0]
         for _ in range(args.rounds):
-            for threads, name, is_trl, reference in variants:
-                bar.set_postfix_str(f"{name}, {threads} thread(s)")
+            for stage, threads, name, is_trl, reference in variants:
+                bar.set_postfix_str(f"{name}, {threads} thread(s), policy after step {stage}")
                 with tempfile.TemporaryDirectory() as directory:
-                    common = (args.model, threads, reference, args.steps)
+                    common = (models[stage], threads, reference, args.steps)
                     steps = run_trl(*common, args.trl_batch_size, directory) if is_trl else run_grpo(*common, directory)
-                runs.append({"threads": threads, "variant": name, "steps": steps})
+                runs.append({"stage": stage, "threads": threads, "variant": name, "steps": steps})
                 bar.update()
 
-    summary = summarise(runs)
-    print(table(summary))
-    lengths = [row["mean_response_length"] for row in summary]
-    if max(lengths) > 1.05 * min(lengths):
-        sys.exit("Nothing is written: mean response lengths differ by over 5 %, so the two did different work.")
+    rows = summarise(runs, args.stages, args.rounds)
+    print(table(rows, args.stages))
+    for stage in args.stages:
+        lengths = [row["policy"][stage]["response_length"] for row in rows]
+        if max(lengths) > 1.05 * min(lengths):
+            sys.exit(f"Nothing is written: mean response lengths differ by over 5 % ({lengths}), so the work differed.")
 
     environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
     del environment["threads"]  # this process's own; the children's are in the table
@@ -317,12 +385,12 @@ def main(args):
         "environment": environment,
         "load_average_before": load,
         "arguments": vars(args) | {"output": str(args.output)},
-        "summary": summary,
+        "summary": rows,
         "runs": runs,
     }
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "step_time.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "report.md").write_text(report(args, summary, environment, load))
+    (args.output / "report.md").write_text(report(args, rows, environment, load))
     print(f"Written to {args.output}/.")
 
 
