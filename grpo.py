@@ -58,6 +58,7 @@ from common.models import (
     load_model,
     load_tokenizer,
     padding_id,
+    save_model,
 )
 from common.rollouts import RolloutPlan, SerialRollouts, evaluate, sampler_mismatch
 from common.runlog import RunLog, new_run_directory
@@ -386,8 +387,7 @@ def main(args):
                 save_checkpoint(run_dir, step, state, args.keep_checkpoints)
 
         if step == args.num_steps:
-            model.save_pretrained(run_dir / "model")
-            tokenizer.save_pretrained(run_dir / "model")
+            save_model(model, tokenizer, run_dir / "model")
         log.summarise()
 
 

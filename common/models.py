@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.errors import BadInput
+from common.errors import BadInput, RunStopped
 from common.products import Linear
 
 TINY_MODEL = "tiny"
@@ -82,20 +82,17 @@ def load_model(name, revision, device, gradient_checkpointing):
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear  # the same layer, faster on a CPU
-    with torch.no_grad():
-        probe_BT = torch.arange(8, device=device).unsqueeze(0) % model.config.vocab_size
-        logits = model(input_ids=probe_BT).logits
-        head = model.get_output_embeddings()
-        hidden = model.base_model(input_ids=probe_BT).last_hidden_state
-        ours = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
-    # Every tensor, since the probe reads only some of the embeddings; and the logits, since large weights may overflow.
-    broken = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    broken += [] if logits.isfinite().all() else ["its logits"]
-    if broken:
+    if broken := not_finite(model):
         raise BadInput(
             f"--model {name} holds or computes NaN or infinity (first in {broken[0]}): give a model whose training did "
             "not diverge, from an intact file."
         )
+    with torch.no_grad():
+        probe_BT = _probe(model)
+        logits = model(input_ids=probe_BT).logits
+        head = model.get_output_embeddings()
+        hidden = model.base_model(input_ids=probe_BT).last_hidden_state
+        ours = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
     if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4):
         raise BadInput(
             f"--model {name} changes its logits after the output head (soft-capping or scaling), which the log-probs "
@@ -107,6 +104,28 @@ def load_model(name, revision, device, gradient_checkpointing):
     else:
         model.eval()
     return model
+
+
+def save_model(model, tokenizer, directory):
+    """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update has ruined."""
+    if broken := not_finite(model):
+        raise RunStopped(
+            f"The last update left NaN or infinity in the model (first in {broken[0]}), which is not saved: look at loss "
+            "and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
+        )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+@torch.no_grad()
+def not_finite(model):
+    """Names of what holds NaN or infinity: of all parameters, and of the logits, since large weights may overflow."""
+    names = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    return names + ([] if model(input_ids=_probe(model)).logits.isfinite().all() else ["its logits"])
+
+
+def _probe(model):
+    return torch.arange(8, device=model.device).unsqueeze(0) % model.config.vocab_size
 
 
 def location(name):

@@ -500,6 +500,13 @@ def test_diverged_run_skips_updates_and_stops(settings, tmp_path, capsys):
     assert after_3["skipped_in_a_row"] == 2
 
 
+def test_a_run_whose_last_update_ruined_the_weights_saves_no_model(settings, tmp_path, capsys):
+    assert command(*options(tmp_path, **settings, num_steps=1, learning_rate=1e10)) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("grpo.py: error: The last update left NaN or infinity in the model")
+    assert metrics(tmp_path / "run")[-1]["step"] == 1 and not (tmp_path / "run" / "model").exists()
+
+
 def test_diverged_policy_that_must_draw_stops_the_run(settings, tmp_path, capsys):
     # On-policy, the next batch has to come from the ruined weights, before any update can be skipped.
     assert command(*options(tmp_path, **settings, num_steps=5, learning_rate=1e10, eval_interval=1)) == 1
@@ -513,7 +520,7 @@ def test_diverged_policy_that_must_draw_stops_the_run(settings, tmp_path, capsys
 
 def test_skipped_updates_in_a_row_are_counted_across_a_resume(settings, tmp_path, capsys):
     argv = {**settings, "sync_interval": 8, "learning_rate": 1e10, "max_skipped_updates": 3}
-    train(tmp_path, **argv, num_steps=3)
+    assert command(*options(tmp_path, **argv, num_steps=3)) == 1  # a ruined model is not saved, its checkpoint is
     assert command("--resume", tmp_path / "run", "--num-steps", 8) == 1
     assert "step 4" in capsys.readouterr().err.splitlines()[-1]
 
