@@ -110,8 +110,8 @@ def save_model(model, tokenizer, directory):
     """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update has ruined."""
     if broken := not_finite(model):
         raise RunStopped(
-            f"The last update left NaN or infinity in the model (first in {broken[0]}), which is not saved: look at loss "
-            "and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
+            f"The last update left NaN or infinity in the model (first in {broken[0]}), which is not saved: look at "
+            "loss and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
         )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
