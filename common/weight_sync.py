@@ -41,16 +41,19 @@ class Manifest:
     logprobs: list[float]
     """of all their tokens but the first ones, by the trainer's own forward pass, in one row"""
     tolerance: float
+    seconds: float
+    """what it took the trainer to say this"""
 
 
 def describe(model, version, precision):
     """The `Manifest` of the model's present weights, called `version`."""
+    started = time.perf_counter()
     # Random tokens touch more of the embeddings than real text would.
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     logprobs = logprobs_of(model, probe, precision).tolist()
-    return Manifest(version, checksums, probe, logprobs, TOLERANCE[precision])
+    return Manifest(version, checksums, probe, logprobs, TOLERANCE[precision], time.perf_counter() - started)
 
 
 def checksum(tensor):
@@ -72,7 +75,8 @@ def deliver(sampler, tensors, manifest):
     """Give `tensors`, a dict by parameter name, to the sampler; to be called where the sampler lives.
 
     Raises `RunStopped`, naming the version and, where they are known, the tensors, unless they are what the manifest
-    says and the sampler computes with them. Returns metrics: seconds of loading and of verifying, GB/s of loading.
+    says and the sampler computes with them. Returns metrics: seconds of describing (the trainer's), of loading and of
+    verifying, GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
@@ -94,6 +98,7 @@ def deliver(sampler, tensors, manifest):
             "from the last checkpoint with --resume, or use --engine transformers."
         )
     return {
+        "time/sync_describe": manifest.seconds,
         "time/sync_load": loaded - checked,
         "time/sync_verify": time.perf_counter() - loaded + checked - started,
         "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values()) / 1e9 / (loaded - checked),
