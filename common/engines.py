@@ -9,7 +9,7 @@ from common.errors import BadInput
 from common.rollouts import SerialRollouts, sampler_mismatch
 from common.sampler_process import OverlappedRollouts
 from common.samplers import load_transformers_sampler
-from common.vllm_sampler import make_vllm_sampler, require_vllm
+from common.vllm_sampler import KEEP_FREED_MEMORY, make_vllm_sampler, require_vllm
 from common.weight_sync import describe
 
 
@@ -66,7 +66,7 @@ def make_rollouts(engine, serial, sampler, plan, model, revision, threads, timeo
     verified = partial(describe, precision=sampler.precision)  # what an engine loads has to be
     if serial:
         return SerialRollouts(make_sampler(beside=sampler.model), plan, mismatch, sampler.model, verified)
-    environment = {}
+    environment = dict(KEEP_FREED_MEMORY)
     if (device := sampler.model.device).type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         environment["CUDA_VISIBLE_DEVICES"] = another_gpu(visible.split(","), device.index or 0)

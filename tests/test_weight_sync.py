@@ -48,6 +48,29 @@ def test_order_counts():
     assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
 
 
+@pytest.mark.parametrize("shape", [(2048,), (96, 320), (50, 1024), (7, 1025)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_a_large_tensor_every_element_and_its_place_count(shape, dtype):
+    torch.manual_seed(0)
+    tensor = torch.randn(shape).to(dtype)
+    expected, flat = checksum(tensor), tensor.view(-1)
+    assert checksum(tensor.clone()) == expected
+    assert checksum(torch.cat([torch.zeros(1, dtype=dtype), flat])[1:].view(shape)) == expected  # wherever it lies
+    integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    for at in torch.randperm(len(flat))[:200].tolist():
+        other = flat.clone()
+        other.view(integers)[at] ^= 1 << (at % 15)
+        assert checksum(other) != expected
+    for first, second in torch.randperm(len(flat))[:200].view(-1, 2).tolist():
+        other = flat.clone()
+        other[[first, second]] = flat[[second, first]]
+        assert (checksum(other) == expected) == (flat[first] == flat[second])
+    assert checksum(flat.flip(0)) != expected and checksum(flat.roll(1)) != expected
+    assert len(flat) < 4096 or checksum(flat.roll(4096)) != expected  # whole rows of the sums, moved
+    if len(shape) == 2:
+        assert checksum(tensor.t()) != expected != checksum(tensor.flip(0))
+
+
 def test_checksums_are_cheap():
     # 0.1 s or less for 100 M parameters on one core of 2020: a bound that a busy core can keep.
     tensor = torch.randn(5_000_000)
