@@ -45,7 +45,8 @@ class OverlappedRollouts:
             before it draws; None for a sampler whose parameters lie in the shared memory itself.
         environment: variables that the new process gets besides the trainer's.
 
-    Raises `RunStopped` as soon as the process has died, wherever the trainer is at that moment, or hangs.
+    Raises `RunStopped` as soon as the process has died, wherever the trainer is at that moment, or hangs; `BadInput`
+    where its sampler cannot start.
     """
 
     def __init__(self, model, make_sampler, plan, measure_mismatch, timeout, describe=None, environment=None):
@@ -189,13 +190,15 @@ class OverlappedRollouts:
                 )
 
     def _accept(self, message):
-        """Put a batch with those waiting; keep what else may come, None for the end or a reason, as the failure."""
+        """Put a batch with those waiting; keep what else may come as the failure: None for the end, or a reason."""
         if isinstance(message, Batch):
             expected = self.last_arrived + 1
             if (message.number, message.version) != (expected, self.plan.version(expected)):
                 raise RuntimeError(f"Batch {message.number} of version {message.version} came, but {expected} is due.")
             self.waiting[message.number] = message
             self.last_arrived = message.number
+        elif not self.failure and isinstance(message, BadInput):  # it says all, and that nothing was begun
+            self.failure = message
         elif not self.failure:
             reason = f"The sampler's process failed while {self._its_work()}: {message}"
             self.failure = RunStopped(reason) if message else self._death()
@@ -252,7 +255,7 @@ def run_sampler(connection, weights, make_sampler, plan):
     except (Exception, RunStopped) as error:
         if not isinstance(error, (BadInput, RunStopped)):  # those say it all in a sentence
             traceback.print_exc()
-        outbox.submit(connection.send, f"{type(error).__name__}: {error}")
+        outbox.submit(connection.send, error if isinstance(error, BadInput) else f"{type(error).__name__}: {error}")
         _leave_with_parent()  # not before: the trainer should read the message, not find a dead process
 
 

@@ -145,6 +145,7 @@ class VllmSampler(Sampler):
                 use_tqdm_on_load=False,
                 generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
                 logprobs_mode="processed_logprobs",  # after the temperature
+                async_scheduling=False,  # (no CPU engine does) no step is under way when its weights are exchanged
                 enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
                 **sharing,
             )

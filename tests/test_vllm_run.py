@@ -87,6 +87,18 @@ def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(blow, s
     assert max(checkpoints) >= metrics(run_dir)[-1]["step"] - 1
 
 
+@pytest.mark.parametrize("serial", [False, True])
+def test_an_engine_that_cannot_start_is_one_sentence_naming_the_option(serial, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")  # GiB
+    run = Run(options(tmp_path, **{**settings, "serial": serial}), tmp_path / "log")
+    assert run.end(120) == 2, run.log.read_text()
+    assert (
+        run.log.read_text().splitlines()[-1].startswith("grpo.py: error: --engine vllm cannot start with this model (")
+    )
+    assert "Traceback" not in run.log.read_text()
+    assert not serial or not (tmp_path / "run").exists()  # in turns, nothing has been begun by then
+
+
 # Faults on the way from trainer to engine, in the rollouts as the scripts use them
 
 
