@@ -45,6 +45,7 @@ import torch
 from common.batching import collate, padding_share, split_by_token_budget
 from common.checkpoints import latest_checkpoint, save_checkpoint
 from common.commandline import require, run
+from common.engines import make_rollouts, takes_turns
 from common.errors import RunStopped
 from common.interrupts import finish_step_on_interrupt
 from common.logprobs import token_logprobs, token_policy_loss
@@ -60,13 +61,10 @@ from common.models import (
     padding_id,
     save_model,
 )
-from common.rollouts import RolloutPlan, SerialRollouts, evaluate, sampler_mismatch
+from common.rollouts import RolloutPlan, evaluate
 from common.runlog import RunLog, new_run_directory
-from common.sampler_process import OverlappedRollouts
-from common.samplers import TransformersSampler, load_transformers_sampler
+from common.samplers import TransformersSampler
 from common.tasks import encode_problems, grade, load_task
-from common.vllm_sampler import make_vllm_sampler, require_vllm
-from common.weight_sync import describe as describe_weights
 
 
 @dataclass
@@ -104,7 +102,7 @@ class Args:
     engine: Literal["transformers", "vllm"] = "transformers"
     """what draws the responses; vLLM is installed separately, see the README"""
     serial: bool = False
-    """sample in the trainer's process, in turns with training, and get the same batches; on a GPU always so"""
+    """sample in the trainer's process, in turns with training, and get the same batches; on a lone GPU always so"""
     sampler_timeout: float = 300.0
     """stop when the sampler's process has not decoded a token for so many seconds"""
 
@@ -211,34 +209,14 @@ def check(args):
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
 
-def make_rollouts(args, sampler, sampler_options, plan, serial):
-    """Where batches come from: `sampler` in turns with training, or a process of its own that draws meanwhile."""
-    eos_ids, pad_id, max_tokens, temperature, precision = sampler_options
-    # Sampler and trainer must agree on log-probs where both hold the same weights.
-    mismatch = partial(sampler_mismatch, sampler.model, pad_id, temperature, precision)
-    if serial:
-        return SerialRollouts(sampler, plan, mismatch)
-    if args.engine == "vllm":
-        engine_options = (eos_ids, max(map(len, plan.prompt_ids)), max_tokens, temperature, precision)
-        make_sampler = partial(make_vllm_sampler, args.model, args.revision, args.threads, *engine_options)
-        describe = partial(describe_weights, precision=precision)  # what an engine loads has to be verified
-    else:
-        make_sampler = partial(load_transformers_sampler, args.model, args.revision, args.threads, *sampler_options)
-        describe = None
-    return OverlappedRollouts(sampler.model, make_sampler, plan, mismatch, args.sampler_timeout, describe)
-
-
 def main(args):
     # Everything that can be wrong with the input shows before a model is loaded.
     check(args)
     device, precision = choose_device(args.device, args.precision)
-    serial = args.serial or device.type == "cuda"  # one GPU gains nothing from two processes that share it
+    serial = takes_turns(args.engine, args.serial, device)
     schedule = (args.sync_interval, args.sync_offset)
     args.threads = args.threads or (2 if serial or schedule == (1, 0) else 1)
     torch.set_num_threads(args.threads)
-    if args.engine == "vllm":
-        require_vllm()
-        require(not serial, "engine", args.engine, "it samples in a process of its own, on a CPU; leave out --serial")
     name = args.name or f"{Path(__file__).stem}-{Path(args.task).stem}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(args.resume) if args.resume else new_run_directory(args.output, name)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)
@@ -257,11 +235,12 @@ def main(args):
         parameter.grad = torch.zeros_like(parameter)  # a step without any gradient still moves by momentum
     eos_ids = end_of_sequence_ids(model, tokenizer)
     pad_id = padding_id(tokenizer, eos_ids)
-    sampler_options = (eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
-    sampler = TransformersSampler(model, *sampler_options)
+    sampler = TransformersSampler(model, eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
     batch_shape = (args.prompts_per_step, args.group_size)
     plan = RolloutPlan(prompts, *batch_shape, *schedule, args.seed)
-    rollouts = make_rollouts(args, sampler, sampler_options, plan, serial)
+    rollouts = make_rollouts(
+        args.engine, serial, sampler, plan, args.model, args.revision, args.threads, args.sampler_timeout
+    )
 
     step, elapsed_seconds, skipped_in_a_row, offsets = 0, 0.0, 0, {}
     if args.resume and (checkpoint := latest_checkpoint(run_dir)):

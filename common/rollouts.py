@@ -12,6 +12,7 @@ from common.logprobs import token_logprobs
 from common.randomness import derive_seed
 from common.schedule import batches_of_version, version_of_batch
 from common.tasks import grade
+from common.weight_sync import deliver
 
 
 @dataclass
@@ -113,22 +114,26 @@ class RolloutPlan:
 
 
 class SerialRollouts:
-    """Sampling and training take turns in this process, on one and the same set of weights.
+    """Sampling and training take turns in this process.
 
-    Because the sampler reads the trainer's live weights, every batch must be drawn while those weights are the version
-    that the schedule names: `next` draws all batches of a new version at once, before the trainer moves on.
-    `sampler_process.OverlappedRollouts` delivers the same batches, from a process of its own.
+    Every batch must be drawn while the trainer's live weights are the version that the schedule names: `next` draws all
+    batches of a new version at once, before the trainer moves on. `sampler_process.OverlappedRollouts` delivers the
+    same batches, from a process of its own.
 
     Args:
-        sampler: a `samplers.Sampler` on the trainer's weights.
+        sampler: a `samplers.Sampler`, on the trainer's weights themselves unless `describe` is given.
         plan: a `RolloutPlan`.
         measure_mismatch: `sampler_mismatch` but for its last argument, the batch.
+        model: the trainer's, for an engine that holds a copy of its weights; it sleeps but while it draws.
+        describe: model, version → `weight_sync.Manifest`, by which the engine proves every copy before it draws.
     """
 
-    def __init__(self, sampler, plan, measure_mismatch):
+    def __init__(self, sampler, plan, measure_mismatch, model=None, describe=None):
         self.sampler = sampler
         self.plan = plan
         self.measure_mismatch = measure_mismatch
+        self.model = model
+        self.describe = describe
         self.version = 0  # of the trainer's live weights
         self.last_drawn = 0
         self.waiting = {}  # batches drawn but not yet trained on, by number
@@ -142,8 +147,8 @@ class SerialRollouts:
     def next(self, step):
         """The batch of step `step`, drawn with weights of version(step). Blocks until it is there."""
         newest = self.version - self.version % self.plan.sync_interval
-        while self.last_drawn < self.plan.batches_of(newest)[-1]:
-            self._draw(self.last_drawn + 1)
+        if due := range(self.last_drawn + 1, self.plan.batches_of(newest)[-1] + 1):
+            self._draw(due)
         return self.waiting.pop(step)
 
     def publish(self, update):
@@ -157,20 +162,32 @@ class SerialRollouts:
 
     def load_state(self, state):
         if "version" not in state:
-            raise BadInput("--resume: this run sampled in a process of its own, on a CPU, and has to go on there.")
+            raise BadInput(
+                "--resume: this run sampled in a process of its own, on a CPU or another GPU, and has to go on there."
+            )
         self.version, self.last_drawn = state["version"], state["last_drawn"]
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
 
-    def _draw(self, k):
-        if self.plan.version(k) != self.version:
+    def _draw(self, numbers):
+        """Draw batches of one version, that of the live weights."""
+        if self.plan.version(numbers[0]) != self.version:
             raise RuntimeError(
-                f"Batch {k} is due from weights of version {self.plan.version(k)}, but the model holds {self.version}."
+                f"Batch {numbers[0]} is due from weights of version {self.plan.version(numbers[0])}, but the model "
+                f"holds {self.version}."
             )
-        (batch,) = self.plan.draw(self.sampler, [k])
-        if self.plan.mismatch_is_due(k):
-            batch.measured = self.measure_mismatch(batch)
-        self.waiting[k] = batch
-        self.last_drawn = k
+        measured = {}
+        if self.describe:
+            manifest = self.describe(self.model, self.version)
+            measured = deliver(self.sampler, dict(self.model.named_parameters()), manifest)
+        drawn = list(self.plan.draw(self.sampler, numbers))
+        if self.describe:
+            self.sampler.sleep()
+        drawn[0].measured = measured
+        for batch in drawn:
+            if self.plan.mismatch_is_due(batch.number):
+                batch.measured |= self.measure_mismatch(batch)
+            self.waiting[batch.number] = batch
+            self.last_drawn = batch.number
 
 
 @torch.no_grad()

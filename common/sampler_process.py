@@ -43,17 +43,20 @@ class OverlappedRollouts:
         timeout: seconds without a decoded token, while the trainer waits, after which the sampler counts as hung.
         describe: model, version → `weight_sync.Manifest` of its weights, by which the sampler checks every delivery
             before it draws; None for a sampler whose parameters lie in the shared memory itself.
+        environment: variables that the new process gets besides the trainer's.
 
-    Raises `RunStopped` as soon as the process has died, wherever the trainer is at that moment, or hangs.
+    Raises `RunStopped` as soon as the process has died, wherever the trainer is at that moment, or hangs; `BadInput`
+    where its sampler cannot start.
     """
 
-    def __init__(self, model, make_sampler, plan, measure_mismatch, timeout, describe=None):
+    def __init__(self, model, make_sampler, plan, measure_mismatch, timeout, describe=None, environment=None):
         self.model = model
         self.make_sampler = make_sampler
         self.plan = plan
         self.measure_mismatch = measure_mismatch
         self.timeout = timeout
         self.describe = describe
+        self.environment = environment or {}
         # Version v is needed until its last batch, v + O + I, has been trained on. After update j, those are the
         # multiples of I above j − O − I and up to j: at most ceil(O / I) + 1, so a slot is free whenever one is due.
         self.weights = SharedWeights(model, num_slots=-(-plan.sync_offset // plan.sync_interval) + 1)
@@ -72,13 +75,12 @@ class OverlappedRollouts:
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
         # The sampler is killed in the end; Python's tracker of shared resources then clears up after it, as it should,
         # but would warn of that below the run's last words.
-        warnings_before = os.environ.get("PYTHONWARNINGS", "")
-        os.environ["PYTHONWARNINGS"] = f"{warnings_before},ignore:resource_tracker".lstrip(",")
+        warnings = f"{os.environ.get('PYTHONWARNINGS', '')},ignore:resource_tracker".lstrip(",")
         try:
-            self.process.start()
+            with _environment({**self.environment, "PYTHONWARNINGS": warnings}):
+                self.process.start()
         finally:
             signal.signal(signal.SIGINT, previous)
-            os.environ["PYTHONWARNINGS"] = warnings_before
         its_end.close()
         # A thread reads, so that the trainer never waits in the middle of a message from a sampler that has stopped.
         self.inbox, self.failure = queue.SimpleQueue(), None
@@ -148,6 +150,11 @@ class OverlappedRollouts:
         }
 
     def load_state(self, state):
+        if "published" not in state:
+            raise BadInput(
+                "--resume: this run sampled in turns with training, as on a lone GPU, and has to go on there; "
+                "CUDA_VISIBLE_DEVICES hides other GPUs."
+            )
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
         self.last_arrived, self.published, self.resumed = state["last_arrived"], state["published"], True
         for slot, (version, tensors) in enumerate(state["weights"].items()):
@@ -183,13 +190,15 @@ class OverlappedRollouts:
                 )
 
     def _accept(self, message):
-        """Put a batch with those waiting; keep what else may come, None for the end or a reason, as the failure."""
+        """Put a batch with those waiting; keep what else may come as the failure: None for the end, or a reason."""
         if isinstance(message, Batch):
             expected = self.last_arrived + 1
             if (message.number, message.version) != (expected, self.plan.version(expected)):
                 raise RuntimeError(f"Batch {message.number} of version {message.version} came, but {expected} is due.")
             self.waiting[message.number] = message
             self.last_arrived = message.number
+        elif not self.failure and isinstance(message, BadInput):  # it says all, and that nothing was begun
+            self.failure = message
         elif not self.failure:
             reason = f"The sampler's process failed while {self._its_work()}: {message}"
             self.failure = RunStopped(reason) if message else self._death()
@@ -246,8 +255,23 @@ def run_sampler(connection, weights, make_sampler, plan):
     except (Exception, RunStopped) as error:
         if not isinstance(error, (BadInput, RunStopped)):  # those say it all in a sentence
             traceback.print_exc()
-        outbox.submit(connection.send, f"{type(error).__name__}: {error}")
+        outbox.submit(connection.send, error if isinstance(error, BadInput) else f"{type(error).__name__}: {error}")
         _leave_with_parent()  # not before: the trainer should read the message, not find a dead process
+
+
+@contextlib.contextmanager
+def _environment(variables):
+    """Inside, these environment variables are set, for processes to inherit; then again what was."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _read_into(inbox, connection):

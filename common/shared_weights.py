@@ -97,10 +97,13 @@ def _aligned(size):
 
 
 def point_parameters(model, tensors):
-    """Let every parameter of `model` be the tensor of its name; nothing is copied. Returns the tensors they were."""
+    """Let every parameter of `model` be the tensor of its name. Returns the tensors they were.
+
+    Nothing is copied, unless the tensors lie on another device than the model.
+    """
     previous = {}
     for name, parameter in model.named_parameters():
-        previous[name], parameter.data = parameter.data, tensors[name]
+        previous[name], parameter.data = parameter.data, tensors[name].to(parameter.device)
     return previous
 
 

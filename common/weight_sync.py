@@ -41,21 +41,37 @@ class Manifest:
     logprobs: list[float]
     """of all their tokens but the first ones, by the trainer's own forward pass, in one row"""
     tolerance: float
+    seconds: float
+    """what it took the trainer to say this"""
 
 
 def describe(model, version, precision):
     """The `Manifest` of the model's present weights, called `version`."""
+    started = time.perf_counter()
     # Random tokens touch more of the embeddings than real text would.
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     logprobs = logprobs_of(model, probe, precision).tolist()
-    return Manifest(version, checksums, probe, logprobs, TOLERANCE[precision])
+    return Manifest(version, checksums, probe, logprobs, TOLERANCE[precision], time.perf_counter() - started)
 
 
 def checksum(tensor):
-    """CRC-32 of a tensor's bytes in row-major order, so that a transposed tensor has another one."""
-    return zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    """A number that depends on every bit of a tensor and on the order of its elements (row by row): `int`.
+
+    The bytes are laid out as rows of 1,024 integers and summed along rows and columns, on the tensor's own device, and
+    a CRC-32 is taken of the sums and of the bytes left over. A changed element changes a row's sum and a column's;
+    exchanged elements change one of the two, and exchanged rows the order of the sums.
+    """
+    bytes_N = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if bytes_N.data_ptr() % 8:
+        bytes_N = bytes_N.clone()  # eight of them can be read as an integer only where eight-byte words begin
+    end = len(bytes_N) // 8192 * 8192
+    integers_RC = bytes_N[:end].view(torch.int64).view(-1, 1024)
+    code = 0
+    for part in (integers_RC.sum(dim=1), integers_RC.sum(dim=0), bytes_N[end:]):
+        code = zlib.crc32(part.cpu().view(torch.uint8).numpy(), code)
+    return code
 
 
 @torch.no_grad()
@@ -72,7 +88,8 @@ def deliver(sampler, tensors, manifest):
     """Give `tensors`, a dict by parameter name, to the sampler; to be called where the sampler lives.
 
     Raises `RunStopped`, naming the version and, where they are known, the tensors, unless they are what the manifest
-    says and the sampler computes with them. Returns metrics: seconds of loading and of verifying, GB/s of loading.
+    says and the sampler computes with them. Returns metrics: seconds of describing (the trainer's), of loading and of
+    verifying, GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
@@ -94,6 +111,7 @@ def deliver(sampler, tensors, manifest):
             "from the last checkpoint with --resume, or use --engine transformers."
         )
     return {
+        "time/sync_describe": manifest.seconds,
         "time/sync_load": loaded - checked,
         "time/sync_verify": time.perf_counter() - loaded + checked - started,
         "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values()) / 1e9 / (loaded - checked),

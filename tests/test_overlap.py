@@ -12,6 +12,7 @@ import re
 import resource
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -217,6 +218,16 @@ def set_weights(model, value):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(value)
+
+
+def test_the_samplers_process_can_have_an_environment_of_its_own():
+    _, rollouts = make_rollouts(1, 0)
+    rollouts.environment = {"CUDA_VISIBLE_DEVICES": "1"}
+    before = dict(os.environ)
+    with rollouts:
+        assert os.environ == before
+        variables = Path(f"/proc/{rollouts.process.pid}/environ").read_bytes().split(b"\0")
+    assert b"CUDA_VISIBLE_DEVICES=1" in variables
 
 
 @pytest.mark.parametrize("schedule", [(1, 4), (2, 5), (4, 0), (3, 2)], ids=str)

