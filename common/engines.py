@@ -30,7 +30,7 @@ def takes_turns(engine, serial, device):
     if engine == "vllm" and serial and device.index:
         raise BadInput(
             f"--device {device} cannot work with --engine vllm --serial, whose engine takes the first GPU it sees: set "
-            f"CUDA_VISIBLE_DEVICES to that GPU, and leave --device out."
+            "CUDA_VISIBLE_DEVICES to that GPU, and leave --device out."
         )
     return serial
 
@@ -66,10 +66,10 @@ def make_rollouts(engine, serial, sampler, plan, model, revision, threads, timeo
     verified = partial(describe, precision=sampler.precision)  # what an engine loads has to be
     if serial:
         return SerialRollouts(make_sampler(beside=sampler.model), plan, mismatch, sampler.model, verified)
-    environment = dict(KEEP_FREED_MEMORY)
+    environment = KEEP_FREED_MEMORY
     if (device := sampler.model.device).type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        environment["CUDA_VISIBLE_DEVICES"] = another_gpu(visible.split(","), device.index or 0)
+        environment = {"CUDA_VISIBLE_DEVICES": another_gpu(visible.split(","), device.index or 0)}
     return OverlappedRollouts(sampler.model, make_sampler, plan, mismatch, timeout, verified, environment)
 
 

@@ -58,20 +58,16 @@ def require_vllm(device_type="cpu"):
 def make_vllm_sampler(model, revision, threads, *options, beside=None):
     """A `VllmSampler` that has been shown to follow its weights (`weight_sync.canary`); `options` as there.
 
-    For the process that is to hold the engine. With `beside`, the trainer's model in this very process, the engine is
-    asleep when it is returned. Raises `BadInput` where it cannot start, `RunStopped` where it computes something else
-    than the trainer would.
+    For the process that is to hold the engine; `beside` is the trainer's model if that computes there, too. Raises
+    `BadInput` where the engine cannot start, `RunStopped` where it computes something else than the trainer would.
     """
     torch.set_num_threads(threads)
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:
         # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full by now.
-        canary(
-            sampler, load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False), sampler.precision
-        )
-    else:
-        canary(sampler, beside, sampler.precision)
-        sampler.sleep()
+        beside = load_model(model, revision, torch.device("cpu"), gradient_checkpointing=False)
+    canary(sampler, beside, sampler.precision)
+    sampler.sleep()
     return sampler
 
 
