@@ -22,6 +22,9 @@ import math
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
+
+from common.products import linear
 
 SLICE = 4096
 """vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
@@ -111,7 +114,7 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
         temperature: τ > 0.
 
     Rows whose upstream gradients are exactly zero cost no backward work. Gradients have the dtypes of h and W; they
-    cannot be differentiated again, which raises a RuntimeError (but for small vocabularies on a CPU).
+    cannot be differentiated again: a backward pass with `create_graph=True` raises a RuntimeError.
     Returns `logprobs_N` and `entropy_N`, float32. Raises ValueError for shapes, dtypes and targets that do not fit.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
@@ -122,10 +125,12 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     if hidden_NH.is_cuda:
         from common import logprob_kernels  # triton is for GPUs; a CPU does without
 
-        return logprob_kernels.logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
-    if len(weight_VH) >= LARGE_VOCABULARY:
-        return SlicedLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature)
-    return plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+        results = logprob_kernels.logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+    elif len(weight_VH) >= LARGE_VOCABULARY:
+        results = SlicedLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature)
+    else:
+        results = plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+    return _differentiable_once(*results)
 
 
 def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
@@ -137,8 +142,9 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
         Others: as for `logprobs_and_entropy`.
 
     Returns `loss` (a scalar, differentiable in h and W), and detached, float32 [N], log-probs, entropies and the slopes
-    d loss_n / d logprob_n. Tokens with a slope of exactly zero cost no backward work. The gradient exists once:
-    a second backward pass through `loss` raises a RuntimeError. Raises ValueError as `logprobs_and_entropy` does.
+    d loss_n / d logprob_n. Tokens with a slope of exactly zero cost no backward work. The gradient exists once: a
+    second backward pass through `loss`, or one with `create_graph=True`, raises a RuntimeError. Raises ValueError as
+    `logprobs_and_entropy` does.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
     counted_N = targets_N >= 0
@@ -154,7 +160,8 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
     if hidden_NH.is_cuda:
         from common import logprob_kernels
 
-        return logprob_kernels.policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
+        results = logprob_kernels.policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
+        return _differentiable_once(*results)
     # On a CPU, where slices of V are cheaper than slices of N, the gradient has to wait for the last slice anyway.
     logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
     loss = per_token_loss(logprobs_N).sum()
@@ -166,6 +173,23 @@ def slopes(per_token_loss, logprobs_N):
     with torch.enable_grad():
         leaf_N = logprobs_N.detach().requires_grad_()
         return torch.autograd.grad(per_token_loss(leaf_N).sum(), leaf_N)[0]
+
+
+def _differentiable_once(*results):
+    """The results, whose backward pass refuses to become differentiable itself.
+
+    Formulas of slices and kernels end with the first derivative. Autograd would take it for a constant, and a loss that
+    contains it, a penalty on the gradient's norm say, would silently train without that term.
+    """
+    for result in results:
+        if result.requires_grad:
+            result.register_hook(_refuse_create_graph)
+    return results
+
+
+def _refuse_create_graph(_):
+    if torch.is_grad_enabled():  # which it is within a backward pass for `create_graph=True` alone
+        raise RuntimeError("gradients of log-probs cannot be differentiated twice: leave out create_graph=True.")
 
 
 def _check(hidden_NH, weight_VH, targets_N, temperature):
@@ -201,31 +225,37 @@ class SlicedLogprobs(torch.autograd.Function):
 
     Walking over V with all rows at once, rather than over N, makes each slice of dW one product, written once.
 
+    The target is kept apart from all other entries. With the sum s of their exp(z_v), the target's log-odds are
+    o = z_y − log s, and then log p_y = −log(1 + exp(−o)), 1 − p_y = 1 / (1 + exp(o)): both right to the last digits
+    where p_y is near 1, and the whole gradient is 1 − p_y times something.
+
     PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20. But what a softmax
-    needs are *differences* of logits, and those that matter are small: p_v = exp(z_v − lse) is largest where z_v − lse
-    is nearest to 0. So a centre c close to the row's largest logits is subtracted inside of the product
-    (`addmm`, which rounds once, at its end), and rounding then costs p_v no more than 2⁻⁸ |log p_v| of itself, at most
-    1.4e-3 in absolute terms. The target's logit, the one number that shows by itself, is computed in float32.
+    needs are *differences* of logits, and those that matter are small: among the others, entry v has the share
+    exp(z_v − log s), which is largest where z_v − log s is nearest to 0. So a centre c close to the largest logits of
+    the others is subtracted inside of the product (which rounds once, at its end), and rounding then costs a share q no
+    more than 2⁻⁸ |log q| of itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the gradient. The
+    target's logit, the one number that shows by itself, is computed in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, temperature):
         targeted_N = (hidden_NH.float() * weight_VH[targets_N].float()).sum(dim=1)
-        # The target was drawn from this distribution, as a rule, so that its logit is a good first centre.
         centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
         # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and Σ 2^x x.
         bits = math.log2(math.e) / temperature
         sum_N, weighted_N = torch.zeros_like(targeted_N), torch.zeros_like(targeted_N)
         # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on average and 1e-3 at
-        # most; 4 would save an eighth of this pass for four times the error. In float32 2^x must stay in range.
+        # most. In float32 2^x must stay in range.
         limit = (1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0) * temperature
 
-        for start in range(0, len(weight_VH), SLICE):
+        for start in range(0, len(weight_VH) if len(hidden_NH) else 0, SLICE):
             weight_vH = weight_VH[start : start + SLICE]
-            logits_Nv = torch.addmm(-centre_N.unsqueeze(1), hidden_NH, weight_vH.T)
-            peak_N = logits_Nv.amax(dim=1).float()
-            # Rows that meet larger logits than before get a centre up there, and their slice of logits once more. A
-            # centre that is too high, where all of 2^x underflows, can only be the first.
+            logits_vN = linear(weight_vH, hidden_NH, -centre_N)
+            target_places = _targets_within(targets_N, start, len(weight_vH))
+            logits_vN[target_places] = -math.inf
+            peak_N = logits_vN.amax(dim=0).float()
+            # Rows that meet larger logits than before get a centre up there, and their slice of logits once more. The
+            # first centre, the target's logit, may be too high as well.
             too_low_N, too_high_N = peak_N > limit, (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0)
             rows = (too_low_N | too_high_N).nonzero().squeeze(1)
             if len(rows):
@@ -234,72 +264,88 @@ class SlicedLogprobs(torch.autograd.Function):
                 weighted_N[rows] = shift.exp2() * (weighted_N[rows] + shift * sum_N[rows])
                 sum_N[rows] *= shift.exp2()
                 centre_N[rows] = centre
-                logits_Nv[rows] = torch.addmm(-centre.unsqueeze(1), hidden_NH[rows], weight_vH.T)
-            # 2^−1000 is 0 in float32; a masked entry's −inf would make NaN of 2^x x.
-            x_Nv = logits_Nv.float().mul_(bits).clamp_(min=-1000.0)
-            rows, columns = _targets_within(targets_N, start, x_Nv.shape[1])
-            x_Nv[rows, columns] = bits * (targeted_N[rows] - centre_N[rows].float()).clamp(min=-1000.0)
-            powers_Nv = x_Nv.exp2()
-            sum_N += powers_Nv.sum(dim=1)
-            weighted_N += x_Nv.mul_(powers_Nv).sum(dim=1)
+                logits_vN[:, rows] = linear(weight_vH, hidden_NH[rows], -centre)
+                logits_vN[target_places] = -math.inf
+            # 2^−1000 is 0 in float32; the −inf of targets and masked entries would make NaN of 2^x x.
+            x_vN = logits_vN.float().mul_(bits).clamp_(min=-1000.0)
+            powers_vN = x_vN.exp2()
+            sum_N += powers_vN.sum(dim=0)
+            weighted_N += x_vN.mul_(powers_vN).sum(dim=0)
 
+        sum_N.clamp_(min=torch.finfo(torch.float32).tiny)  # where nothing but the target is allowed
         log_sum_N = sum_N.log()
-        logprobs_N = (targeted_N - centre_N.float()) / temperature - log_sum_N
-        entropy_N = log_sum_N - math.log(2) * weighted_N / sum_N
-        # For the backward pass: the centre that is nearest to the log-sum-exp, and what is left between the two.
-        lse_centre_N = (centre_N.float() + temperature * log_sum_N).to(hidden_NH.dtype)
-        rest_N = log_sum_N + (centre_N.float() - lse_centre_N.float()) / temperature
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, lse_centre_N, rest_N, logprobs_N, entropy_N)
+        odds_N = (targeted_N - centre_N.float()) / temperature - log_sum_N
+        # Entropy: of whether it is the target, and if it is not, of which of the others it is.
+        p_target_N, p_others_N = odds_N.sigmoid(), (-odds_N).sigmoid()
+        entropy_N = torch.special.entr(p_target_N) + torch.special.entr(p_others_N)
+        entropy_N += p_others_N * (log_sum_N - math.log(2) * weighted_N / sum_N)
+        # For the backward pass: the centre that is nearest to log s, and what is left to log p_v.
+        near_N = (centre_N.float() + temperature * log_sum_N).to(hidden_NH.dtype)
+        rest_N = log_sum_N + (centre_N.float() - near_N.float()) / temperature - logsigmoid(-odds_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
         ctx.temperature = temperature
-        return logprobs_N, entropy_N
+        return logsigmoid(odds_N), entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dlogprobs_N, dentropy_N):
         hidden_NH, weight_VH, *per_row = ctx.saved_tensors
-        # Only rows with a gradient: the others cost nothing, and whatever they hold stays out of the products.
-        rows = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
-        all_rows = len(rows) == len(hidden_NH)
-        live_nH = hidden_NH if all_rows else hidden_NH[rows]
-        targets_n, centre_n, rest_n, logprobs_n, entropy_n = (t if all_rows else t[rows] for t in per_row)
-        a_n, b_n = dlogprobs_N[rows] / ctx.temperature, dentropy_N[rows] / ctx.temperature
+        live, live_nH, targets_n, centre_n, rest_n, odds_n, entropy_n, a_n, b_n = live_rows(
+            dlogprobs_N, dentropy_N, hidden_NH, *per_row, dlogprobs_N / ctx.temperature, dentropy_N / ctx.temperature
+        )
         bits = math.log2(math.e) / ctx.temperature
-        # dL/dz = a (1[v = y] − p) − b p (log p + entropy), with the target's own entry from its float32 log-prob.
-        at_target_n = -a_n * logprobs_n.expm1() - b_n * logprobs_n.exp() * (logprobs_n + entropy_n)
+        # dL/dz = a (1[v = y] − p) − b p (log p + entropy)
+        p_target_n = odds_n.sigmoid()
+        at_target_n = a_n * (-odds_n).sigmoid() - b_n * (p_target_n * entropy_n - torch.special.entr(p_target_n))
         # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would leave nothing.
         has_entropy = bool((b_n != 0).any())
-        product_nH, product_centre_n = (t.float() if has_entropy else t for t in (live_nH, centre_n))
+        dtype = torch.float32 if has_entropy else hidden_NH.dtype
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from the others.
         dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].float()
-        dweight_VH = torch.empty_like(weight_VH) if wants_weight and len(rows) else torch.zeros_like(weight_VH)
-        for start in range(0, len(weight_VH) if len(rows) else 0, SLICE):
-            weight_vH = weight_VH[start : start + SLICE]
-            logits_nv = torch.addmm(-product_centre_n.unsqueeze(1), product_nH, weight_vH.to(product_nH.dtype).T)
-            log2p_nv = torch.add(-math.log2(math.e) * rest_n.unsqueeze(1), logits_nv, alpha=bits)
+        dweight_VH = None
+        if wants_weight:
+            dweight_VH = torch.empty_like(weight_VH) if len(live) else torch.zeros_like(weight_VH)
+        factor_nH = live_nH.detach().to(dtype).requires_grad_(wants_hidden)
+        for start in range(0, len(weight_VH) if len(live) else 0, SLICE):
+            weight_vH = weight_VH[start : start + SLICE].detach().to(dtype).requires_grad_(wants_weight)
+            with torch.enable_grad():
+                logits_vn = linear(weight_vH, factor_nH, -centre_n.to(dtype))
+            log2p_vn = logits_vn.detach().float().mul_(bits).sub_(math.log2(math.e) * rest_n)
             if has_entropy:
-                log2p_nv.clamp_(min=-1000.0)  # as in the forward pass
-                factor_nv = log2p_nv.mul(math.log(2)).add_(entropy_n.unsqueeze(1)).mul_(b_n.unsqueeze(1))
-                grad_nv = log2p_nv.exp2_().mul_(factor_nv.add_(a_n.unsqueeze(1)).neg_())
+                log2p_vn.clamp_(min=-1000.0)  # as in the forward pass
+                factor_vn = log2p_vn.mul(math.log(2)).add_(entropy_n).mul_(b_n)
+                grad_vn = log2p_vn.exp2_().mul_(factor_vn.add_(a_n).neg_())
             else:
-                grad_nv = log2p_nv.exp2_().mul_(-a_n.unsqueeze(1))
-            rows_within, columns = _targets_within(targets_n, start, grad_nv.shape[1])
-            grad_nv[rows_within, columns] = at_target_n[rows_within]
-            grad_nv = grad_nv.to(weight_VH.dtype)
-            if wants_weight:
-                torch.mm(grad_nv.T, live_nH, out=dweight_VH[start : start + SLICE])
-            if wants_hidden:
-                grad_nv[rows_within, columns] = 0.0
-                dhidden_nH += grad_nv @ weight_vH
+                grad_vn = log2p_vn.exp2_().mul_(-a_n)
+            places = _targets_within(targets_n, start, len(weight_vH))
+            grad_vn[places] = at_target_n[places[1]]
+            grad_vn = grad_vn.to(dtype)
+            if wants_weight:  # G h
+                (dweight_VH[start : start + SLICE],) = torch.autograd.grad(
+                    logits_vn, weight_vH, grad_vn, retain_graph=wants_hidden
+                )
+            if wants_hidden:  # a slice's part of Gᵀ W
+                grad_vn[places] = 0.0
+                dhidden_nH += torch.autograd.grad(logits_vn, factor_nH, grad_vn)[0]
 
         dhidden_NH = None
         if wants_hidden:
-            dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, rows, dhidden_nH.to(hidden_NH.dtype))
-        return dhidden_NH, dweight_VH if wants_weight else None, None, None
+            dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
+        return dhidden_NH, dweight_VH, None, None
+
+
+def live_rows(dlogprobs_N, dentropy_N, *tensors):
+    """Indices of the rows that have an upstream gradient, and the tensors' values in those rows.
+
+    The other rows cost nothing, and whatever they hold, NaN for instance, stays out of the products.
+    """
+    live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
+    return live, *(tensors if len(live) == len(dlogprobs_N) else (tensor[live] for tensor in tensors))
 
 
 def _targets_within(targets_N, start, width):
-    """Rows whose target lies in the slice of `width` entries from `start`, and the target's column in it."""
+    """Places of the targets in the slice of `width` entries from `start`, [v, N]: entries and rows."""
     rows = ((targets_N >= start) & (targets_N < start + width)).nonzero().squeeze(1)
-    return rows, targets_N[rows] - start
+    return targets_N[rows] - start, rows
