@@ -38,8 +38,8 @@ def test_against_float64(shape, dtype, spread, upstream):
 @pytest.mark.parametrize("V", [129_920, 151_936])
 def test_large_vocabularies(V, dtype, monkeypatch):
     monkeypatch.setattr(logprobs, "SLICE", 4096)
-    arguments = problem(16, 64, V, dtype)
-    a, b = torch.randn(16), torch.zeros(16)
+    arguments = problem(64, 64, V, dtype)
+    a, b = torch.randn(64), torch.zeros(64)
     assert_close(run(*arguments, 1.0, a, b), truth(*arguments, 1.0, a, b), dtype)
 
 
