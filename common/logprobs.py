@@ -206,6 +206,33 @@ def _check(hidden_NH, weight_VH, targets_N, temperature):
         raise ValueError(f"target {targets_N.max().item()} is outside the vocabulary of {len(weight_VH)}.")
 
 
+# What slices and kernels share. The target is kept apart from all other entries: with s = Σ exp(z_v) over the others,
+# its log-odds are o = z_y − log s, and log p_y = −log(1 + exp(−o)), 1 − p_y = 1 / (1 + exp(o)). Where p_y is near 1, as
+# most of a trained model's are, the whole gradient is 1 − p_y times something, and this keeps all of its digits.
+
+
+def target_against_others(odds_N, entropy_of_others_N):
+    """Log-prob of the target and entropy: of whether it is the target, and if not, of which of the others it is."""
+    p_target_N, p_others_N = odds_N.sigmoid(), (-odds_N).sigmoid()
+    entropy_N = torch.special.entr(p_target_N) + torch.special.entr(p_others_N) + p_others_N * entropy_of_others_N
+    return logsigmoid(odds_N), entropy_N
+
+
+def gradient_at_target(odds_N, entropy_N, a_N, b_N):
+    """The target's entry of a (1[v = y] − p) − b p (log p + entropy), for upstream gradients a and b."""
+    p_target_N = odds_N.sigmoid()
+    return a_N * (-odds_N).sigmoid() - b_N * (p_target_N * entropy_N - torch.special.entr(p_target_N))
+
+
+def live_rows(dlogprobs_N, dentropy_N, *tensors):
+    """Indices of the rows that have an upstream gradient, and the tensors' values in those rows.
+
+    The other rows cost nothing, and whatever they hold, NaN for instance, stays out of the products.
+    """
+    live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
+    return live, *(tensors if len(live) == len(dlogprobs_N) else (tensor[live] for tensor in tensors))
+
+
 # On a CPU
 
 
@@ -225,10 +252,6 @@ class SlicedLogprobs(torch.autograd.Function):
     """The general form in slices of V: one pass for the sums, and one in the backward pass for the gradients.
 
     Walking over V with all rows at once, rather than over N, makes each slice of dW one product, written once.
-
-    The target is kept apart from all other entries. With the sum s of their exp(z_v), the target's log-odds are
-    o = z_y − log s, and then log p_y = −log(1 + exp(−o)), 1 − p_y = 1 / (1 + exp(o)): both right to the last digits
-    where p_y is near 1, and the whole gradient is 1 − p_y times something.
 
     PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20. But what a softmax
     needs are *differences* of logits, and those that matter are small: among the others, entry v has the share
@@ -276,16 +299,13 @@ class SlicedLogprobs(torch.autograd.Function):
         sum_N.clamp_(min=torch.finfo(torch.float32).tiny)  # where nothing but the target is allowed
         log_sum_N = sum_N.log()
         odds_N = (targeted_N - centre_N.float()) / temperature - log_sum_N
-        # Entropy: of whether it is the target, and if it is not, of which of the others it is.
-        p_target_N, p_others_N = odds_N.sigmoid(), (-odds_N).sigmoid()
-        entropy_N = torch.special.entr(p_target_N) + torch.special.entr(p_others_N)
-        entropy_N += p_others_N * (log_sum_N - math.log(2) * weighted_N / sum_N)
+        logprobs_N, entropy_N = target_against_others(odds_N, log_sum_N - math.log(2) * weighted_N / sum_N)
         # For the backward pass: the centre that is nearest to log s, and what is left to log p_v.
         near_N = (centre_N.float() + temperature * log_sum_N).to(hidden_NH.dtype)
         rest_N = log_sum_N + (centre_N.float() - near_N.float()) / temperature - logsigmoid(-odds_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
         ctx.temperature = temperature
-        return logsigmoid(odds_N), entropy_N
+        return logprobs_N, entropy_N
 
     @staticmethod
     @once_differentiable
@@ -295,9 +315,7 @@ class SlicedLogprobs(torch.autograd.Function):
             dlogprobs_N, dentropy_N, hidden_NH, *per_row, dlogprobs_N / ctx.temperature, dentropy_N / ctx.temperature
         )
         bits = math.log2(math.e) / ctx.temperature
-        # dL/dz = a (1[v = y] − p) − b p (log p + entropy)
-        p_target_n = odds_n.sigmoid()
-        at_target_n = a_n * (-odds_n).sigmoid() - b_n * (p_target_n * entropy_n - torch.special.entr(p_target_n))
+        at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
         # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would leave nothing.
         has_entropy = bool((b_n != 0).any())
         dtype = torch.float32 if has_entropy else hidden_NH.dtype
@@ -314,6 +332,7 @@ class SlicedLogprobs(torch.autograd.Function):
             with torch.enable_grad():
                 logits_vn = linear(weight_vH, factor_nH, -centre_n.to(dtype))
             log2p_vn = logits_vn.detach().float().mul_(bits).sub_(math.log2(math.e) * rest_n)
+            # dL/dz = −a p − b p (log p + entropy), and the target's own entry
             if has_entropy:
                 log2p_vn.clamp_(min=-1000.0)  # as in the forward pass
                 factor_vn = log2p_vn.mul(math.log(2)).add_(entropy_n).mul_(b_n)
@@ -335,15 +354,6 @@ class SlicedLogprobs(torch.autograd.Function):
         if wants_hidden:
             dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
         return dhidden_NH, dweight_VH, None, None
-
-
-def live_rows(dlogprobs_N, dentropy_N, *tensors):
-    """Indices of the rows that have an upstream gradient, and the tensors' values in those rows.
-
-    The other rows cost nothing, and whatever they hold, NaN for instance, stays out of the products.
-    """
-    live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
-    return live, *(tensors if len(live) == len(dlogprobs_N) else (tensor[live] for tensor in tensors))
 
 
 def _targets_within(targets_N, start, width):
