@@ -41,18 +41,19 @@ def _blocks(hidden_NH):
     """Tile sizes and launch options by dtype of the products and by GPU.
 
     bf16: a tile of 128 × 256 float32 sums is 128 registers for each of 256 threads, half of what a thread can have; the
-    other half is for the epilogue's powers. It is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three
-    stages, one in use and two on their way, fit into a Hopper's 227 KB of shared memory, beside 64 KB through which a
-    tile of powers is rearranged on its way out. Each element that is loaded takes part in 85 multiplications per byte,
-    above the 40 or so where an H200's level-2 cache would limit. GPUs with less shared memory get half the tile, in
-    stages of 24 KB. float32: true float32 products do not run on tensor cores; small tiles keep them in registers.
+    other half is for the epilogue's powers (compiled for Hopper, the kernels take all 255 and spill next to none). It
+    is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three stages, one in use and two on their way, fit into
+    Hopper's 227 KB of shared memory. Each element that is loaded takes part in 85 multiplications per byte, above the
+    40 or so where an H200's level-2 cache would limit. Other GPUs, whose products take their factors from registers
+    too, get half the tile, in stages of 16 KB. float32: true float32 products do not run on tensor cores; small tiles
+    keep them in registers.
     """
     if hidden_NH.dtype != torch.bfloat16:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
     properties = torch.cuda.get_device_properties(hidden_NH.device) if hidden_NH.is_cuda else None
-    if properties is None or properties.shared_memory_per_block_optin >= 208 * 1024:
+    if properties is None or properties.shared_memory_per_block_optin > 200 * 1024:
         return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 32, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
 
 
 def _split(N, V, blocks, device):
