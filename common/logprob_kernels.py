@@ -259,6 +259,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, temperature):
+        ctx.weight_dtype, weight_VH = weight_VH.dtype, weight_VH.to(hidden_NH.dtype)
         logprobs_N, entropy_N, odds_N, m_N, rest_N, _, _ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N.contiguous(), odds_N, m_N, rest_N, entropy_N)
         ctx.temperature = temperature
@@ -276,7 +277,9 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         (n, H), V, blocks = live_nH.shape, len(weight_VH), _blocks(hidden_NH)
         dhidden_nH = torch.zeros(n, H, dtype=torch.float32, device=hidden_NH.device)
-        dweight_VH = torch.empty_like(weight_VH) if wants_weight and n else torch.zeros_like(weight_VH)
+        dweight_VH = None
+        if wants_weight:
+            dweight_VH = (torch.empty_like if n else torch.zeros_like)(weight_VH, dtype=ctx.weight_dtype)
         width = _multiple_of(blocks["BLOCK_V"], SCRATCH_BYTES // (hidden_NH.element_size() * max(1, n)))
         for start in range(0, V if n else 0, width):
             weight_vH = weight_VH[start : start + width]
@@ -288,20 +291,20 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                     **blocks,
                 )  # fmt: skip
             if wants_weight:
-                torch.mm(grad_nv.T, live_nH, out=dweight_VH[start : start + width])
+                _write_product(dweight_VH[start : start + width], grad_nv.T, live_nH)
             if wants_hidden:
                 _add_product(dhidden_nH, grad_nv, weight_vH)
         dhidden_NH = None
         if wants_hidden:
             dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
-        return dhidden_NH, dweight_VH if wants_weight else None, None, None
+        return dhidden_NH, dweight_VH, None, None
 
 
 def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
     """The policy-loss form. See `logprobs.policy_loss`, which checks the arguments."""
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad):
         return _PolicyLoss.apply(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
-    logprobs_N, entropy_N, *_ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
+    logprobs_N, entropy_N, *_ = _statistics(hidden_NH, weight_VH.to(hidden_NH.dtype), targets_N, temperature)
     return per_token_loss(logprobs_N).sum(), logprobs_N, entropy_N, slopes(per_token_loss, logprobs_N)
 
 
@@ -309,7 +312,7 @@ class _PolicyLoss(torch.autograd.Function):
     """Walks over N in chunks of rows whose powers 2^x fit into memory.
 
     As soon as a chunk's sums are known, so are its log-probs, the slopes of its tokens' losses, and with them its part
-    of the gradient: x is not computed a second time. dW is a sum over chunks, in float32.
+    of the gradient: x is not computed a second time. dW is a sum over chunks, in float32, and stays so for a float32 W.
     """
 
     @staticmethod
@@ -319,7 +322,7 @@ class _PolicyLoss(torch.autograd.Function):
         logprobs_N, entropy_N, slopes_N = torch.zeros(3, N, dtype=torch.float32, device=device)
         dhidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
         dweight_VH = torch.zeros(V, H, dtype=torch.float32, device=device) if wants_weight else None
-        blocks = _blocks(hidden_NH)
+        blocks, weight_VH = _blocks(hidden_NH), weight_VH.to(hidden_NH.dtype)
         height = _multiple_of(blocks["BLOCK_N"], SCRATCH_BYTES // (hidden_NH.element_size() * V))
         for start in range(0, N, height):
             chunk = slice(start, start + height)
@@ -366,6 +369,16 @@ class _PolicyLoss(torch.autograd.Function):
 def _multiple_of(block, number):
     """The largest multiple of `block` up to `number`, but at least one."""
     return max(1, number // block) * block
+
+
+def _write_product(place, a, b):
+    """place = a @ b, rounded once, to the dtype of `place`: that of the factors, or float32."""
+    if place.dtype == a.dtype:
+        torch.mm(a, b, out=place)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=place)
+    else:  # Triton's interpreter, which computes on a CPU
+        place.copy_(a.float() @ b.float())
 
 
 def _add_product(total, a, b):

@@ -81,7 +81,7 @@ def token_policy_loss(
 
 
 def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
-    """The backbone's hidden states of the response tokens, and the head's weight, in the dtype of the products."""
+    """The backbone's hidden states of the response tokens, in the dtype of the products, and the head's weight."""
     # A token's position is the number of real tokens before it, wherever the padding is.
     positions_BT = (attention_BT.cumsum(dim=1) - 1).clamp(min=0)
     with autocast(inputs_BT.device.type, precision):
@@ -94,7 +94,7 @@ def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
         hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], dim=1)
         weight_VH = torch.cat([weight_VH, head.bias.unsqueeze(1)], dim=1)
     dtype = torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype
-    return hidden_NH.to(dtype), weight_VH.to(dtype)
+    return hidden_NH.to(dtype), weight_VH
 
 
 def _spread(values_N, mask_BT):
@@ -109,7 +109,9 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     """The general form: log-prob of each target and entropy of its distribution, differentiable in h and W.
 
     Args:
-        hidden_NH, weight_VH: float32 or bfloat16, both alike; products are taken in that dtype, sums in float32.
+        hidden_NH, weight_VH: float32 or bfloat16. Products are taken in hidden's dtype, sums in float32. A float32
+            weight may come with bfloat16 hidden states, as under autocast: it is rounded for the products, and its
+            gradient is float32.
         targets_N: int64. A negative target marks a row to ignore: both its results are 0 and it has no gradient,
             whatever it holds, NaN included.
         temperature: τ > 0.
@@ -198,8 +200,11 @@ def _check(hidden_NH, weight_VH, targets_N, temperature):
         raise ValueError(f"hidden [N, H] and weight [V, H] do not fit: {hidden_NH.shape}, {weight_VH.shape}.")
     if targets_N.shape != hidden_NH.shape[:1]:
         raise ValueError(f"there must be one target for each of the {len(hidden_NH)} rows, not {targets_N.shape}.")
-    if hidden_NH.dtype != weight_VH.dtype or hidden_NH.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"hidden and weight must both be float32 or bfloat16: {hidden_NH.dtype}, {weight_VH.dtype}.")
+    dtypes = (hidden_NH.dtype, weight_VH.dtype)
+    if hidden_NH.dtype != weight_VH.dtype and dtypes != (torch.bfloat16, torch.float32):
+        raise ValueError(f"weight must have hidden's dtype, or be float32 for bfloat16 hidden states, not {dtypes}.")
+    if hidden_NH.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"hidden must be float32 or bfloat16, not {hidden_NH.dtype}.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, not {temperature}.")
     if len(targets_N) and targets_N.max() >= len(weight_VH):
@@ -240,7 +245,7 @@ def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     """The plain expression, which holds several N × V tensors. Arguments and results: see `logprobs_and_entropy`."""
     # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in float32.
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).T / temperature
+    logits_NV = hidden_NH.to(dtype) @ weight_VH.to(hidden_NH.dtype).to(dtype).T / temperature
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     logprobs_N = logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     # p log p → 0 as p → 0, also where a masked vocabulary entry has log p = −inf.
@@ -263,7 +268,7 @@ class SlicedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, temperature):
-        targeted_N = (hidden_NH.float() * weight_VH[targets_N].float()).sum(dim=1)
+        targeted_N = (hidden_NH.float() * weight_VH[targets_N].to(hidden_NH.dtype).float()).sum(dim=1)
         centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
         # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and Σ 2^x x.
         bits = math.log2(math.e) / temperature
@@ -273,7 +278,7 @@ class SlicedLogprobs(torch.autograd.Function):
         limit = (1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0) * temperature
 
         for start in range(0, len(weight_VH) if len(hidden_NH) else 0, SLICE):
-            weight_vH = weight_VH[start : start + SLICE]
+            weight_vH = weight_VH[start : start + SLICE].to(hidden_NH.dtype)
             logits_vN = linear(weight_vH, hidden_NH, -centre_N)
             target_places = _targets_within(targets_N, start, len(weight_vH))
             logits_vN[target_places] = -math.inf
@@ -322,13 +327,14 @@ class SlicedLogprobs(torch.autograd.Function):
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from the others.
-        dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].float()
+        dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].to(hidden_NH.dtype).float()
         dweight_VH = None
         if wants_weight:
             dweight_VH = torch.empty_like(weight_VH) if len(live) else torch.zeros_like(weight_VH)
         factor_nH = live_nH.detach().to(dtype).requires_grad_(wants_hidden)
         for start in range(0, len(weight_VH) if len(live) else 0, SLICE):
-            weight_vH = weight_VH[start : start + SLICE].detach().to(dtype).requires_grad_(wants_weight)
+            weight_vH = weight_VH[start : start + SLICE].detach().to(hidden_NH.dtype).to(dtype)
+            weight_vH.requires_grad_(wants_weight)
             with torch.enable_grad():
                 logits_vn = linear(weight_vH, factor_nH, -centre_n.to(dtype))
             log2p_vn = logits_vn.detach().float().mul_(bits).sub_(math.log2(math.e) * rest_n)

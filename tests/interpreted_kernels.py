@@ -173,6 +173,18 @@ def test_certain_targets():
     assert_close(policy(hidden, weight, targets, 1.0, a), expected, F32)
 
 
+def test_float32_weights_with_bfloat16_products():
+    hidden, weight, targets = problem(127, 64, 1000, BF16)
+    weights = weight.float() * (1 + 2**-10 * torch.rand(1000, 64, device=DEVICE))  # less than bf16 can tell
+    a, b = torch.randn(2, 127, device=DEVICE)
+    for found, upstream in (
+        (general(hidden, weights, targets, 1.0, a, b), b),
+        (policy(hidden, weights, targets, 1.0, a), torch.zeros_like(b)),
+    ):
+        assert found[3].dtype == F32
+        assert_close(found, truth(hidden, weight, targets, 1.0, a, upstream), BF16)
+
+
 def test_memory_layouts():
     hidden, weight, targets = problem(20, 64, 257)
     a, b = torch.randn(2, 20, device=DEVICE)

@@ -211,6 +211,20 @@ def test_frozen_hidden_or_weight():
         assert inputs[freeze].grad is None and torch.equal(inputs[1 - freeze].grad, expected[1 - freeze])
 
 
+@pytest.mark.parametrize("V", [1000, LARGE_VOCABULARY])
+@pytest.mark.parametrize("upstream", UPSTREAM)
+def test_float32_weights_with_bfloat16_products(V, upstream):
+    hidden, weight, targets = problem(127, 64, V, BF16)
+    noise = 1 + 2**-10 * torch.rand(V, 64)  # less than bf16 can tell
+    a, b = (on * torch.randn(127) for on in UPSTREAM[upstream])
+    inputs = leaves(hidden, weight.float() * noise)
+    results = logprobs_and_entropy(*inputs, targets, 1.0)
+    (results[0] @ a + results[1] @ b).backward()
+    assert inputs[1].grad.dtype == F32
+    found = *(result.detach() for result in results), inputs[0].grad, inputs[1].grad
+    assert_close(found, truth(hidden, weight, targets, 1.0, a, b), BF16)
+
+
 def test_tied_embeddings_accumulate():
     weight = torch.randn(1000, 64).mul_(0.4).requires_grad_()
     tokens, targets = torch.randint(1000, (2, 20))
@@ -261,7 +275,8 @@ def test_what_does_not_fit_is_refused():
     for arguments, match in [
         ((hidden, weight[:, :-1], targets, 1.0), "do not fit"),
         ((hidden, weight, targets[:-1], 1.0), "one target for each"),
-        ((hidden, weight.to(BF16), targets, 1.0), "must both be"),
+        ((hidden, weight.to(BF16), targets, 1.0), "must have hidden's dtype"),
+        ((hidden.half(), weight.half(), targets, 1.0), "must be float32 or bfloat16"),
         ((hidden, weight, targets, 0.0), "temperature"),
         ((hidden, weight, targets + 257, 1.0), "outside the vocabulary"),
     ]:
