@@ -38,7 +38,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common import logprobs
-from common.logprobs import logprobs_and_entropy, plain_logprobs_and_entropy, policy_loss, token_policy_loss
+from common.logprobs import (
+    LARGE_VOCABULARY,
+    SlicedLogprobs,
+    logprobs_and_entropy,
+    plain_logprobs_and_entropy,
+    policy_loss,
+    token_policy_loss,
+)
 from common.runlog import describe_environment
 
 V = 151_936  # of the Qwen 2.5 and 3 families
@@ -149,10 +156,10 @@ ON_GPU = {
 # Measuring
 
 
-def make_problem(N, H, dtype, peaked, device, live=1.0):
+def make_problem(N, H, dtype, peaked, device, live=1.0, vocabulary=V):
     torch.manual_seed(0)
     hidden = torch.randn(N, H, device=device).to(dtype)
-    weight = (torch.randn(V, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(dtype)
+    weight = (torch.randn(vocabulary, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(dtype)
     with torch.no_grad():  # in pieces: N × V values are what this is about
         targets = [(rows.float() @ weight.float().T).softmax(-1).multinomial(1) for rows in hidden.split(256)]
     upstream = (torch.arange(N, device=device) % 100 < 100 * live).float()
@@ -264,6 +271,22 @@ def run_cpu(args):
     return cases
 
 
+def run_crossover(args):
+    """Seconds of the two ways through a CPU's vocabulary, by its size: what `LARGE_VOCABULARY` is set by."""
+    cases = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for N in (64, 256, 1024):
+            for size in (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536):
+                problem = make_problem(N, 896, dtype, peaked=True, device="cpu", vocabulary=size)
+                seconds = {"sliced": [], PLAIN: []}
+                for _ in range(args.rounds + 1):
+                    for way, function in (("sliced", SlicedLogprobs.apply), (PLAIN, plain_logprobs_and_entropy)):
+                        seconds[way].append(timed(lambda h, w, y, up, f=function: f(h, w, y, 1.0)[0] @ up, problem))
+                dtype_name = str(dtype).removeprefix("torch.")
+                cases.append({"dtype": dtype_name, "N": N, "vocabulary": size, "seconds": seconds})
+    return cases
+
+
 def run_gpu(args):
     matrix = torch.randn(16_384, 16_384, device="cuda", dtype=torch.bfloat16)
     rates = []
@@ -299,32 +322,36 @@ def run_step(device):
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(device)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(memory["MemAvailable"].split()[0]) * 1024
     results = []
     for N in (2048, 8192):
         tokens_BT = torch.randint(V, (N // 512, 512), device=device)
         ones_BT = torch.ones_like(tokens_BT)
         batch = (tokens_BT, ones_BT, tokens_BT.roll(-1, dims=1), ones_BT.bool())
-        for path in ("this repository", PLAIN):
-            logits_bytes = 4 * N * V
-            if path == PLAIN and device == "cpu" and available < 8 * logits_bytes:
-                results.append({"N": N, "path": path, "peak_bytes": None, "logits_bytes": logits_bytes})
+        for path, step in (("this repository", _our_step), ("plain, no entropy", _plain_step)):
+            row = {"N": N, "path": path, "peak_bytes": None, "logits_bytes": 4 * N * V}
+            results.append(row)
+            if step is _plain_step and device == "cpu" and available < 3.5 * row["logits_bytes"]:
                 continue
             for _ in range(2):  # the first run is for what is only allocated once
                 model.zero_grad()
                 with PeakMemory(device) as peak:
-                    if path == PLAIN:
-                        _plain_step(model, batch)
-                    else:
-                        token_policy_loss(model, *batch, 1.0, lambda lp: lp)[0].backward()
-            results.append({"N": N, "path": path, "peak_bytes": peak.bytes, "logits_bytes": logits_bytes})
-            print(results[-1], flush=True)
+                    step(model, batch)
+            row["peak_bytes"] = peak.bytes
+            print(row, flush=True)
     return results
 
 
+def _our_step(model, batch):
+    token_policy_loss(model, *batch, 1.0, lambda logprobs_BT: logprobs_BT)[0].backward()
+
+
 def _plain_step(model, batch):
-    hidden_NH, weight_VH = logprobs._hidden_and_head(model, batch[0], batch[1], batch[3], "float32")
-    plain_logprobs_and_entropy(hidden_NH, weight_VH, batch[2][batch[3]], 1.0)[0].sum().backward()
+    """The least that plain PyTorch can do: logits, log-softmax and its gradient, three times N × V, and no entropy."""
+    tokens_BT, attention_BT, targets_BT, mask_BT = batch
+    hidden_NH, weight_VH = logprobs._hidden_and_head(model, tokens_BT, attention_BT, mask_BT, "float32")
+    plain(hidden_NH, weight_VH, targets_BT[mask_BT], torch.ones(len(hidden_NH)).to(hidden_NH), entropy=False).backward()
 
 
 # Reporting
@@ -348,6 +375,17 @@ def cpu_table(case):
             lines.append(f"| {name} | {row['does_not_run']} | | | | |")
     title = f"N = {case['N']}, H = {case['H']}, V = {V:,}, {case['dtype']}, peaked logits"
     return f"{title} (load average at the start: {case['load_average']:.1f}):\n\n" + "\n".join(lines)
+
+
+def crossover_table(cases):
+    sizes = sorted({case["vocabulary"] for case in cases})
+    lines = ["| dtype | N | " + " | ".join(f"{size:,}" for size in sizes) + " |", "|---" * (2 + len(sizes)) + "|"]
+    ratios = {}
+    for case in cases:
+        ratio = min(case["seconds"]["sliced"]) / min(case["seconds"][PLAIN])
+        ratios.setdefault((case["dtype"], case["N"]), []).append(f"{ratio:.2f}")
+    lines += [f"| {dtype} | {N:,} | " + " | ".join(row) + " |" for (dtype, N), row in ratios.items()]
+    return "\n".join(lines)
 
 
 def gpu_table(gpu):
@@ -378,8 +416,8 @@ def step_table(steps):
     lines = ["| N | path | peak, MiB | fall, as a share of the logits' size |", "|---|---|---|---|"]
     peaks = {(row["N"], row["path"]): row["peak_bytes"] for row in steps}
     for row in steps:
-        peak, other = row["peak_bytes"], peaks[row["N"], PLAIN]
-        fall = f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] != PLAIN and other else ""
+        peak, other = row["peak_bytes"], peaks[row["N"], "plain, no entropy"]
+        fall = f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] == "this repository" and other else ""
         lines.append(f"| {row['N']:,} | {row['path']} | {f'{peak / 2**20:,.0f}' if peak else 'not run'} | {fall} |")
     return "\n".join(lines)
 
@@ -399,9 +437,15 @@ log-prob and entropy, as do all contestants unless it says otherwise.
 
 {cpu}
 
+Which way for which vocabulary: the sliced walk's time as a multiple of the plain expression's (float32 logits and
+entropy, as `common/logprobs.py` has it; H = 896), by V. From V = {LARGE_VOCABULARY:,} on the slices are taken:
+
+{crossover_table(results["crossover"])}
+
 ## Peak memory of a training step ({results["step_device"]}, float32, V = {V:,})
 
-Forward and backward pass of a model whose backbone is small; "not run" where the machine's memory is too small for it.
+Forward and backward pass of a model whose backbone is small. "This repository" computes entropies too, and "plain" the
+log-probs alone; "not run" where the machine's free memory is too small for it.
 
 {step_table(results["step"])}
 
@@ -428,6 +472,7 @@ def main(args):
         "step_device": device,
         "step": run_step(device),
         "cpu": run_cpu(args),
+        "crossover": run_crossover(args),
         "gpu": run_gpu(args) if device == "cuda" else None,
     }
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """Log-prob and entropy kernels in Triton, for GPUs; what they compute is in `logprobs.py`, which calls them.
 
 The notation is that of `logprobs.py`: h [N, H], W [V, H], y [N], τ. Inside, everything is in bits, base 2, since a
-GPU's exponential is 2^x: x = (log₂e / τ) h Wᵀ, m = max_v x_v, s = Σ_v 2^(x_v − m), so p_v = 2^((x_v − m) − log₂ s).
-(m + log₂ s is not formed: next to an m of 1,000 it would lose log₂ s its last three digits.) Products are taken in the
+GPU's exponential is 2^x: x = (log₂e / τ) h Wᵀ, and over all entries but the target m = max_v x_v, s = Σ_v 2^(x_v − m).
+So p_v = 2^((x_v − m) − r) with r = log₂ s − log₂(1 − p_y). (m + r is not formed: next to an m of 1,000 it would lose r
+its last three digits.) Products are taken in the
 dtype of h and W, bf16 as a rule, and summed in float32, and x never leaves float32 registers: rounding a logit of 20 to
 bf16 would shift its log-prob by up to 0.06.
 
@@ -22,31 +23,50 @@ import torch
 import triton
 import triton.language as tl
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
-from common.logprobs import slopes
+from common.logprobs import gradient_at_target, live_rows, slopes, target_against_others
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 SPLIT = 8192
-"""vocabulary entries that one program of the forward kernel walks over"""
+"""vocabulary entries that one program of the forward kernel walks over at most"""
 SCRATCH_BYTES = 2**28
 """size of a slice of the logits' gradient: large enough for cuBLAS to run at its full rate, while the policy-loss form,
 which holds two such slices and some vectors, stays far below 1 GiB"""
 
 
-def _blocks(dtype):
-    """Tile sizes and launch options by dtype of the products.
+def _blocks(hidden_NH):
+    """Tile sizes and launch options by dtype of the products and by GPU.
 
     bf16: a tile of 128 × 256 float32 sums is 128 registers for each of 256 threads, half of what a thread can have; the
-    other half is for the epilogue's powers. It is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three
-    stages, one in use and two on their way, fit into 228 KB of shared memory. Each element that is loaded takes part in
-    85 multiplications per byte, above the 40 or so where an H200's level-2 cache would limit. float32: true float32
-    products do not run on tensor cores; small tiles keep them in registers.
+    other half is for the epilogue's powers (compiled for Hopper, the kernels take all 255 and spill next to none). It
+    is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three stages, one in use and two on their way, fit into
+    Hopper's 227 KB of shared memory. Each element that is loaded takes part in 85 multiplications per byte, above the
+    40 or so where an H200's level-2 cache would limit. Other GPUs, whose products take their factors from registers
+    too, get half the tile, in stages of 16 KB. float32: true float32 products do not run on tensor cores; small tiles
+    keep them in registers.
     """
-    if dtype == torch.bfloat16:
+    if hidden_NH.dtype != torch.bfloat16:
+        return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
+    properties = torch.cuda.get_device_properties(hidden_NH.device) if hidden_NH.is_cuda else None
+    if properties is None or properties.shared_memory_per_block_optin > 200 * 1024:
         return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
+
+
+def _split(N, V, blocks, device):
+    """Vocabulary entries per program of the forward kernel: as many programs as fill the GPU a whole number of times.
+
+    A chunk of the policy-loss form has few rows, 6 blocks of 128 for V = 151,936. With splits of 8,192 that is 114
+    programs on 132 multiprocessors, of which 18 would idle; with 22 splits of 6,912 none does.
+    """
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    row_blocks = max(1, triton.cdiv(N, blocks["BLOCK_N"]))
+    times = triton.cdiv(row_blocks * triton.cdiv(V, SPLIT), multiprocessors)
+    num_splits = max(1, times * multiprocessors // row_blocks)
+    return triton.cdiv(triton.cdiv(V, num_splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
 
 
 @triton.jit
@@ -74,22 +94,20 @@ def _product_tile(
 @triton.jit
 def _forward_kernel(
     hidden, weight, targets, largest, sums, weighted, targeted, powers, references,
-    N, V, H, hidden_n, hidden_h, weight_v, weight_h, bits,
-    SPLIT: tl.constexpr, KEEP_POWERS: tl.constexpr,
+    N, V, H, hidden_n, hidden_h, weight_v, weight_h, bits, SPLIT, KEEP_POWERS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Row statistics over one split of the vocabulary.
 
-    Equation: with m = max_v x_v over the split, s = Σ_v 2^(x_v − m) and t = Σ_v 2^(x_v − m) (x_v − m). When a tile
-    raises the maximum from m to m', what was summed so far moves along:
+    Equation: over the split's entries but the target, m = max_v x_v, s = Σ_v 2^(x_v − m) and
+    t = Σ_v 2^(x_v − m) (x_v − m). When a tile raises the maximum from m to m', what was summed so far moves along:
 
         s ← s 2^(m − m')        t ← (t + (m − m') s) 2^(m − m')
 
     Tile walk: program (i, j) owns BLOCK_N rows and walks over the SPLIT entries of split j, BLOCK_V at a time. Programs
     that run together have neighbouring i and the same j, so that all of them want the same tiles of W at the same
-    time, and those come from memory once. Splits give a GPU with 132 multiprocessors enough programs at N = 16,384 rows
-    (128 × 19) for the last ones not to matter, and at a few hundred rows something to share. Nothing is added up across
-    programs, so no sum depends on which program is faster; `_statistics` combines the splits.
+    time, and those come from memory once. Splits, see `_split`, give a GPU something to share where there are few rows.
+    Nothing is added up across programs, so no sum depends on which one is faster; `_statistics` combines the splits.
 
     With KEEP_POWERS, 2^(x − m) of each tile is kept in bf16 (m as it stands after that tile, kept too in `references`):
     relative to their row's maximum so far, powers are at most 1 and rounded relatively to their own size.
@@ -109,8 +127,9 @@ def _forward_kernel(
             hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
             BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
-        x_target += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), axis=1)
-        x = tl.where(columns[None, :] < V, x, -1e30)
+        is_target = columns[None, :] == target[:, None]
+        x_target += tl.sum(tl.where(is_target, x, 0.0), axis=1)
+        x = tl.where(is_target | (columns[None, :] >= V), -1e30, x)
         x = tl.where(x < -1e30, -1e30, x)  # and not a maximum, which would lose a NaN
         raised = tl.maximum(m, tl.max(x, axis=1))
         x -= raised[:, None]
@@ -133,7 +152,7 @@ def _forward_kernel(
 
 @triton.jit
 def _gradient_kernel(
-    hidden, weight, targets, largest, log2_sum, entropy, dlogprob, dentropy, grad,
+    hidden, weight, targets, largest, rest, entropy, dlogprob, dentropy, at_target, grad,
     N, V, H, first_column, hidden_n, hidden_h, weight_v, weight_h, bits,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +160,7 @@ def _gradient_kernel(
 
     Equation, with upstream gradients a and b (already divided by τ) of log-prob and entropy:
 
-        p = 2^((x − m) − log₂ s)        G = a (1[v = y] − p) − b p (ln p + entropy)
+        p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy), and at the target what was computed beforehand
 
     Tile walk: one tile of G per program, rows fastest, so that programs that run together share tiles of W. `weight`
     points at the slice, whose first entry is `first_column` of the vocabulary; V is the slice's width.
@@ -157,23 +176,24 @@ def _gradient_kernel(
     a = tl.load(dlogprob + rows, mask=exists, other=0.0)
     b = tl.load(dentropy + rows, mask=exists, other=0.0)
     log2_p = x - tl.load(largest + rows, mask=exists, other=0.0)[:, None]
-    log2_p -= tl.load(log2_sum + rows, mask=exists, other=0.0)[:, None]
+    log2_p -= tl.load(rest + rows, mask=exists, other=0.0)[:, None]
     log2_p = tl.where(log2_p < -1e30, -1e30, log2_p)
     surprise = 0.6931471805599453 * log2_p + tl.load(entropy + rows, mask=exists, other=0.0)[:, None]
     g = -tl.exp2(log2_p) * (a[:, None] + b[:, None] * surprise)
-    g += tl.where(columns[None, :] == target[:, None], a[:, None], 0.0)
+    g = tl.where(columns[None, :] == target[:, None], tl.load(at_target + rows, mask=exists, other=0.0)[:, None], g)
     places = rows[:, None].to(tl.int64) * V + columns[None, :]
     tl.store(grad + places, g.to(grad.dtype.element_ty), mask=exists[:, None] & (columns[None, :] < V))
 
 
 @triton.jit
 def _finish_kernel(
-    powers, references, live, targets, largest, log2_sum, slope, grad, num_rows, num_live, V,
+    powers, references, live, targets, largest, rest, slope, at_target, grad, num_rows, num_live, V,
     REFERENCE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The logits' gradient from kept powers, for the live rows only, packed.
 
-    Equation: G = a (1[v = y] − 2^(x − r) 2^((r − m) − log₂ s)), where 2^(x − r) was kept and r is its tile's reference.
+    Equation: G = −a 2^(x − f) 2^((f − m) − r), where 2^(x − f) was kept and f is its tile's reference; and at the
+    target what was computed beforehand.
     Tile walk: BLOCK_N live rows by one tile's REFERENCE_V columns per program, which share one reference per row. Reads
     and writes each value once: bound by memory, so that the tile only has to be wide enough for whole cache lines.
     """
@@ -187,19 +207,23 @@ def _finish_kernel(
     target = tl.load(targets + rows, mask=exists, other=-1)
     reference = tl.load(references + tile * num_rows + rows, mask=exists, other=0.0)
     m = tl.load(largest + rows, mask=exists, other=0.0)
-    scale = tl.exp2((reference - m) - tl.load(log2_sum + rows, mask=exists, other=0.0))
+    scale = tl.exp2((reference - m) - tl.load(rest + rows, mask=exists, other=0.0))
     power = tl.load(powers + rows[:, None].to(tl.int64) * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    g = tl.where(columns[None, :] == target[:, None], a[:, None], 0.0) - (a * scale)[:, None] * power
+    own = tl.load(at_target + rows, mask=exists, other=0.0)
+    g = tl.where(columns[None, :] == target[:, None], own[:, None], -(a * scale)[:, None] * power)
     tl.store(grad + places[:, None].to(tl.int64) * V + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
 def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False):
     """Run the forward kernel and combine its splits, in a fixed order.
 
-    Returns float32 [N]: log-prob, entropy, m, log₂ s; then the powers [N, V] and their references [tiles, N], or None.
+    Returns float32 [N]: log-prob, entropy, log-odds of the target, m, r; then the powers [N, V] and their references
+    [tiles, N], or None.
     """
     (N, H), V, device = hidden_NH.shape, len(weight_VH), hidden_NH.device
-    blocks, num_splits = _blocks(hidden_NH.dtype), triton.cdiv(V, SPLIT)
+    blocks, targets_N = _blocks(hidden_NH), targets_N.contiguous()
+    split = _split(N, V, blocks, device)
+    num_splits = triton.cdiv(V, split)
     m_SN, s_SN, t_SN = torch.empty(3, num_splits, N, dtype=torch.float32, device=device)
     x_target_N = torch.empty(N, dtype=torch.float32, device=device)
     powers_NV = references_TN = None
@@ -211,7 +235,7 @@ def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False)
             _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), num_splits)](
                 hidden_NH, weight_VH, targets_N, m_SN, s_SN, t_SN, x_target_N, powers_NV, references_TN,
                 N, V, H, *hidden_NH.stride(), *weight_VH.stride(), LOG2_E / temperature,
-                SPLIT=SPLIT, KEEP_POWERS=keep_powers, **blocks,
+                split, KEEP_POWERS=keep_powers, **blocks,
             )  # fmt: skip
     m_N = m_SN.amax(dim=0)
     moved_SN = torch.exp2(m_SN - m_N)
@@ -219,9 +243,10 @@ def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False)
     t_N = (moved_SN * (t_SN + (m_SN - m_N) * s_SN)).sum(dim=0)
     log2_s_N = s_N.log2()
     # Differences first: x_y − m is small where x_y itself may be in the thousands.
-    logprobs_N = LN_2 * ((x_target_N - m_N) - log2_s_N)
-    entropy_N = LN_2 * (log2_s_N - t_N / s_N)
-    return logprobs_N, entropy_N, m_N, log2_s_N, powers_NV, references_TN
+    odds_N = LN_2 * ((x_target_N - m_N) - log2_s_N)
+    logprobs_N, entropy_N = target_against_others(odds_N, LN_2 * (log2_s_N - t_N / s_N))
+    rest_N = log2_s_N - LOG2_E * logsigmoid(-odds_N)
+    return logprobs_N, entropy_N, odds_N, m_N, rest_N, powers_NV, references_TN
 
 
 def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
@@ -234,8 +259,9 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, temperature):
-        logprobs_N, entropy_N, m_N, log2_s_N, _, _ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, m_N, log2_s_N, entropy_N)
+        ctx.weight_dtype, weight_VH = weight_VH.dtype, weight_VH.to(hidden_NH.dtype)
+        logprobs_N, entropy_N, odds_N, m_N, rest_N, _, _ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N.contiguous(), odds_N, m_N, rest_N, entropy_N)
         ctx.temperature = temperature
         return logprobs_N, entropy_N
 
@@ -243,40 +269,42 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogprobs_N, dentropy_N):
         hidden_NH, weight_VH, *per_row = ctx.saved_tensors
-        live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
-        live_nH = hidden_NH if len(live) == len(hidden_NH) else hidden_NH[live]
-        targets_n, m_n, log2_s_n, entropy_n = (tensor[live] for tensor in per_row)
-        a_n, b_n = dlogprobs_N[live] / ctx.temperature, dentropy_N[live] / ctx.temperature
+        live, live_nH, targets_n, odds_n, m_n, rest_n, entropy_n, a_n, b_n = live_rows(
+            dlogprobs_N, dentropy_N, hidden_NH, *per_row, dlogprobs_N / ctx.temperature, dentropy_N / ctx.temperature
+        )
+        at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        (n, H), V, blocks = live_nH.shape, len(weight_VH), _blocks(hidden_NH.dtype)
+        (n, H), V, blocks = live_nH.shape, len(weight_VH), _blocks(hidden_NH)
         dhidden_nH = torch.zeros(n, H, dtype=torch.float32, device=hidden_NH.device)
-        dweight_VH = torch.empty_like(weight_VH) if wants_weight and n else torch.zeros_like(weight_VH)
+        dweight_VH = None
+        if wants_weight:
+            dweight_VH = (torch.empty_like if n else torch.zeros_like)(weight_VH, dtype=ctx.weight_dtype)
         width = _multiple_of(blocks["BLOCK_V"], SCRATCH_BYTES // (hidden_NH.element_size() * max(1, n)))
         for start in range(0, V if n else 0, width):
             weight_vH = weight_VH[start : start + width]
             grad_nv = torch.empty(n, len(weight_vH), dtype=hidden_NH.dtype, device=hidden_NH.device)
             with torch.cuda.device_of(hidden_NH):
                 _gradient_kernel[(triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(len(weight_vH), blocks["BLOCK_V"]))](
-                    live_nH, weight_vH, targets_n, m_n, log2_s_n, entropy_n, a_n, b_n, grad_nv,
+                    live_nH, weight_vH, targets_n, m_n, rest_n, entropy_n, a_n, b_n, at_target_n, grad_nv,
                     n, len(weight_vH), H, start, *live_nH.stride(), *weight_vH.stride(), LOG2_E / ctx.temperature,
                     **blocks,
                 )  # fmt: skip
             if wants_weight:
-                torch.mm(grad_nv.T, live_nH, out=dweight_VH[start : start + width])
+                _write_product(dweight_VH[start : start + width], grad_nv.T, live_nH)
             if wants_hidden:
                 _add_product(dhidden_nH, grad_nv, weight_vH)
         dhidden_NH = None
         if wants_hidden:
             dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
-        return dhidden_NH, dweight_VH if wants_weight else None, None, None
+        return dhidden_NH, dweight_VH, None, None
 
 
 def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
     """The policy-loss form. See `logprobs.policy_loss`, which checks the arguments."""
     if torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad):
         return _PolicyLoss.apply(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
-    logprobs_N, entropy_N, *_ = _statistics(hidden_NH, weight_VH, targets_N, temperature)
+    logprobs_N, entropy_N, *_ = _statistics(hidden_NH, weight_VH.to(hidden_NH.dtype), targets_N, temperature)
     return per_token_loss(logprobs_N).sum(), logprobs_N, entropy_N, slopes(per_token_loss, logprobs_N)
 
 
@@ -284,7 +312,7 @@ class _PolicyLoss(torch.autograd.Function):
     """Walks over N in chunks of rows whose powers 2^x fit into memory.
 
     As soon as a chunk's sums are known, so are its log-probs, the slopes of its tokens' losses, and with them its part
-    of the gradient: x is not computed a second time. dW is a sum over chunks, in float32.
+    of the gradient: x is not computed a second time. dW is a sum over chunks, in float32, and stays so for a float32 W.
     """
 
     @staticmethod
@@ -294,12 +322,12 @@ class _PolicyLoss(torch.autograd.Function):
         logprobs_N, entropy_N, slopes_N = torch.zeros(3, N, dtype=torch.float32, device=device)
         dhidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
         dweight_VH = torch.zeros(V, H, dtype=torch.float32, device=device) if wants_weight else None
-        blocks = _blocks(hidden_NH.dtype)
+        blocks, weight_VH = _blocks(hidden_NH), weight_VH.to(hidden_NH.dtype)
         height = _multiple_of(blocks["BLOCK_N"], SCRATCH_BYTES // (hidden_NH.element_size() * V))
         for start in range(0, N, height):
             chunk = slice(start, start + height)
-            hidden_cH, targets_c = hidden_NH[chunk], targets_N[chunk]
-            logprobs_N[chunk], entropy_N[chunk], m_c, log2_s_c, powers_cV, references_Tc = _statistics(
+            hidden_cH, targets_c = hidden_NH[chunk], targets_N[chunk].contiguous()
+            logprobs_N[chunk], entropy_N[chunk], odds_c, m_c, rest_c, powers_cV, references_Tc = _statistics(
                 hidden_cH, weight_VH, targets_c, temperature, keep_powers=True
             )
             # The loss is elementwise, so it can be asked about all tokens though only those so far have a log-prob.
@@ -307,14 +335,19 @@ class _PolicyLoss(torch.autograd.Function):
             live = slopes_N[chunk].nonzero().squeeze(1)
             if not len(live):
                 continue
+            slopes_c = slopes_N[chunk] / temperature
+            at_target_c = slopes_c * (-odds_c).sigmoid()
             grad_nV = torch.empty(len(live), V, dtype=hidden_NH.dtype, device=device)
             with torch.cuda.device_of(hidden_NH):
                 _finish_kernel[(triton.cdiv(len(live), 16), triton.cdiv(V, blocks["BLOCK_V"]))](
-                    powers_cV, references_Tc, live, targets_c, m_c, log2_s_c, slopes_N[chunk] / temperature, grad_nV,
+                    powers_cV, references_Tc, live, targets_c, m_c, rest_c, slopes_c, at_target_c, grad_nV,
                     len(hidden_cH), len(live), V, REFERENCE_V=blocks["BLOCK_V"], BLOCK_N=16,
                 )  # fmt: skip
             if wants_hidden:
-                dhidden_NH[start + live] = grad_nV @ weight_VH
+                # A sum over all of V: in float32, also where cuBLAS splits it.
+                dhidden_nH = torch.zeros(len(live), H, dtype=torch.float32, device=device)
+                _add_product(dhidden_nH, grad_nV, weight_VH)
+                dhidden_NH[start + live] = dhidden_nH.to(dhidden_NH.dtype)
             if wants_weight:
                 _add_product(dweight_VH, grad_nV.T, hidden_cH[live])
         ctx.gradients = dhidden_NH, dweight_VH
@@ -336,6 +369,16 @@ class _PolicyLoss(torch.autograd.Function):
 def _multiple_of(block, number):
     """The largest multiple of `block` up to `number`, but at least one."""
     return max(1, number // block) * block
+
+
+def _write_product(place, a, b):
+    """place = a @ b, rounded once, to the dtype of `place`: that of the factors, or float32."""
+    if place.dtype == a.dtype:
+        torch.mm(a, b, out=place)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=torch.float32, out=place)
+    else:  # Triton's interpreter, which computes on a CPU
+        place.copy_(a.float() @ b.float())
 
 
 def _add_product(total, a, b):

@@ -22,13 +22,15 @@ import math
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
 
 from common.products import linear
 
 SLICE = 4096
 """vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
-LARGE_VOCABULARY = 8192
-"""from here on the CPU walks in slices; below, the plain expression's third less arithmetic wins"""
+LARGE_VOCABULARY = 2048
+"""from here on the CPU walks in slices; below, the plain expression is as fast or faster (measured, see the report of
+`benchmarks/logprob_kernels.py`)"""
 
 
 def autocast(device_type, precision):
@@ -79,7 +81,7 @@ def token_policy_loss(
 
 
 def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
-    """The backbone's hidden states of the response tokens, and the head's weight, in the dtype of the products."""
+    """The backbone's hidden states of the response tokens, in the dtype of the products, and the head's weight."""
     padding = {}  # on the right it comes after all that is read, where causal attention does not look
     if not attention_BT[:, 0].all():
         # A token's position is the number of real tokens before it.
@@ -93,7 +95,7 @@ def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
         hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], dim=1)
         weight_VH = torch.cat([weight_VH, head.bias.unsqueeze(1)], dim=1)
     dtype = torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype
-    return hidden_NH.to(dtype), weight_VH.to(dtype)
+    return hidden_NH.to(dtype), weight_VH
 
 
 def _spread(values_N, mask_BT):
@@ -108,13 +110,15 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     """The general form: log-prob of each target and entropy of its distribution, differentiable in h and W.
 
     Args:
-        hidden_NH, weight_VH: float32 or bfloat16, both alike; products are taken in that dtype, sums in float32.
+        hidden_NH, weight_VH: float32 or bfloat16. Products are taken in hidden's dtype, sums in float32. A float32
+            weight may come with bfloat16 hidden states, as under autocast: it is rounded for the products, and its
+            gradient is float32.
         targets_N: int64. A negative target marks a row to ignore: both its results are 0 and it has no gradient,
             whatever it holds, NaN included.
         temperature: τ > 0.
 
     Rows whose upstream gradients are exactly zero cost no backward work. Gradients have the dtypes of h and W; they
-    cannot be differentiated again, which raises a RuntimeError (but for small vocabularies on a CPU).
+    cannot be differentiated again: a backward pass with `create_graph=True` raises a RuntimeError.
     Returns `logprobs_N` and `entropy_N`, float32. Raises ValueError for shapes, dtypes and targets that do not fit.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
@@ -125,10 +129,12 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     if hidden_NH.is_cuda:
         from common import logprob_kernels  # triton is for GPUs; a CPU does without
 
-        return logprob_kernels.logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
-    if len(weight_VH) >= LARGE_VOCABULARY:
-        return SlicedLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature)
-    return plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+        results = logprob_kernels.logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+    elif len(weight_VH) >= LARGE_VOCABULARY:
+        results = SlicedLogprobs.apply(hidden_NH, weight_VH, targets_N, temperature)
+    else:
+        results = plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+    return _differentiable_once(*results)
 
 
 def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
@@ -140,8 +146,9 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
         Others: as for `logprobs_and_entropy`.
 
     Returns `loss` (a scalar, differentiable in h and W), and detached, float32 [N], log-probs, entropies and the slopes
-    d loss_n / d logprob_n. Tokens with a slope of exactly zero cost no backward work. The gradient exists once:
-    a second backward pass through `loss` raises a RuntimeError. Raises ValueError as `logprobs_and_entropy` does.
+    d loss_n / d logprob_n. Tokens with a slope of exactly zero cost no backward work. The gradient exists once: a
+    second backward pass through `loss`, or one with `create_graph=True`, raises a RuntimeError. Raises ValueError as
+    `logprobs_and_entropy` does.
     """
     _check(hidden_NH, weight_VH, targets_N, temperature)
     counted_N = targets_N >= 0
@@ -157,7 +164,8 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
     if hidden_NH.is_cuda:
         from common import logprob_kernels
 
-        return logprob_kernels.policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
+        results = logprob_kernels.policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
+        return _differentiable_once(*results)
     # On a CPU, where slices of V are cheaper than slices of N, the gradient has to wait for the last slice anyway.
     logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
     loss = per_token_loss(logprobs_N).sum()
@@ -171,17 +179,64 @@ def slopes(per_token_loss, logprobs_N):
         return torch.autograd.grad(per_token_loss(leaf_N).sum(), leaf_N)[0]
 
 
+def _differentiable_once(*results):
+    """The results, whose backward pass refuses to become differentiable itself.
+
+    Formulas of slices and kernels end with the first derivative. Autograd would take it for a constant, and a loss that
+    contains it, a penalty on the gradient's norm say, would silently train without that term.
+    """
+    for result in results:
+        if result.requires_grad:
+            result.register_hook(_refuse_create_graph)
+    return results
+
+
+def _refuse_create_graph(_):
+    if torch.is_grad_enabled():  # which it is within a backward pass for `create_graph=True` alone
+        raise RuntimeError("gradients of log-probs cannot be differentiated twice: leave out create_graph=True.")
+
+
 def _check(hidden_NH, weight_VH, targets_N, temperature):
     if hidden_NH.ndim != 2 or weight_VH.ndim != 2 or hidden_NH.shape[1] != weight_VH.shape[1]:
         raise ValueError(f"hidden [N, H] and weight [V, H] do not fit: {hidden_NH.shape}, {weight_VH.shape}.")
     if targets_N.shape != hidden_NH.shape[:1]:
         raise ValueError(f"there must be one target for each of the {len(hidden_NH)} rows, not {targets_N.shape}.")
-    if hidden_NH.dtype != weight_VH.dtype or hidden_NH.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"hidden and weight must both be float32 or bfloat16: {hidden_NH.dtype}, {weight_VH.dtype}.")
+    dtypes = (hidden_NH.dtype, weight_VH.dtype)
+    if hidden_NH.dtype != weight_VH.dtype and dtypes != (torch.bfloat16, torch.float32):
+        raise ValueError(f"weight must have hidden's dtype, or be float32 for bfloat16 hidden states, not {dtypes}.")
+    if hidden_NH.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"hidden must be float32 or bfloat16, not {hidden_NH.dtype}.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, not {temperature}.")
     if len(targets_N) and targets_N.max() >= len(weight_VH):
         raise ValueError(f"target {targets_N.max().item()} is outside the vocabulary of {len(weight_VH)}.")
+
+
+# What slices and kernels share. The target is kept apart from all other entries: with s = Σ exp(z_v) over the others,
+# its log-odds are o = z_y − log s, and log p_y = −log(1 + exp(−o)), 1 − p_y = 1 / (1 + exp(o)). Where p_y is near 1, as
+# most of a trained model's are, the whole gradient is 1 − p_y times something, and this keeps all of its digits.
+
+
+def target_against_others(odds_N, entropy_of_others_N):
+    """Log-prob of the target and entropy: of whether it is the target, and if not, of which of the others it is."""
+    p_target_N, p_others_N = odds_N.sigmoid(), (-odds_N).sigmoid()
+    entropy_N = torch.special.entr(p_target_N) + torch.special.entr(p_others_N) + p_others_N * entropy_of_others_N
+    return logsigmoid(odds_N), entropy_N
+
+
+def gradient_at_target(odds_N, entropy_N, a_N, b_N):
+    """The target's entry of a (1[v = y] − p) − b p (log p + entropy), for upstream gradients a and b."""
+    p_target_N = odds_N.sigmoid()
+    return a_N * (-odds_N).sigmoid() - b_N * (p_target_N * entropy_N - torch.special.entr(p_target_N))
+
+
+def live_rows(dlogprobs_N, dentropy_N, *tensors):
+    """Indices of the rows that have an upstream gradient, and the tensors' values in those rows.
+
+    The other rows cost nothing, and whatever they hold, NaN for instance, stays out of the products.
+    """
+    live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
+    return live, *(tensors if len(live) == len(dlogprobs_N) else (tensor[live] for tensor in tensors))
 
 
 # On a CPU
@@ -191,7 +246,7 @@ def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     """The plain expression, which holds several N × V tensors. Arguments and results: see `logprobs_and_entropy`."""
     # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in float32.
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    logits_NV = linear(hidden_NH.to(dtype), weight_VH.to(dtype)) / temperature
+    logits_NV = linear(hidden_NH.to(dtype), weight_VH.to(hidden_NH.dtype).to(dtype)) / temperature
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     logprobs_N = logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     # p log p → 0 as p → 0, also where a masked vocabulary entry has log p = −inf.
@@ -205,30 +260,32 @@ class SlicedLogprobs(torch.autograd.Function):
     Walking over V with all rows at once, rather than over N, makes each slice of dW one product, written once.
 
     PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20. But what a softmax
-    needs are *differences* of logits, and those that matter are small: p_v = exp(z_v − lse) is largest where z_v − lse
-    is nearest to 0. So a centre c close to the row's largest logits is subtracted inside of the product
-    (`addmm`, which rounds once, at its end), and rounding then costs p_v no more than 2⁻⁸ |log p_v| of itself, at most
-    1.4e-3 in absolute terms. The target's logit, the one number that shows by itself, is computed in float32.
+    needs are *differences* of logits, and those that matter are small: among the others, entry v has the share
+    exp(z_v − log s), which is largest where z_v − log s is nearest to 0. So a centre c close to the largest logits of
+    the others is subtracted inside of the product (which rounds once, at its end), and rounding then costs a share q no
+    more than 2⁻⁸ |log q| of itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the gradient. The
+    target's logit, the one number that shows by itself, is computed in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N, temperature):
-        targeted_N = (hidden_NH.float() * weight_VH[targets_N].float()).sum(dim=1)
-        # The target was drawn from this distribution, as a rule, so that its logit is a good first centre.
+        targeted_N = (hidden_NH.float() * weight_VH[targets_N].to(hidden_NH.dtype).float()).sum(dim=1)
         centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
         # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and Σ 2^x x.
         bits = math.log2(math.e) / temperature
         sum_N, weighted_N = torch.zeros_like(targeted_N), torch.zeros_like(targeted_N)
         # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on average and 1e-3 at
-        # most; 4 would save an eighth of this pass for four times the error. In float32 2^x must stay in range.
+        # most. In float32 2^x must stay in range.
         limit = (1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0) * temperature
 
-        for start in range(0, len(weight_VH), SLICE):
-            weight_vH = weight_VH[start : start + SLICE]
-            logits_Nv = torch.addmm(-centre_N.unsqueeze(1), hidden_NH, weight_vH.T)
-            peak_N = logits_Nv.amax(dim=1).float()
-            # Rows that meet larger logits than before get a centre up there, and their slice of logits once more. A
-            # centre that is too high, where all of 2^x underflows, can only be the first.
+        for start in range(0, len(weight_VH) if len(hidden_NH) else 0, SLICE):
+            weight_vH = weight_VH[start : start + SLICE].to(hidden_NH.dtype)
+            logits_vN = linear(weight_vH, hidden_NH, -centre_N)
+            target_places = _targets_within(targets_N, start, len(weight_vH))
+            logits_vN[target_places] = -math.inf
+            peak_N = logits_vN.amax(dim=0).float()
+            # Rows that meet larger logits than before get a centre up there, and their slice of logits once more. The
+            # first centre, the target's logit, may be too high as well.
             too_low_N, too_high_N = peak_N > limit, (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0)
             rows = (too_low_N | too_high_N).nonzero().squeeze(1)
             if len(rows):
@@ -237,22 +294,22 @@ class SlicedLogprobs(torch.autograd.Function):
                 weighted_N[rows] = shift.exp2() * (weighted_N[rows] + shift * sum_N[rows])
                 sum_N[rows] *= shift.exp2()
                 centre_N[rows] = centre
-                logits_Nv[rows] = torch.addmm(-centre.unsqueeze(1), hidden_NH[rows], weight_vH.T)
-            # 2^−1000 is 0 in float32; a masked entry's −inf would make NaN of 2^x x.
-            x_Nv = logits_Nv.float().mul_(bits).clamp_(min=-1000.0)
-            rows, columns = _targets_within(targets_N, start, x_Nv.shape[1])
-            x_Nv[rows, columns] = bits * (targeted_N[rows] - centre_N[rows].float()).clamp(min=-1000.0)
-            powers_Nv = x_Nv.exp2()
-            sum_N += powers_Nv.sum(dim=1)
-            weighted_N += x_Nv.mul_(powers_Nv).sum(dim=1)
+                logits_vN[:, rows] = linear(weight_vH, hidden_NH[rows], -centre)
+                logits_vN[target_places] = -math.inf
+            # 2^−1000 is 0 in float32; the −inf of targets and masked entries would make NaN of 2^x x.
+            x_vN = logits_vN.float().mul_(bits).clamp_(min=-1000.0)
+            powers_vN = x_vN.exp2()
+            sum_N += powers_vN.sum(dim=0)
+            weighted_N += x_vN.mul_(powers_vN).sum(dim=0)
 
+        sum_N.clamp_(min=torch.finfo(torch.float32).tiny)  # where nothing but the target is allowed
         log_sum_N = sum_N.log()
-        logprobs_N = (targeted_N - centre_N.float()) / temperature - log_sum_N
-        entropy_N = log_sum_N - math.log(2) * weighted_N / sum_N
-        # For the backward pass: the centre that is nearest to the log-sum-exp, and what is left between the two.
-        lse_centre_N = (centre_N.float() + temperature * log_sum_N).to(hidden_NH.dtype)
-        rest_N = log_sum_N + (centre_N.float() - lse_centre_N.float()) / temperature
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, lse_centre_N, rest_N, logprobs_N, entropy_N)
+        odds_N = (targeted_N - centre_N.float()) / temperature - log_sum_N
+        logprobs_N, entropy_N = target_against_others(odds_N, log_sum_N - math.log(2) * weighted_N / sum_N)
+        # For the backward pass: the centre that is nearest to log s, and what is left to log p_v.
+        near_N = (centre_N.float() + temperature * log_sum_N).to(hidden_NH.dtype)
+        rest_N = log_sum_N + (centre_N.float() - near_N.float()) / temperature - logsigmoid(-odds_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
         ctx.temperature = temperature
         return logprobs_N, entropy_N
 
@@ -260,49 +317,53 @@ class SlicedLogprobs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dlogprobs_N, dentropy_N):
         hidden_NH, weight_VH, *per_row = ctx.saved_tensors
-        # Only rows with a gradient: the others cost nothing, and whatever they hold stays out of the products.
-        rows = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
-        all_rows = len(rows) == len(hidden_NH)
-        live_nH = hidden_NH if all_rows else hidden_NH[rows]
-        targets_n, centre_n, rest_n, logprobs_n, entropy_n = (t if all_rows else t[rows] for t in per_row)
-        a_n, b_n = dlogprobs_N[rows] / ctx.temperature, dentropy_N[rows] / ctx.temperature
+        live, live_nH, targets_n, centre_n, rest_n, odds_n, entropy_n, a_n, b_n = live_rows(
+            dlogprobs_N, dentropy_N, hidden_NH, *per_row, dlogprobs_N / ctx.temperature, dentropy_N / ctx.temperature
+        )
         bits = math.log2(math.e) / ctx.temperature
-        # dL/dz = a (1[v = y] − p) − b p (log p + entropy), with the target's own entry from its float32 log-prob.
-        at_target_n = -a_n * logprobs_n.expm1() - b_n * logprobs_n.exp() * (logprobs_n + entropy_n)
+        at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
         # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would leave nothing.
         has_entropy = bool((b_n != 0).any())
-        product_nH, product_centre_n = (t.float() if has_entropy else t for t in (live_nH, centre_n))
+        dtype = torch.float32 if has_entropy else hidden_NH.dtype
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from the others.
-        dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].float()
-        dweight_VH = torch.empty_like(weight_VH) if wants_weight and len(rows) else torch.zeros_like(weight_VH)
-        for start in range(0, len(weight_VH) if len(rows) else 0, SLICE):
-            weight_vH = weight_VH[start : start + SLICE]
-            logits_nv = torch.addmm(-product_centre_n.unsqueeze(1), product_nH, weight_vH.to(product_nH.dtype).T)
-            log2p_nv = torch.add(-math.log2(math.e) * rest_n.unsqueeze(1), logits_nv, alpha=bits)
+        dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].to(hidden_NH.dtype).float()
+        dweight_VH = None
+        if wants_weight:
+            dweight_VH = torch.empty_like(weight_VH) if len(live) else torch.zeros_like(weight_VH)
+        factor_nH = live_nH.detach().to(dtype).requires_grad_(wants_hidden)
+        for start in range(0, len(weight_VH) if len(live) else 0, SLICE):
+            weight_vH = weight_VH[start : start + SLICE].detach().to(hidden_NH.dtype).to(dtype)
+            weight_vH.requires_grad_(wants_weight)
+            with torch.enable_grad():
+                logits_vn = linear(weight_vH, factor_nH, -centre_n.to(dtype))
+            log2p_vn = logits_vn.detach().float().mul_(bits).sub_(math.log2(math.e) * rest_n)
+            # dL/dz = −a p − b p (log p + entropy), and the target's own entry
             if has_entropy:
-                log2p_nv.clamp_(min=-1000.0)  # as in the forward pass
-                factor_nv = log2p_nv.mul(math.log(2)).add_(entropy_n.unsqueeze(1)).mul_(b_n.unsqueeze(1))
-                grad_nv = log2p_nv.exp2_().mul_(factor_nv.add_(a_n.unsqueeze(1)).neg_())
+                log2p_vn.clamp_(min=-1000.0)  # as in the forward pass
+                factor_vn = log2p_vn.mul(math.log(2)).add_(entropy_n).mul_(b_n)
+                grad_vn = log2p_vn.exp2_().mul_(factor_vn.add_(a_n).neg_())
             else:
-                grad_nv = log2p_nv.exp2_().mul_(-a_n.unsqueeze(1))
-            rows_within, columns = _targets_within(targets_n, start, grad_nv.shape[1])
-            grad_nv[rows_within, columns] = at_target_n[rows_within]
-            grad_nv = grad_nv.to(weight_VH.dtype)
-            if wants_weight:
-                torch.mm(grad_nv.T, live_nH, out=dweight_VH[start : start + SLICE])
-            if wants_hidden:
-                grad_nv[rows_within, columns] = 0.0
-                dhidden_nH += grad_nv @ weight_vH
+                grad_vn = log2p_vn.exp2_().mul_(-a_n)
+            places = _targets_within(targets_n, start, len(weight_vH))
+            grad_vn[places] = at_target_n[places[1]]
+            grad_vn = grad_vn.to(dtype)
+            if wants_weight:  # G h
+                (dweight_VH[start : start + SLICE],) = torch.autograd.grad(
+                    logits_vn, weight_vH, grad_vn, retain_graph=wants_hidden
+                )
+            if wants_hidden:  # a slice's part of Gᵀ W
+                grad_vn[places] = 0.0
+                dhidden_nH += torch.autograd.grad(logits_vn, factor_nH, grad_vn)[0]
 
         dhidden_NH = None
         if wants_hidden:
-            dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, rows, dhidden_nH.to(hidden_NH.dtype))
-        return dhidden_NH, dweight_VH if wants_weight else None, None, None
+            dhidden_NH = torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
+        return dhidden_NH, dweight_VH, None, None
 
 
 def _targets_within(targets_N, start, width):
-    """Rows whose target lies in the slice of `width` entries from `start`, and the target's column in it."""
+    """Places of the targets in the slice of `width` entries from `start`, [v, N]: entries and rows."""
     rows = ((targets_N >= start) & (targets_N < start + width)).nonzero().squeeze(1)
-    return rows, targets_N[rows] - start
+    return targets_N[rows] - start, rows
