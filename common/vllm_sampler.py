@@ -143,6 +143,8 @@ class VllmSampler(Sampler):
                 logprobs_mode="processed_logprobs",  # after the temperature
                 async_scheduling=False,  # (no CPU engine does) no step is under way when its weights are exchanged
                 enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
+                # Where a step ends within a prompt, a request's random generator is turned back, which a CPU's cannot.
+                enable_chunked_prefill=not current_platform.is_cpu(),
                 **sharing,
             )
             self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
