@@ -107,7 +107,8 @@ class Args:
     engine: Literal["transformers", "vllm"] = "transformers"
     """what draws the responses; vLLM is installed separately, see the README"""
     serial: bool = False
-    """sample in the trainer's process, in turns with training, and get the same batches; on a lone GPU always so"""
+    """sample in the trainer's process, in turns with training, and get the same batches; on a GPU always so, but for a
+    vLLM engine with a GPU of its own"""
     sampler_timeout: float = 300.0
     """stop when the sampler's process has not decoded a token for so many seconds"""
 

@@ -85,13 +85,14 @@ class Args:
 def make_stages(stages, directory):
     """Make the default run and save its policy as it stood after each of these steps. Returns {step: model directory}.
 
-    Raises ValueError for steps of which there is no checkpoint.
+    Exits for steps of which there is no checkpoint, and unless the first and the last step are among them.
     """
-    if unknown := [s for s in stages if s % DEFAULTS.checkpoint_interval or not 0 <= s <= DEFAULTS.num_steps]:
-        raise ValueError(f"--stages {unknown[0]}: the default run has no checkpoint of that step.")
+    known = range(0, DEFAULTS.num_steps + 1, DEFAULTS.checkpoint_interval)
+    if not {0, DEFAULTS.num_steps} <= set(stages) <= set(known):
+        sys.exit(f"--stages {stages}: give 0 and {DEFAULTS.num_steps}, and others of {list(known)} as you like.")
     run_dir = Path(directory) / "default"
-    keep = ["--keep-checkpoints", str(DEFAULTS.num_steps), "--no-reference-kl", "--eval-interval", "1000000"]
-    run_child([sys.executable, str(ROOT / "grpo.py"), "--output", directory, "--name", "default", *keep], threads=2)
+    options = ["--keep-checkpoints", str(DEFAULTS.num_steps), "--device", "cpu", "--precision", "float32"]
+    run_child([sys.executable, str(ROOT / "grpo.py"), "--output", directory, "--name", "default", *options], threads=2)
     import torch  # not at the top: see train_with_trl
 
     model = load_model(TINY_MODEL, "", torch.device("cpu"), gradient_checkpointing=False)
@@ -115,7 +116,7 @@ def run_grpo(model, threads, reference, steps, directory):
         "learning-rate": LEARNING_RATE,
         "device": "cpu",
         "precision": "float32",
-        # Evaluation and checkpoints are outside the timed part, but not outside the ten minutes.
+        # Evaluation and checkpoints are outside the timed part, but not outside the whole.
         "eval-size": 1,
         "eval-interval": steps,
         "checkpoint-interval": steps,
@@ -332,7 +333,8 @@ run, in brackets the speed relative to TRL without a reference:
 
 {table(rows, args.stages)}
 
-The work of a step changes as the policy learns, for both sides alike:
+The work of a step changes as the policy learns. Responses get shorter, for both sides; and more groups have equal \
+rewards and so no gradient, for which `grpo.py` makes no backward pass, and TRL a full one:
 
 {policy_table(rows, args.stages)}
 
@@ -343,7 +345,7 @@ computed too. The whole run is the sum over its steps, interpolated between the 
 
 - P = {DEFAULTS.prompts_per_step}, G = {DEFAULTS.group_size}, at most {DEFAULTS.max_response_tokens} tokens, float32; \
 TRL in micro-batches of {args.trl_batch_size}
-- load average when the timed runs began: {load:.2f} (this benchmark's own default run came before)
+- load average when started: {load:.2f} (of other work; 0 is an idle machine)
 {about}
 
 Written by `benchmarks/step_time.py`; every step's time is in `step_time.json`.
@@ -351,6 +353,7 @@ Written by `benchmarks/step_time.py`; every step's time is in `step_time.json`.
 
 
 def main(args):
+    load = os.getloadavg()[0]
     variants = [
         (stage, threads, name, *flags)
         for stage in args.stages
@@ -361,7 +364,6 @@ def main(args):
     with tempfile.TemporaryDirectory() as home, tqdm(total=args.rounds * len(variants), unit="run") as bar:
         bar.set_postfix_str("the default run, to have its policies")
         models = make_stages(args.stages, home)
-        load = os.getloadavg()[0]
         for _ in range(args.rounds):
             for stage, threads, name, is_trl, reference in variants:
                 bar.set_postfix_str(f"{name}, {threads} thread(s), policy after step {stage}")

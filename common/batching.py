@@ -16,7 +16,7 @@ class MicroBatch:
     rows: list[int]
     """which sequences of the batch these are"""
     inputs_BT: torch.Tensor
-    """int64: what the model reads; padding is any token, the attention mask hides it"""
+    """int64: what the model reads; padding is any token, behind all real ones, where causal attention does not look"""
     attention_BT: torch.Tensor
     """int64: 1 where `inputs_BT` is a real token"""
     targets_BT: torch.Tensor

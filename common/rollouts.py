@@ -125,7 +125,8 @@ class SerialRollouts:
         plan: a `RolloutPlan`.
         measure_mismatch: `sampler_mismatch` but for its last argument, the batch.
         model: the trainer's, for an engine that holds a copy of its weights; it sleeps but while it draws.
-        describe: model, version → `weight_sync.Manifest`, by which the engine proves every copy before it draws.
+        describe: model, version → `weight_sync.Manifest`, by which the engine proves every copy before it draws. (Here
+            the probe is what proves; checksums of the same tensors, in one process, show little.)
     """
 
     def __init__(self, sampler, plan, measure_mismatch, model=None, describe=None):
