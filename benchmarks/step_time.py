@@ -76,8 +76,9 @@ class Args:
     """how many times all variants take their turn"""
     steps: int = 9
     """training steps of each timed run, warm-up included"""
-    trl_batch_size: int = 64
-    """sequences in one of TRL's micro-batches, a divisor of P·G; the fastest of 32, 64, 128 and 256 on two CPU cores"""
+    trl_batch_size: tuple[int, ...] = (64, 128)
+    """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128 and 256 with the first
+    and the last policy"""
     output: Path = ROOT / "benchmarks" / "results" / "step_time"
     """where step_time.json and report.md are written"""
 
@@ -344,7 +345,7 @@ that took turns, on the same model, prompts, reward function, token limit, preci
 computed too. The whole run is the sum over its steps, interpolated between the policies measured.
 
 - P = {DEFAULTS.prompts_per_step}, G = {DEFAULTS.group_size}, at most {DEFAULTS.max_response_tokens} tokens, float32; \
-TRL in micro-batches of {args.trl_batch_size}
+TRL in micro-batches of {" and ".join(map(str, args.trl_batch_size))}
 - load average when started: {load:.2f} (of other work; 0 is an idle machine)
 {about}
 
@@ -355,9 +356,9 @@ Written by `benchmarks/step_time.py`; every step's time is in `step_time.json`.
 def main(args):
     load = os.getloadavg()[0]
     variants = [
-        (stage, threads, name, *flags)
+        (stage, threads, batch_size, name, *flags)
         for stage in args.stages
-        for threads in args.threads
+        for threads, batch_size in zip(args.threads, args.trl_batch_size, strict=True)
         for name, flags in VARIANTS.items()
     ]
     runs = []
@@ -365,11 +366,11 @@ def main(args):
         bar.set_postfix_str("the default run, to have its policies")
         models = make_stages(args.stages, home)
         for _ in range(args.rounds):
-            for stage, threads, name, is_trl, reference in variants:
+            for stage, threads, batch_size, name, is_trl, reference in variants:
                 bar.set_postfix_str(f"{name}, {threads} thread(s), policy after step {stage}")
                 with tempfile.TemporaryDirectory() as directory:
                     common = (models[stage], threads, reference, args.steps)
-                    steps = run_trl(*common, args.trl_batch_size, directory) if is_trl else run_grpo(*common, directory)
+                    steps = run_trl(*common, batch_size, directory) if is_trl else run_grpo(*common, directory)
                 runs.append({"stage": stage, "threads": threads, "variant": name, "steps": steps})
                 bar.update()
 
