@@ -77,8 +77,8 @@ class Args:
     steps: int = 9
     """training steps of each timed run, warm-up included"""
     trl_batch_size: tuple[int, ...] = (64, 128)
-    """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128 and 256 with the first
-    and the last policy"""
+    """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128 and 256 with the
+    policies of the first and the last stage"""
     output: Path = ROOT / "benchmarks" / "results" / "step_time"
     """where step_time.json and report.md are written"""
 
