@@ -67,6 +67,7 @@ from common.models import (
     padding_id,
     save_model,
 )
+from common.products import use_threads
 from common.rollouts import RolloutPlan, evaluate
 from common.runlog import RunLog, new_run_directory
 from common.samplers import TransformersSampler
@@ -217,7 +218,7 @@ def main(args):
     serial = takes_turns(args.engine, args.serial, device)
     schedule = (args.sync_interval, args.sync_offset)
     args.threads = args.threads or (2 if serial or schedule == (1, 0) else 1)
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     name = args.name or f"{Path(__file__).stem}-{Path(args.task).stem}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
     run_dir = Path(args.resume) if args.resume else new_run_directory(args.output, name)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)

@@ -49,6 +49,7 @@ sys.path.insert(0, str(ROOT))  # run as a script, the repository's own modules a
 
 import grpo
 from common.models import TINY_MODEL, load_model, load_tokenizer
+from common.products import use_threads
 from common.rollouts import problems_of_batch
 from common.runlog import describe_environment
 from common.tasks import encode_problems, load_task
@@ -165,12 +166,11 @@ def run_child(command, threads):
 
 def train_with_trl(model, threads, reference, steps, batch_size, directory):
     """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json` into `directory`."""
-    import torch  # the parent process needs neither, and must not load TRL's 100 modules before every run of grpo.py
-    from datasets import Dataset
+    from datasets import Dataset  # the parent process needs none of this
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    torch.set_num_threads(threads)
+    use_threads(threads)
     tokenizer = load_tokenizer(model)
     task = load_task(DEFAULTS.task)
     problems, _ = encode_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens, DEFAULTS.long_prompts)

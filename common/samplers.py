@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 from common.errors import RunStopped
 from common.logprobs import autocast
 from common.models import load_model
+from common.products import use_threads
 from common.shared_weights import point_parameters
 
 
@@ -126,7 +127,7 @@ class TransformersSampler(Sampler):
     def greedy(self, prompts):
         return self._decode(prompts, 1, lambda logprobs_BV: logprobs_BV.argmax(dim=-1, keepdim=True))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _decode(self, prompts, group_size, choose):
         # One autocast context for all tokens: it keeps the weights it has cast to bf16 until it is left.
         with autocast(self.model.device.type, self.precision):
@@ -210,7 +211,7 @@ def load_transformers_sampler(model, revision, threads, *options):
 
     `model` and `revision` as in `models.load_model`, `options` as in `TransformersSampler`, after the model.
     """
-    torch.set_num_threads(threads)
+    use_threads(threads)
     disable_progress_bar()  # the trainer shows its own
     device = torch.device("cpu")
     return TransformersSampler(load_model(model, revision, device, gradient_checkpointing=False), *options)

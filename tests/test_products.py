@@ -20,6 +20,7 @@ def relative_error(found, true):
 )
 def test_values_and_gradients_against_float64(shape, V, with_bias, monkeypatch):
     monkeypatch.setattr(F, "linear", None)  # it is the convolution that is tested
+    monkeypatch.setattr(products, "FEWEST_PRODUCTS", 0)
     generator = torch.Generator().manual_seed(len(shape) + V)
     parts = [torch.randn(size, generator=generator) for size in (shape, (V, shape[-1]), (V,))]
     inputs, weight, bias = (part.requires_grad_() for part in parts)
@@ -39,7 +40,8 @@ def test_values_and_gradients_against_float64(shape, V, with_bias, monkeypatch):
         assert relative_error(one, other) < bound
 
 
-def test_inputs_that_are_not_contiguous():
+def test_inputs_that_are_not_contiguous(monkeypatch):
+    monkeypatch.setattr(products, "FEWEST_PRODUCTS", 0)
     inputs, weight = torch.randn(96, 400).T, torch.randn(64, 192)[:, ::2]
     assert relative_error(products.linear(inputs, weight), inputs.double() @ weight.double().T) < 1e-6
 
@@ -54,8 +56,32 @@ def test_inputs_that_are_not_contiguous():
     ],
     ids=["float64", "bfloat16", "few rows", "no rows"],
 )
-def test_everything_else_is_left_to_pytorch(inputs, weight):
+def test_everything_else_is_left_to_pytorch(inputs, weight, monkeypatch):
+    monkeypatch.setattr(products, "FEWEST_PRODUCTS", 0)
     assert torch.equal(products.linear(inputs, weight), F.linear(inputs, weight))
+
+
+@pytest.mark.parametrize(("rows", "threads", "by_convolution"), [(300, 1, False), (500, 1, True), (500, 2, False)])
+def test_small_products_are_left_to_mkl(rows, threads, by_convolution, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    inputs, weight, asked = torch.randn(rows, 96), torch.randn(96, 96), []
+    convolve = F.conv2d
+    monkeypatch.setattr(F, "conv2d", lambda *args, **options: asked.append(1) or convolve(*args, **options))
+    assert relative_error(products.linear(inputs, weight), inputs.double() @ weight.double().T) < 1e-6
+    assert bool(asked) == by_convolution
+
+
+def test_the_number_of_threads_is_set_where_it_is_another(monkeypatch):
+    threads, changes = torch.get_num_threads(), []
+    set_threads = torch.set_num_threads
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: changes.append(number) or set_threads(number))
+    try:
+        products.use_threads(threads)
+        assert not changes  # setting it would slow attention down
+        products.use_threads(threads + 1)
+        assert changes == [threads + 1] and torch.get_num_threads() == threads + 1
+    finally:
+        set_threads(threads)
 
 
 def test_autocast_still_decides_the_dtype_of_the_product():
