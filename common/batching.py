@@ -39,17 +39,19 @@ def collate(prompts, responses, sampler_logprobs, rows, pad_id, device="cpu"):
 
     Returns a `MicroBatch`. Its inputs are left untouched.
     """
-    width = max(len(prompts[row]) + len(responses[row]) for row in rows)
-    tokens_BT = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    attention_BT = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask_BT = torch.zeros(len(rows), width, dtype=torch.bool)
-    logprobs_BT = torch.zeros(len(rows), width, dtype=torch.float32)
-    for b, row in enumerate(rows):
-        start, end = len(prompts[row]), len(prompts[row]) + len(responses[row])
-        tokens_BT[b, :end] = torch.tensor(prompts[row] + responses[row])
-        attention_BT[b, :end] = 1
-        mask_BT[b, start:end] = True
-        logprobs_BT[b, start:end] = torch.tensor(sampler_logprobs[row])
+    starts = [len(prompts[row]) for row in rows]
+    ends = [start + len(responses[row]) for start, row in zip(starts, rows, strict=True)]
+    width = max(ends)
+
+    def padded(lists, filling):
+        return torch.tensor([values + [filling] * (width - len(values)) for values in lists])
+
+    tokens_BT = padded([prompts[row] + responses[row] for row in rows], pad_id)
+    logprobs_BT = padded([[0.0] * len(prompts[row]) + sampler_logprobs[row] for row in rows], 0.0)
+    place_1T = torch.arange(width).unsqueeze(0)
+    start_B1, end_B1 = (torch.tensor(numbers).unsqueeze(1) for numbers in (starts, ends))
+    attention_BT = (place_1T < end_B1).long()
+    mask_BT = (start_B1 <= place_1T) & (place_1T < end_B1)
     return MicroBatch(
         rows=list(rows),
         inputs_BT=tokens_BT[:, :-1].to(device),

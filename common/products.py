@@ -1,7 +1,10 @@
-"""Products of activations and weights, by the faster of the two libraries in PyTorch's CPU build."""
+"""What a model on a CPU spends its time in, linear layers and attention, by the fastest way that PyTorch knows."""
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 FEWEST_NUMBERS = 20_481
 """of inputs; with fewer, PyTorch does not choose oneDNN for a convolution"""
@@ -54,3 +57,35 @@ class Linear(torch.nn.Linear):
 
     def forward(self, inputs):
         return linear(inputs, self.weight, self.bias)
+
+
+ATTENTION = "sdpa, one query apart"
+"""what `transformers` knows `attention` by"""
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """The attention of a `transformers` model; on a CPU, that of one new token per sequence as two plain products.
+
+    PyTorch's own walks through blocks of queries and keys, so as never to hold all scores. A single query has but one
+    row of them, which is made and used in less time than the walk takes.
+
+    Args:
+        query, key, value: [B, heads, tokens, D], with one head of keys and values for every so many of queries.
+        attention_mask: bool [B, 1, queries, keys], True where a query sees a key; or None where it sees all.
+        scaling: of the scores; D^−½ if None.
+
+    Returns [B, tokens, heads, D], and None for the weights, which are not kept.
+    """
+    B, heads, queries, D = query.shape
+    one_apart = queries == 1 and query.device.type == "cpu" and query.dtype == torch.float32
+    if not one_apart or torch.is_autocast_enabled("cpu") or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    # Query heads that share a head of keys lie next to each other: they are rows of one product.
+    scores = query.reshape(B, key.shape[1], -1, D) @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ value).reshape(B, queries, heads, D), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

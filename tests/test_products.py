@@ -1,8 +1,10 @@
-"""Linear layers as convolutions: values and gradients against float64, and where they are left to `F.linear`."""
+"""Linear layers as convolutions and attention of one token as two products: values and gradients against float64, and
+what is left to PyTorch."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
 from common import products
 from common.models import load_model
@@ -89,7 +91,59 @@ def test_autocast_still_decides_the_dtype_of_the_product():
         assert products.linear(torch.randn(500, 96), torch.randn(8, 96)).dtype == torch.bfloat16
 
 
-def test_a_loaded_model_computes_its_linear_layers_this_way():
+def test_a_loaded_model_computes_its_layers_this_way_and_saves_nothing_of_it(tmp_path):
     model = load_model("tiny", "", torch.device("cpu"), gradient_checkpointing=False)
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     assert kinds == {products.Linear}
+    assert model.config._attn_implementation == products.ATTENTION
+    model.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def heads_of(generator, heads, key_heads, queries, keys, dtype=torch.float32):
+    """Query, key and value as a model makes them: heads are split off the features, then moved before the tokens."""
+    shapes = [(5, queries, heads, 32), (5, keys, key_heads, 32), (5, keys, key_heads, 32)]
+    return [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("scaling", [None, 0.3])
+@pytest.mark.parametrize(("heads", "key_heads"), [(3, 1), (6, 2), (4, 4)])
+def test_attention_of_one_token_against_float64(heads, key_heads, scaling, masked, monkeypatch):
+    monkeypatch.setattr(products, "sdpa_attention_forward", None)  # it is the two products that are tested
+    generator = torch.Generator().manual_seed(heads)
+    query, key, value = (t.requires_grad_() for t in heads_of(generator, heads, key_heads, 1, 41))
+    mask = None
+    if masked:
+        mask = torch.rand(5, 1, 1, 41, generator=generator) < 0.7
+        mask[..., -1] = True  # a token sees itself
+    found, weights = products.attention(None, query, key, value, mask, scaling, dropout=0.0, use_cache=True)
+    upstream = torch.randn(found.shape, generator=generator)
+    gradients = torch.autograd.grad(found, (query, key, value), upstream)
+    assert weights is None and found.shape == (5, 1, heads, 32)
+
+    true = torch.empty(5, 1, heads, 32, dtype=torch.float64)
+    leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+    for b in range(5):
+        for head in range(heads):
+            shared = head * key_heads // heads
+            scores = leaves[1][b, shared] @ leaves[0][b, head, 0] * (32**-0.5 if scaling is None else scaling)
+            seen = torch.ones(41, dtype=torch.bool) if mask is None else mask[b, 0, 0]
+            true[b, 0, head] = scores[seen].softmax(0) @ leaves[2][b, shared][seen]
+    assert relative_error(found.detach(), true.detach()) < 1e-6
+    for one, other in zip(gradients, torch.autograd.grad(true, leaves, upstream.double()), strict=True):
+        assert relative_error(one, other) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "queries, dtype, autocast", [(2, "float32", False), (1, "bfloat16", False), (1, "float32", True)]
+)
+def test_all_other_attention_is_left_to_pytorch(queries, dtype, autocast):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = heads_of(generator, 4, 4, queries, 41, getattr(torch, dtype))
+    mask = torch.ones(5, 1, queries, 41, dtype=torch.bool)
+    mask[1, ..., :7] = False
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found, _ = products.attention(torch.nn.Module(), query, key, value, mask, None, dropout=0.0)
+        expected = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
