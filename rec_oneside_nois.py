@@ -33,7 +33,7 @@ Run it:
 # --- end algorithm ---
 
 # Dimension key, the suffixes of tensor names: P prompts per step; G responses per prompt, a group; B = P·G sequences,
-# or the rows of one micro-batch; T tokens of a padded sequence; 1 a dimension that is spread over another.
+# or the rows of one micro-batch; T predicted tokens of a padded sequence; 1 a dimension that is broadcast.
 
 import copy
 import dataclasses
@@ -104,14 +104,14 @@ class Args:
     sync_interval: int = 1
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
-    """O: how many batches the sampler may be ahead; (I, O) = (1, 1) is one-step off-policy"""
+    """O: how many updates old a batch is at least; (I, O) = (1, 1) is one-step off-policy"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """what draws the responses; vLLM is installed separately, see the README"""
     serial: bool = False
-    """sample in the trainer's process, in turns with training, and get the same batches; on a GPU always so, but for a
-    vLLM engine with a GPU of its own"""
+    """sample in the trainer's process, in turns with training, and get the same batches; always so on a GPU, unless
+    vLLM has one of its own"""
     sampler_timeout: float = 300.0
-    """stop when the sampler's process has not decoded a token for so many seconds"""
+    """stop when the sampler has not decoded a token for so many seconds"""
 
     max_prompt_tokens: int = 1024
     """longest prompt"""
@@ -210,7 +210,7 @@ def check(args):
     steepest = "AdamW's first step multiplies it by 10, and float32 ends at 3.4e38; give at most 1e37"
     require(args.learning_rate <= 1e37, "learning_rate", args.learning_rate, steepest)
     for field in dataclasses.fields(args):
-        if field.type is float:  # the algorithm's own options
+        if field.type is float:  # the algorithm's own options included
             require(getattr(args, field.name) >= 0, field.name, getattr(args, field.name), "give 0 or more")
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
@@ -270,6 +270,7 @@ def main(args):
 
             # Sample: G responses to each of P prompts. Version j of the weights is what update j left; the schedule
             # (common/schedule.py) says which version draws which batch, and the lag is how many updates ago that was.
+            # With the tokens come the log-probs they were drawn with (common/samplers.py).
             batch = rollouts.next(step)
             sampled = time.perf_counter()
             lag = step - 1 - batch.version
@@ -299,7 +300,7 @@ def main(args):
                     loss, logprobs_BT, entropy_BT, slopes_BT = token_policy_loss(
                         model, *token_args, args.temperature, partial(per_token_loss, **given), precision
                     )
-                    loss = loss / num_tokens
+                    loss = loss / num_tokens  # a sum over these rows' tokens; micro-batches add up in the gradient
                 if loss.requires_grad:
                     loss.backward()
                     statistics.add_clipped((slopes_BT == 0)[micro.mask_BT])  # the loss is flat: no gradient

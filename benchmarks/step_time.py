@@ -41,6 +41,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -95,8 +96,6 @@ def make_stages(stages, directory):
     run_dir = Path(directory) / "default"
     options = ["--keep-checkpoints", str(DEFAULTS.num_steps), "--device", "cpu", "--precision", "float32"]
     run_child([sys.executable, str(ROOT / "grpo.py"), "--output", directory, "--name", "default", *options], threads=2)
-    import torch  # not at the top: see train_with_trl
-
     model = load_model(TINY_MODEL, "", torch.device("cpu"), gradient_checkpointing=False)
     tokenizer, directories = load_tokenizer(TINY_MODEL), {}
     for stage in stages:

@@ -37,17 +37,19 @@ def collate(prompts, responses, sampler_logprobs, rows, pad_id, device="cpu"):
         rows: the sequences to take, in this order.
         pad_id: any token id; what stands in padding never matters.
 
-    Returns a `MicroBatch`. Its inputs are left untouched.
+    Returns a `MicroBatch`. Its inputs are left untouched. Raises ValueError where log-probs are not one per token.
     """
     starts = [len(prompts[row]) for row in rows]
     ends = [start + len(responses[row]) for start, row in zip(starts, rows, strict=True)]
     width = max(ends)
 
     def padded(lists, filling):
-        return torch.tensor([values + [filling] * (width - len(values)) for values in lists])
+        return torch.tensor([values + [filling] * (width - end) for values, end in zip(lists, ends, strict=True)])
 
     tokens_BT = padded([prompts[row] + responses[row] for row in rows], pad_id)
     logprobs_BT = padded([[0.0] * len(prompts[row]) + sampler_logprobs[row] for row in rows], 0.0)
+    if logprobs_BT.shape != tokens_BT.shape:  # (of several rows, those that differ are no tensor to begin with)
+        raise ValueError(f"log-probs are not one per token: {logprobs_BT.shape}, {tokens_BT.shape}.")
     place_1T = torch.arange(width).unsqueeze(0)
     start_B1, end_B1 = (torch.tensor(numbers).unsqueeze(1) for numbers in (starts, ends))
     attention_BT = (place_1T < end_B1).long()

@@ -45,7 +45,7 @@ def make_rollouts(engine, serial, sampler, plan, model, revision, threads, timeo
         plan: a `RolloutPlan`.
         model, revision: as in `models.load_model`.
         threads: CPU threads of the sampling process.
-        timeout: as in `OverlappedRollouts`.
+        timeout: as in `SerialRollouts` and `OverlappedRollouts`.
 
     Raises `BadInput` where an engine cannot start in this process.
     """
@@ -55,7 +55,7 @@ def make_rollouts(engine, serial, sampler, plan, model, revision, threads, timeo
     eos_ids = set(sampler.eos_ids.tolist())
     if engine == "transformers":
         if serial:
-            return SerialRollouts(sampler, plan, mismatch)
+            return SerialRollouts(sampler, plan, mismatch, timeout)
         options = (eos_ids, sampler.pad_id, sampler.max_tokens, sampler.temperature, sampler.precision)
         make_sampler = partial(load_transformers_sampler, model, revision, threads, *options)
         return OverlappedRollouts(sampler.model, make_sampler, plan, mismatch, timeout)
@@ -65,7 +65,7 @@ def make_rollouts(engine, serial, sampler, plan, model, revision, threads, timeo
     make_sampler = partial(make_vllm_sampler, model, revision, threads, *options)
     verified = partial(describe, precision=sampler.precision)  # what an engine loads has to be
     if serial:
-        return SerialRollouts(make_sampler(beside=sampler.model), plan, mismatch, sampler.model, verified)
+        return SerialRollouts(make_sampler(beside=sampler.model), plan, mismatch, timeout, sampler.model, verified)
     environment = KEEP_FREED_MEMORY
     if (device := sampler.model.device).type == "cuda":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))

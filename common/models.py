@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.errors import BadInput, RunStopped
-from common.products import ATTENTION, Linear
+from common.products import Linear, attention
 
 TINY_MODEL = "tiny"
 """the embedded model goes by this name, so that a run can be resumed from another checkout"""
@@ -82,8 +82,7 @@ def load_model(name, revision, device, gradient_checkpointing):
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear  # the same layer, faster on a CPU
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)  # likewise
+    AttentionInterface.register("sdpa", attention)  # likewise, for all models of this process
     if broken := not_finite(model):
         raise BadInput(
             f"--model {name} holds or computes NaN or infinity (first in {broken[0]}): give a model whose training did "

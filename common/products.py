@@ -2,9 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 FEWEST_NUMBERS = 20_481
 """of inputs; with fewer, PyTorch does not choose oneDNN for a convolution"""
@@ -59,33 +57,35 @@ class Linear(torch.nn.Linear):
         return linear(inputs, self.weight, self.bias)
 
 
-ATTENTION = "sdpa, one query apart"
-"""what `transformers` knows `attention` by"""
-
-
 def attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """The attention of a `transformers` model; on a CPU, that of one new token per sequence as two plain products.
+    """What `transformers` calls for "sdpa" attention; on a CPU, one new token per sequence takes two plain products.
 
     PyTorch's own walks through blocks of queries and keys, so as never to hold all scores. A single query has but one
     row of them, which is made and used in less time than the walk takes.
 
     Args:
-        query, key, value: [B, heads, tokens, D], with one head of keys and values for every so many of queries.
-        attention_mask: bool [B, 1, queries, keys], True where a query sees a key; or None where it sees all.
+        query: [B, heads, queries, D].
+        key, value: [B, key heads, keys, D], each key head for as many neighbouring heads of the query.
+        attention_mask: bool [B, 1, queries, keys], True where a query sees a key; or None where it sees all. (A model
+            may give one of another kind, which is left to PyTorch.)
         scaling: of the scores; D^−½ if None.
 
-    Returns [B, tokens, heads, D], and None for the weights, which are not kept.
+    Returns [B, queries, heads, D], and None for the weights, which are not kept.
     """
     B, heads, queries, D = query.shape
-    one_apart = queries == 1 and query.device.type == "cpu" and query.dtype == torch.float32
-    if not one_apart or torch.is_autocast_enabled("cpu") or options.get("position_bias") is not None:
+    plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    by_products = (
+        queries == 1
+        and query.device.type == "cpu"
+        and query.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and plain_mask
+        and options.get("position_bias") is None
+    )
+    if not by_products:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    # Query heads that share a head of keys lie next to each other: they are rows of one product.
-    scores = query.reshape(B, key.shape[1], -1, D) @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
+    grouped = query.reshape(B, key.shape[1], -1, D)  # heads that share their keys become rows of one product
+    scores = grouped @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores.masked_fill_(~attention_mask, -torch.inf)
-    return (scores.softmax(dim=-1) @ value).reshape(B, queries, heads, D), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+    return (scores.softmax(dim=-1) @ value).reshape(B, queries, heads, value.shape[-1]), None

@@ -8,6 +8,7 @@ import torch
 
 from common.batching import collate
 from common.errors import BadInput
+from common.interrupts import stop_if_hung
 from common.logprobs import token_logprobs
 from common.randomness import derive_seed
 from common.schedule import batches_of_version, version_of_batch
@@ -124,15 +125,17 @@ class SerialRollouts:
         sampler: a `samplers.Sampler`, on the trainer's weights themselves unless `describe` is given.
         plan: a `RolloutPlan`.
         measure_mismatch: `sampler_mismatch` but for its last argument, the batch.
+        timeout: seconds without a decoded token after which the sampler counts as hung.
         model: the trainer's, for an engine that holds a copy of its weights; it sleeps but while it draws.
         describe: model, version → `weight_sync.Manifest`, by which the engine proves every copy before it draws. (Here
             the probe is what proves; checksums of the same tensors, in one process, show little.)
     """
 
-    def __init__(self, sampler, plan, measure_mismatch, model=None, describe=None):
+    def __init__(self, sampler, plan, measure_mismatch, timeout, model=None, describe=None):
         self.sampler = sampler
         self.plan = plan
         self.measure_mismatch = measure_mismatch
+        self.timeout = timeout
         self.model = model
         self.describe = describe
         self.version = 0  # of the trainer's live weights
@@ -177,12 +180,13 @@ class SerialRollouts:
                 f"holds {self.version}."
             )
         measured = {}
-        if self.describe:
-            manifest = self.describe(self.model, self.version)
-            measured = deliver(self.sampler, dict(self.model.named_parameters()), manifest)
-        drawn = list(self.plan.draw(self.sampler, numbers))
-        if self.describe:
-            self.sampler.sleep()
+        with stop_if_hung(self.sampler.heartbeat, self.timeout):
+            if self.describe:
+                manifest = self.describe(self.model, self.version)
+                measured = deliver(self.sampler, dict(self.model.named_parameters()), manifest)
+            drawn = list(self.plan.draw(self.sampler, numbers))
+            if self.describe:
+                self.sampler.sleep()
         drawn[0].measured = measured
         for batch in drawn:
             if self.plan.mismatch_is_due(batch.number):

@@ -17,6 +17,7 @@ import torch
 
 from common.errors import BadInput, RunStopped
 from common.models import load_model, location
+from common.products import use_threads
 from common.samplers import Sampler, Samples
 from common.weight_sync import canary
 
@@ -61,7 +62,7 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None):
     For the process that is to hold the engine; `beside` is the trainer's model if that computes there, too. Raises
     `BadInput` where the engine cannot start, `RunStopped` where it computes something else than the trainer would.
     """
-    torch.set_num_threads(threads)
+    use_threads(threads)
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:
         # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full by now.

@@ -189,3 +189,10 @@ def test_padding_share_by_hand():
     assert padding_share(lengths, [[0, 1, 2, 3, 4]]) == pytest.approx(21 / 45, rel=1e-14)
     assert padding_share(lengths, [[0], [1], [2], [3], [4]]) == 0.0
     assert padding_share([6, 6, 6], [[0, 1, 2]]) == 0.0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("rows", [[0], [0, 1]])
+def test_a_response_with_more_or_fewer_log_probs_than_tokens_is_refused(rows, count):
+    with pytest.raises(ValueError, match=r"expected sequence of length|log-probs are not"):
+        collate([[1, 2], [3]], [[4, 5], [6]], [[-1.0] * count, [-2.0]], rows, pad_id=0)

@@ -4,7 +4,7 @@ what is left to PyTorch."""
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import DynamicCache
 
 from common import products
 from common.models import load_model
@@ -91,18 +91,22 @@ def test_autocast_still_decides_the_dtype_of_the_product():
         assert products.linear(torch.randn(500, 96), torch.randn(8, 96)).dtype == torch.bfloat16
 
 
-def test_a_loaded_model_computes_its_layers_this_way_and_saves_nothing_of_it(tmp_path):
+def test_a_loaded_model_computes_its_layers_this_way(monkeypatch):
     model = load_model("tiny", "", torch.device("cpu"), gradient_checkpointing=False)
     kinds = {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)}
     assert kinds == {products.Linear}
-    assert model.config._attn_implementation == products.ATTENTION
-    model.save_pretrained(tmp_path)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    attended = []
+    attend = torch.Tensor.softmax
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda x, dim: attended.append(x.shape) or attend(x, dim))
+    cache = DynamicCache(config=model.config)
+    for token_B1 in torch.tensor([[[5], [6]], [[7], [8]]]):
+        model(input_ids=token_B1, past_key_values=cache, use_cache=True)
+    assert attended == [(2, 1, 3, 1)] * 4 + [(2, 1, 3, 2)] * 4  # sequences, key heads, heads of each, keys; 4 layers
 
 
 def heads_of(generator, heads, key_heads, queries, keys, dtype=torch.float32):
     """Query, key and value as a model makes them: heads are split off the features, then moved before the tokens."""
-    shapes = [(5, queries, heads, 32), (5, keys, key_heads, 32), (5, keys, key_heads, 32)]
+    shapes = [(5, queries, heads, 32), (5, keys, key_heads, 32), (5, keys, key_heads, 24)]
     return [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
 
 
@@ -120,9 +124,9 @@ def test_attention_of_one_token_against_float64(heads, key_heads, scaling, maske
     found, weights = products.attention(None, query, key, value, mask, scaling, dropout=0.0, use_cache=True)
     upstream = torch.randn(found.shape, generator=generator)
     gradients = torch.autograd.grad(found, (query, key, value), upstream)
-    assert weights is None and found.shape == (5, 1, heads, 32)
+    assert weights is None and found.shape == (5, 1, heads, 24)
 
-    true = torch.empty(5, 1, heads, 32, dtype=torch.float64)
+    true = torch.empty(5, 1, heads, 24, dtype=torch.float64)
     leaves = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     for b in range(5):
         for head in range(heads):
@@ -135,14 +139,27 @@ def test_attention_of_one_token_against_float64(heads, key_heads, scaling, maske
         assert relative_error(one, other) < 1e-6
 
 
+def float_mask(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
+
+
 @pytest.mark.parametrize(
-    "queries, dtype, autocast", [(2, "float32", False), (1, "bfloat16", False), (1, "float32", True)]
+    "queries, dtype, autocast, kind",
+    [
+        (2, "float32", False, torch.clone),
+        (1, "bfloat16", False, torch.clone),
+        (1, "float32", True, torch.clone),
+        (1, "float32", False, float_mask),
+        (1, "float32", False, lambda mask: mask.expand(-1, 4, -1, -1)),
+    ],
+    ids=["two tokens", "bfloat16", "autocast", "additive mask", "a mask per head"],
 )
-def test_all_other_attention_is_left_to_pytorch(queries, dtype, autocast):
+def test_all_other_attention_is_left_to_pytorch(queries, dtype, autocast, kind):
     generator = torch.Generator().manual_seed(0)
     query, key, value = heads_of(generator, 4, 4, queries, 41, getattr(torch, dtype))
     mask = torch.ones(5, 1, queries, 41, dtype=torch.bool)
     mask[1, ..., :7] = False
+    mask = kind(mask)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         found, _ = products.attention(torch.nn.Module(), query, key, value, mask, None, dropout=0.0)
         expected = F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)

@@ -6,6 +6,7 @@ The rollouts are driven as the scripts drive them, with a sampler that notes whi
 import copy
 
 import pytest
+import torch
 
 from common.rollouts import RolloutPlan, SerialRollouts, problems_of_batch
 from common.samplers import Sampler, Samples
@@ -82,6 +83,7 @@ class NotingSampler(Sampler):
     """Answers every prompt with the version of the weights it was asked on; notes what it was asked."""
 
     def __init__(self):
+        self.heartbeat = torch.zeros(1, dtype=torch.int64)
         self.weights = 0
         self.calls = []
 
@@ -98,7 +100,7 @@ PROMPTS = [[index, 100 + index] for index in range(10)]
 def make_rollouts(interval, offset, seed=3):
     sampler = NotingSampler()
     plan = RolloutPlan(PROMPTS, 4, 3, interval, offset, seed)
-    return SerialRollouts(sampler, plan, lambda batch: {"measured with": sampler.weights}), sampler
+    return SerialRollouts(sampler, plan, lambda batch: {"measured with": sampler.weights}, 60.0), sampler
 
 
 def update(rollouts, sampler, step):

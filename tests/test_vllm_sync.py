@@ -263,7 +263,7 @@ def take_turns(interval, offset, describe=describe):
 
         setattr(sampler, name, noted)
     describe = partial(describe, precision="float32")
-    return SerialRollouts(sampler, plan, lambda batch: {}, model, describe), model, asked
+    return SerialRollouts(sampler, plan, lambda batch: {}, 60.0, model, describe), model, asked
 
 
 def test_in_turns_every_version_is_delivered_drawn_from_at_once_and_slept_on():
@@ -329,3 +329,19 @@ def test_in_turns_an_engine_that_does_not_follow_stops_the_run(fault, monkeypatc
     with pytest.raises(RunStopped, match="does not compute with weights 1 although"):
         rollouts.next(2)
     assert [name for name, _ in asked].count("sample_many") == 1 and not rollouts.waiting
+
+
+@pytest.mark.parametrize("part", ["sync", "draw"])
+def test_in_turns_an_engine_that_hangs_stops_the_run(part, monkeypatch):
+    rollouts, model, _ = take_turns(1, 0)
+    rollouts.next(1)
+    change(model)
+    rollouts.publish(1)
+    rollouts.timeout = 2.0
+    llm = rollouts.sampler.llm
+    owner, name = (llm, "collective_rpc") if part == "sync" else (llm.llm_engine, "step")
+    monkeypatch.setattr(owner, name, lambda *_, **__: time.sleep(60))
+    started = time.monotonic()
+    with pytest.raises(RunStopped, match="has not decoded a token for 2 s"):
+        rollouts.next(2)
+    assert time.monotonic() - started < 10 and not rollouts.waiting
