@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer, padding_id
 from common.runlog import describe_environment
+from common.products import use_threads
 from common.samplers import TransformersSampler
 from common.tasks import encode_problems, load_task
 
@@ -37,7 +38,7 @@ class Args:
 
 
 def main(args):
-    torch.set_num_threads(args.threads)
+    use_threads(args.threads)
     tokenizer = load_tokenizer(TINY_MODEL)
     model = load_model(TINY_MODEL, "", torch.device("cpu"), gradient_checkpointing=False)
     _, prompts = encode_problems(load_task("addition"), "train", tokenizer, 1024, "drop")
