@@ -4,8 +4,9 @@
 
 Both draw the default workload's first batch (32 prompts, 8 responses each, at most 64 tokens, temperature 1) from the
 embedded model, in one process, taking turns. `model.generate` samples no less: pure sampling, no top-p or top-k, the
-same EOS and limit. It does not report log-probs of the tokens it drew unless asked to keep all scores; it is timed both
-ways. Writes `benchmarks/results/sampling.md`.
+same EOS and limit, the same loaded model, whose layers are as fast for both (`common/products.py`). It does not report
+log-probs of the tokens it drew unless asked to keep all scores; it is timed both ways. Writes
+`benchmarks/results/sampling.md`.
 """
 
 import statistics
@@ -23,8 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer, padding_id
-from common.runlog import describe_environment
 from common.products import use_threads
+from common.runlog import describe_environment
 from common.samplers import TransformersSampler
 from common.tasks import encode_problems, load_task
 
