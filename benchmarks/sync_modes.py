@@ -1,6 +1,6 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy, three seeds each.
 
-    python benchmarks/sync_modes.py             about half an hour on two otherwise idle cores
+    python benchmarks/sync_modes.py             a quarter of an hour on two otherwise idle cores
     python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
 
 Each run has one thread for the sampler and one for the trainer, which work at the same time as far as the schedule
