@@ -50,12 +50,15 @@ _SAME_GRADIENT = (
     "to a group's standard deviation, which Adam mostly undoes), and their order is within the spread of the seeds"
 )
 _RED_APART = (
-    "RED-Weight is the one loss without clipping; its KL overshoots around step 100 and its reward stalls until it has "
+    "RED-Weight is the one loss without clipping; its KL overshoots after step 100 and its reward stalls until it has "
     "come back, while the other two coincide"
 )
 LIKELY_REASONS = {
+    "GRPO ends with the highest reward": _SAME_GRADIENT,
     "REC-OneSide-NoIS ends with the lowest reward": _SAME_GRADIENT,
     "GRPO ends with the highest KL": _SAME_GRADIENT,
+    "RED-Weight ends with the lowest KL": _RED_APART,
+    "REC-OneSide-NoIS ends with the shortest responses": _SAME_GRADIENT,
     "REC-OneSide-NoIS has the shortest responses throughout (in every tenth of the run)": _SAME_GRADIENT,
     "GRPO and RED-Weight are alike in reward (closer to each other than to REC, mean over the run)": _RED_APART,
     "GRPO and RED-Weight are alike in entropy (likewise)": _RED_APART,
