@@ -14,7 +14,8 @@ bf16 would shift its log-prob by up to 0.06.
 Products whose factors both exist in memory (dW = Gᵀ h, dh = G W, for a slice G of the logits' gradient) are left to
 cuBLAS. Triton does the products that must not be written out: those that make x.
 
-Offsets are 64-bit wherever N × V or V × H enters: 16,384 × 151,936 is beyond 2³¹.
+Offsets are 64-bit wherever N × V or V × H enters: 16,384 × 151,936 is beyond 2³¹. (But a W that is stored transposed
+has to have fewer than 2³¹ elements.)
 """
 
 import math
@@ -25,16 +26,23 @@ import triton.language as tl
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import logsigmoid
 
-from common.logprobs import gradient_at_target, live_rows, slopes, target_against_others
+from common.logprobs import gradient_at_target, live_rows, loss_of, slopes, target_against_others
 
 LOG2_E = math.log2(math.e)
 LN_2 = math.log(2)
 
 SPLIT = 8192
 """vocabulary entries that one program of the forward kernel walks over at most"""
-SCRATCH_BYTES = 2**28
-"""size of a slice of the logits' gradient: large enough for cuBLAS to run at its full rate, while the policy-loss form,
-which holds two such slices and some vectors, stays far below 1 GiB"""
+GENERAL_SLICE_BYTES = 2**28
+"""size of a slice of the logits' gradient in the general form; for every slice all of dh is read and written"""
+POWERS_BYTES, POLICY_SLICE_BYTES = 2**29, 2**26
+"""what the policy-loss form keeps of a chunk's logits, and of their gradient; for every chunk all of dW is read and
+written, so that chunks should be large"""
+FLOAT32_SUM_BYTES = 7 * 2**27
+"""largest float32 sum of a bf16 dW in the policy-loss form: less its result, but with powers and slice, 1 GiB"""
+GROUP = 16
+"""row blocks that programs which run together share: with 8 places each in the vocabulary they fill a GPU, and want 16
+blocks of h, which stay in its level-2 cache, and 8 of W, rather than all of h for each tile of W"""
 
 
 def _blocks(hidden_NH):
@@ -43,8 +51,8 @@ def _blocks(hidden_NH):
     bf16: a tile of 128 × 256 float32 sums is 128 registers for each of 256 threads, half of what a thread can have; the
     other half is for the epilogue's powers (compiled for Hopper, the kernels take all 255 and spill next to none). It
     is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three stages, one in use and two on their way, fit into
-    Hopper's 227 KB of shared memory. Each element that is loaded takes part in 85 multiplications per byte, above the
-    40 or so where an H200's level-2 cache would limit. Other GPUs, whose products take their factors from registers
+    Hopper's 227 KB of shared memory. Each byte that is loaded serves 43 multiplications; an H200's level-2 cache delivers
+    about enough for that. Other GPUs, whose products take their factors from registers
     too, get half the tile, in stages of 16 KB. float32: true float32 products do not run on tensor cores; small tiles
     keep them in registers.
     """
@@ -92,10 +100,20 @@ def _product_tile(
 
 
 @triton.jit
+def _block_and_place(num_row_blocks, GROUP: tl.constexpr):
+    """Which row block and which place along the vocabulary this program has: `GROUP` row blocks go first, then on."""
+    program, group_programs = tl.program_id(0), GROUP * (tl.num_programs(0) // num_row_blocks)
+    first = program // group_programs * GROUP
+    height = tl.minimum(num_row_blocks - first, GROUP)
+    within = program % group_programs
+    return first + within % height, within // height
+
+
+@triton.jit(do_not_specialize=["N"])  # micro-batches have any number of rows, and would be compiled for each kind
 def _forward_kernel(
     hidden, weight, targets, largest, sums, weighted, targeted, powers, references,
     N, V, H, hidden_n, hidden_h, weight_v, weight_h, bits, SPLIT, KEEP_POWERS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Row statistics over one split of the vocabulary.
 
@@ -104,17 +122,17 @@ def _forward_kernel(
 
         s ← s 2^(m − m')        t ← (t + (m − m') s) 2^(m − m')
 
-    Tile walk: program (i, j) owns BLOCK_N rows and walks over the SPLIT entries of split j, BLOCK_V at a time. Programs
-    that run together have neighbouring i and the same j, so that all of them want the same tiles of W at the same
-    time, and those come from memory once. Splits, see `_split`, give a GPU something to share where there are few rows.
-    Nothing is added up across programs, so no sum depends on which one is faster; `_statistics` combines the splits.
+    Tile walk: a program owns BLOCK_N rows and walks over the SPLIT entries of one split, BLOCK_V at a time. Programs
+    that run together share row blocks and splits, see `GROUP`. Splits, see `_split`, give a GPU something to share if
+    there are few rows. Nothing is added up across programs, so no sum depends on which one is faster; `_statistics`
+    combines the splits.
 
     With KEEP_POWERS, 2^(x − m) of each tile is kept in bf16 (m as it stands after that tile, kept too in `references`):
     relative to their row's maximum so far, powers are at most 1 and rounded relatively to their own size.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    split = tl.program_id(1)
-    target = tl.load(targets + rows, mask=rows < N, other=-1)
+    block, split = _block_and_place(tl.cdiv(N, BLOCK_N), GROUP)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
     # −1e30 stands for −∞, of masked entries and of a maximum over nothing: 2^−1e30 = 0, and 0 · −1e30 is no NaN. If a
     # whole tile is masked its powers are 2⁰, but the first real maximum, here or in another split, scales them to 0.
     m = tl.full((BLOCK_N,), -1e30, tl.float32)
@@ -150,10 +168,10 @@ def _forward_kernel(
     tl.store(targeted + rows, x_target, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "first_column"])
 def _gradient_kernel(
     hidden, weight, targets, largest, rest, entropy, dlogprob, dentropy, at_target, grad,
-    N, V, H, first_column, hidden_n, hidden_h, weight_v, weight_h, bits,
+    N, V, H, first_column, hidden_n, hidden_h, weight_v, weight_h, bits, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A slice of the logits' gradient, from logits that are computed again.
@@ -162,17 +180,18 @@ def _gradient_kernel(
 
         p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy), and at the target what was computed beforehand
 
-    Tile walk: one tile of G per program, rows fastest, so that programs that run together share tiles of W. `weight`
-    points at the slice, whose first entry is `first_column` of the vocabulary; V is the slice's width.
+    Tile walk: one tile of G per program, those of a `GROUP` of row blocks together. `weight` points at the slice, whose
+    first entry is `first_column` of the vocabulary; V is the slice's width.
     """
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    block, tile = _block_and_place(tl.cdiv(N, BLOCK_N), GROUP)
+    rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     x = bits * _product_tile(
         hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
         BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     exists = rows < N
-    target = tl.load(targets + rows, mask=exists, other=-1) - first_column
+    target = tl.load(targets + rows, mask=exists, other=-1).to(tl.int32) - first_column
     a = tl.load(dlogprob + rows, mask=exists, other=0.0)
     b = tl.load(dentropy + rows, mask=exists, other=0.0)
     log2_p = x - tl.load(largest + rows, mask=exists, other=0.0)[:, None]
@@ -185,33 +204,35 @@ def _gradient_kernel(
     tl.store(grad + places, g.to(grad.dtype.element_ty), mask=exists[:, None] & (columns[None, :] < V))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_live", "first_column"])
 def _finish_kernel(
-    powers, references, live, targets, largest, rest, slope, at_target, grad, num_rows, num_live, V,
-    REFERENCE_V: tl.constexpr, BLOCK_N: tl.constexpr,
+    powers, references, live, targets, largest, rest, slope, at_target, grad,
+    num_rows, num_live, V, width, first_column, REFERENCE_V: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """The logits' gradient from kept powers, for the live rows only, packed.
+    """A slice of the logits' gradient from kept powers, for the live rows only, packed.
 
     Equation: G = −a 2^(x − f) 2^((f − m) − r), where 2^(x − f) was kept and f is its tile's reference; and at the
     target what was computed beforehand.
     Tile walk: BLOCK_N live rows by one tile's REFERENCE_V columns per program, which share one reference per row. Reads
-    and writes each value once: bound by memory, so that the tile only has to be wide enough for whole cache lines.
+    and writes each value once: bound by memory, so that the tile only has to be wide enough for whole cache lines. The
+    slice has `width` entries of the vocabulary, from `first_column` on, a multiple of REFERENCE_V.
     """
     places = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = places < num_live
-    tile = tl.program_id(1)
-    columns = tile * REFERENCE_V + tl.arange(0, REFERENCE_V)
-    inside = exists[:, None] & (columns[None, :] < V)
+    columns = tl.program_id(1) * REFERENCE_V + tl.arange(0, REFERENCE_V)
+    tile = first_column // REFERENCE_V + tl.program_id(1)
+    inside = exists[:, None] & (columns[None, :] < width)
     rows = tl.load(live + places, mask=exists, other=0)
     a = tl.load(slope + rows, mask=exists, other=0.0)
-    target = tl.load(targets + rows, mask=exists, other=-1)
+    target = tl.load(targets + rows, mask=exists, other=-1).to(tl.int32) - first_column
     reference = tl.load(references + tile * num_rows + rows, mask=exists, other=0.0)
     m = tl.load(largest + rows, mask=exists, other=0.0)
     scale = tl.exp2((reference - m) - tl.load(rest + rows, mask=exists, other=0.0))
-    power = tl.load(powers + rows[:, None].to(tl.int64) * V + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    kept = powers + rows[:, None].to(tl.int64) * V + first_column + columns[None, :]
+    power = tl.load(kept, mask=inside, other=0.0).to(tl.float32)
     own = tl.load(at_target + rows, mask=exists, other=0.0)
     g = tl.where(columns[None, :] == target[:, None], own[:, None], -(a * scale)[:, None] * power)
-    tl.store(grad + places[:, None].to(tl.int64) * V + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
+    tl.store(grad + places[:, None].to(tl.int64) * width + columns[None, :], g.to(grad.dtype.element_ty), mask=inside)
 
 
 def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False):
@@ -224,7 +245,7 @@ def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False)
     blocks, targets_N = _blocks(hidden_NH), targets_N.contiguous()
     split = _split(N, V, blocks, device)
     num_splits = triton.cdiv(V, split)
-    m_SN, s_SN, t_SN = torch.empty(3, num_splits, N, dtype=torch.float32, device=device)
+    m_SN, s_SN, t_SN = (torch.empty(num_splits, N, dtype=torch.float32, device=device) for _ in range(3))
     x_target_N = torch.empty(N, dtype=torch.float32, device=device)
     powers_NV = references_TN = None
     if keep_powers:
@@ -232,10 +253,10 @@ def _statistics(hidden_NH, weight_VH, targets_N, temperature, keep_powers=False)
         references_TN = torch.empty(triton.cdiv(V, blocks["BLOCK_V"]), N, dtype=torch.float32, device=device)
     if N:
         with torch.cuda.device_of(hidden_NH):
-            _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]), num_splits)](
+            _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]) * num_splits,)](
                 hidden_NH, weight_VH, targets_N, m_SN, s_SN, t_SN, x_target_N, powers_NV, references_TN,
                 N, V, H, *hidden_NH.stride(), *weight_VH.stride(), LOG2_E / temperature,
-                split, KEEP_POWERS=keep_powers, **blocks,
+                split, KEEP_POWERS=keep_powers, GROUP=GROUP, **blocks,
             )  # fmt: skip
     m_N = m_SN.amax(dim=0)
     moved_SN = torch.exp2(m_SN - m_N)
@@ -280,15 +301,16 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         dweight_VH = None
         if wants_weight:
             dweight_VH = (torch.empty_like if n else torch.zeros_like)(weight_VH, dtype=ctx.weight_dtype)
-        width = _multiple_of(blocks["BLOCK_V"], SCRATCH_BYTES // (hidden_NH.element_size() * max(1, n)))
+        width = _multiple_of(blocks["BLOCK_V"], GENERAL_SLICE_BYTES // (hidden_NH.element_size() * max(1, n)))
         for start in range(0, V if n else 0, width):
             weight_vH = weight_VH[start : start + width]
+            grad_nv = None  # the last slice goes before the next one comes
             grad_nv = torch.empty(n, len(weight_vH), dtype=hidden_NH.dtype, device=hidden_NH.device)
             with torch.cuda.device_of(hidden_NH):
-                _gradient_kernel[(triton.cdiv(n, blocks["BLOCK_N"]), triton.cdiv(len(weight_vH), blocks["BLOCK_V"]))](
+                _gradient_kernel[(triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(len(weight_vH), blocks["BLOCK_V"]),)](
                     live_nH, weight_vH, targets_n, m_n, rest_n, entropy_n, a_n, b_n, at_target_n, grad_nv,
                     n, len(weight_vH), H, start, *live_nH.stride(), *weight_vH.stride(), LOG2_E / ctx.temperature,
-                    **blocks,
+                    GROUP=GROUP, **blocks,
                 )  # fmt: skip
             if wants_weight:
                 _write_product(dweight_VH[start : start + width], grad_nv.T, live_nH)
@@ -302,10 +324,13 @@ class _LogprobsAndEntropy(torch.autograd.Function):
 
 def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
     """The policy-loss form. See `logprobs.policy_loss`, which checks the arguments."""
-    if torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad):
+    wants_gradient = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
+    # dW is a float32 sum. For a float32 W it is the result; next to a large bf16 one it would be the largest tensor of
+    # all, and the general form, which needs no sum, is taken instead.
+    sum_bytes = 4 * weight_VH.numel() if weight_VH.requires_grad and weight_VH.dtype != torch.float32 else 0
+    if wants_gradient and sum_bytes <= FLOAT32_SUM_BYTES:
         return _PolicyLoss.apply(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
-    logprobs_N, entropy_N, *_ = _statistics(hidden_NH, weight_VH.to(hidden_NH.dtype), targets_N, temperature)
-    return per_token_loss(logprobs_N).sum(), logprobs_N, entropy_N, slopes(per_token_loss, logprobs_N)
+    return loss_of(*logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature), per_token_loss)
 
 
 class _PolicyLoss(torch.autograd.Function):
@@ -322,34 +347,37 @@ class _PolicyLoss(torch.autograd.Function):
         logprobs_N, entropy_N, slopes_N = torch.zeros(3, N, dtype=torch.float32, device=device)
         dhidden_NH = torch.zeros_like(hidden_NH) if wants_hidden else None
         dweight_VH = torch.zeros(V, H, dtype=torch.float32, device=device) if wants_weight else None
-        blocks, weight_VH = _blocks(hidden_NH), weight_VH.to(hidden_NH.dtype)
-        height = _multiple_of(blocks["BLOCK_N"], SCRATCH_BYTES // (hidden_NH.element_size() * V))
+        blocks, weight_VH, item = _blocks(hidden_NH), weight_VH.to(hidden_NH.dtype), hidden_NH.element_size()
+        height = _multiple_of(blocks["BLOCK_N"], POWERS_BYTES // (item * V))
         for start in range(0, N, height):
             chunk = slice(start, start + height)
             hidden_cH, targets_c = hidden_NH[chunk], targets_N[chunk].contiguous()
+            powers_cV = None  # the last chunk's go before the next ones come
             logprobs_N[chunk], entropy_N[chunk], odds_c, m_c, rest_c, powers_cV, references_Tc = _statistics(
                 hidden_cH, weight_VH, targets_c, temperature, keep_powers=True
             )
             # The loss is elementwise, so it can be asked about all tokens though only those so far have a log-prob.
             slopes_N[chunk] = slopes(per_token_loss, logprobs_N)[chunk]
             live = slopes_N[chunk].nonzero().squeeze(1)
-            if not len(live):
-                continue
-            slopes_c = slopes_N[chunk] / temperature
+            slopes_c, live_nH, n = slopes_N[chunk] / temperature, hidden_cH[live], len(live)
             at_target_c = slopes_c * (-odds_c).sigmoid()
-            grad_nV = torch.empty(len(live), V, dtype=hidden_NH.dtype, device=device)
-            with torch.cuda.device_of(hidden_NH):
-                _finish_kernel[(triton.cdiv(len(live), 16), triton.cdiv(V, blocks["BLOCK_V"]))](
-                    powers_cV, references_Tc, live, targets_c, m_c, rest_c, slopes_c, at_target_c, grad_nV,
-                    len(hidden_cH), len(live), V, REFERENCE_V=blocks["BLOCK_V"], BLOCK_N=16,
-                )  # fmt: skip
+            dhidden_nH = torch.zeros(n, H, dtype=torch.float32, device=device)
+            width = _multiple_of(blocks["BLOCK_V"], POLICY_SLICE_BYTES // (item * max(1, n)))
+            for first in range(0, V if n else 0, width):
+                weight_vH = weight_VH[first : first + width]
+                grad_nv = None
+                grad_nv = torch.empty(n, len(weight_vH), dtype=hidden_NH.dtype, device=device)
+                with torch.cuda.device_of(hidden_NH):
+                    _finish_kernel[(triton.cdiv(n, 16), triton.cdiv(len(weight_vH), blocks["BLOCK_V"]))](
+                        powers_cV, references_Tc, live, targets_c, m_c, rest_c, slopes_c, at_target_c, grad_nv,
+                        len(hidden_cH), n, V, len(weight_vH), first, REFERENCE_V=blocks["BLOCK_V"], BLOCK_N=16,
+                    )  # fmt: skip
+                if wants_hidden:
+                    _add_product(dhidden_nH, grad_nv, weight_vH)
+                if wants_weight:
+                    _add_product(dweight_VH[first : first + width], grad_nv.T, live_nH)
             if wants_hidden:
-                # A sum over all of V: in float32, also where cuBLAS splits it.
-                dhidden_nH = torch.zeros(len(live), H, dtype=torch.float32, device=device)
-                _add_product(dhidden_nH, grad_nV, weight_VH)
                 dhidden_NH[start + live] = dhidden_nH.to(dhidden_NH.dtype)
-            if wants_weight:
-                _add_product(dweight_VH, grad_nV.T, hidden_cH[live])
         ctx.gradients = dhidden_NH, dweight_VH
         ctx.mark_non_differentiable(logprobs_N, entropy_N, slopes_N)
         return per_token_loss(logprobs_N).sum(), logprobs_N, entropy_N, slopes_N

@@ -167,7 +167,11 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
         results = logprob_kernels.policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss)
         return _differentiable_once(*results)
     # On a CPU, where slices of V are cheaper than slices of N, the gradient has to wait for the last slice anyway.
-    logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+    return loss_of(*logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature), per_token_loss)
+
+
+def loss_of(logprobs_N, entropy_N, per_token_loss):
+    """What `policy_loss` returns, from log-probs that carry gradients."""
     loss = per_token_loss(logprobs_N).sum()
     return loss, logprobs_N.detach(), entropy_N.detach(), slopes(per_token_loss, logprobs_N)
 
@@ -204,7 +208,9 @@ def _check(hidden_NH, weight_VH, targets_N, temperature):
     dtypes = (hidden_NH.dtype, weight_VH.dtype)
     if hidden_NH.dtype != weight_VH.dtype and dtypes != (torch.bfloat16, torch.float32):
         raise ValueError(f"weight must have hidden's dtype, or be float32 for bfloat16 hidden states, not {dtypes}.")
-    if hidden_NH.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    if hidden_NH.dtype not in (torch.float32, torch.bfloat16) and (
+        hidden_NH.dtype != torch.float64 or hidden_NH.is_cuda
+    ):
         raise ValueError(f"hidden must be float32 or bfloat16, not {hidden_NH.dtype}.")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, not {temperature}.")

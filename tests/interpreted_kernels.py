@@ -85,7 +85,8 @@ def test_general_form(shape, upstream, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("spread", [0.02, 0.4])
 def test_policy_loss_form(spread, dtype, monkeypatch):
-    monkeypatch.setattr(logprob_kernels, "SCRATCH_BYTES", 1)  # one block of rows at a time: two chunks
+    for size in ("POWERS_BYTES", "POLICY_SLICE_BYTES"):  # one block of rows at a time, and one of columns
+        monkeypatch.setattr(logprob_kernels, size, 1)
     hidden, weight, targets = problem(150, 72, 1000, dtype, spread)
     slopes = torch.randn(150, device=DEVICE) * (torch.rand(150, device=DEVICE) < 0.6)
     expected = truth(hidden, weight, targets, 1.0, slopes, torch.zeros_like(slopes))
@@ -233,7 +234,9 @@ def test_repeats_bit_for_bit_and_barely_depends_on_chunks(monkeypatch):
     first = [*general(*arguments, 1.0, a, b), *policy(*arguments, 1.0, a)]
     again = [*general(*arguments, 1.0, a, b), *policy(*arguments, 1.0, a)]
     assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
-    monkeypatch.setattr(logprob_kernels, "SCRATCH_BYTES", 1)
+    for size in ("GENERAL_SLICE_BYTES", "POWERS_BYTES", "POLICY_SLICE_BYTES"):
+        monkeypatch.setattr(logprob_kernels, size, 1)
+    monkeypatch.setattr(logprob_kernels, "GROUP", 1)
     monkeypatch.setattr(logprob_kernels, "_split", lambda N, V, blocks, device: 4 * blocks["BLOCK_V"])
     for x, y in zip([*general(*arguments, 1.0, a, b), *policy(*arguments, 1.0, a)], first, strict=True):
         assert (x - y).norm() <= 2e-6 * y.norm()
@@ -250,6 +253,22 @@ def test_one_backward_pass_only():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="one backward pass"):
         loss.backward()
+
+
+def test_policy_loss_without_a_large_float32_sum(monkeypatch):
+    # dW of a large bf16 W comes from the general form; one of a float32 W, whose sum is the result, does not.
+    hidden, weight, targets = problem(40, 64, 257, BF16)
+    slopes = torch.randn(40, device=DEVICE)
+    monkeypatch.setattr(logprob_kernels, "FLOAT32_SUM_BYTES", 4 * 64 * 257 - 1)
+    expected = truth(hidden, weight, targets, 1.0, slopes, torch.zeros_like(slopes))
+    for dtype, unused in ((BF16, "_PolicyLoss"), (F32, "_LogprobsAndEntropy")):
+        inputs = leaves(hidden, weight.to(dtype))
+        with monkeypatch.context() as patch:
+            patch.setattr(logprob_kernels, unused, None)
+            loss, *results = logprob_kernels.policy_loss(*inputs, targets, 1.0, lambda lp: slopes * lp)
+        assert not any(result.requires_grad for result in results) and torch.equal(results[2], slopes)
+        loss.backward()
+        assert_close((*results[:2], inputs[0].grad, inputs[1].grad), expected, BF16)
 
 
 def test_upstream_gradient_of_the_policy_loss():
@@ -272,7 +291,8 @@ def test_without_gradients_nothing_is_kept():
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="N × V above 2³¹ needs a GPU")
 def test_offsets_beyond_31_bits(monkeypatch):
-    monkeypatch.setattr(logprob_kernels, "SCRATCH_BYTES", 2**33)
+    monkeypatch.setattr(logprob_kernels, "POWERS_BYTES", 2**33)
+    monkeypatch.setattr(logprob_kernels, "POLICY_SLICE_BYTES", 2**33)
     N, V = 16_384, 151_936
     hidden, weight = torch.randn(N, 64, device=DEVICE).to(BF16), torch.randn(V, 64, device=DEVICE).to(BF16) * 0.3
     targets = torch.randint(V, (N,), device=DEVICE)
@@ -284,9 +304,10 @@ def test_offsets_beyond_31_bits(monkeypatch):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter's memory is not the kernels'")
+@pytest.mark.parametrize("H", [896, 2048, 3584])
 @pytest.mark.parametrize("form", ["general", "policy loss"])
-def test_peak_memory(form):
-    N, H, V = 16_384, 896, 151_936
+def test_peak_memory(form, H):
+    N, V = 16_384, 151_936
     hidden, weight = torch.randn(N, H, device=DEVICE).to(BF16), (torch.randn(V, H, device=DEVICE) * 0.05).to(BF16)
     targets, ones = torch.randint(V, (N,), device=DEVICE), torch.ones(N, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()

@@ -30,7 +30,8 @@ def test_kernels(part):
 HOPPER, AMPERE = 90, 80
 SHARED_MEMORY = {HOPPER: 227 * 1024, AMPERE: 99 * 1024}  # of the smallest GPUs of each kind
 TYPES = {"hidden": "*bf16", "weight": "*bf16", "powers": "*bf16", "grad": "*bf16", "targets": "*i64", "live": "*i64"}
-INTEGERS = {"N", "V", "H", "hidden_n", "weight_v", "SPLIT", "first_column", "num_rows", "num_live"}
+ANY = {"N", "first_column", "num_rows", "num_live"}  # compiled once for all values
+INTEGERS = ANY | {"V", "H", "hidden_n", "weight_v", "SPLIT", "width"}
 
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
@@ -47,16 +48,18 @@ def test_kernels_compile(name, architecture, monkeypatch):
     blocks = logprob_kernels._blocks(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=None))
     kernel = getattr(logprob_kernels, name)
     # What Triton sees at a launch: contiguous rows, sizes and addresses that 16 divides, and constants.
-    constants = {"hidden_h": 1, "weight_h": 1, "KEEP_POWERS": True, "REFERENCE_V": blocks["BLOCK_V"], **blocks}
+    constants = {"hidden_h": 1, "weight_h": 1, "KEEP_POWERS": True, "GROUP": logprob_kernels.GROUP, **blocks}
+    options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]}
+    if name == "_finish_kernel":
+        constants, options = {"REFERENCE_V": blocks["BLOCK_V"], "BLOCK_N": 16}, {}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature, attributes = {}, {}
     for place, key in enumerate(kernel.arg_names):
         signature[key] = TYPES.get(key, "i32" if key in INTEGERS else "fp32" if key == "bits" else "*fp32")
         if key in constants:
             signature[key] = "constexpr"
-        elif key != "bits":
+        elif key != "bits" and key not in ANY:
             attributes[(place,)] = [["tt.divisibility", 16]]
-    options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]}
     compiled = compile(
         ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", architecture, 32), options=options
     )
