@@ -51,10 +51,9 @@ def _blocks(hidden_NH):
     bf16: a tile of 128 × 256 float32 sums is 128 registers for each of 256 threads, half of what a thread can have; the
     other half is for the epilogue's powers (compiled for Hopper, the kernels take all 255 and spill next to none). It
     is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three stages, one in use and two on their way, fit into
-    Hopper's 227 KB of shared memory. Each byte that is loaded serves 43 multiplications; an H200's level-2 cache delivers
-    about enough for that. Other GPUs, whose products take their factors from registers
-    too, get half the tile, in stages of 16 KB. float32: true float32 products do not run on tensor cores; small tiles
-    keep them in registers.
+    Hopper's 227 KB of shared memory. Each byte that is loaded serves 43 multiplications; a level-2 cache delivers about
+    enough for that. Other GPUs, whose products take their factors from registers too, get half the tile, in stages of
+    16 KB. float32: true float32 products do not run on tensor cores; small tiles keep them in registers.
     """
     if hidden_NH.dtype != torch.bfloat16:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
