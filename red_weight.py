@@ -207,7 +207,7 @@ def check(args):
     require(args.learning_rate <= 1e37, "learning_rate", args.learning_rate, steepest)
     for field in dataclasses.fields(args):
         if field.type is float:  # the algorithm's own options included
-            require(getattr(args, field.name) >= 0, field.name, getattr(args, field.name), "give 0 or more")
+            require(getattr(args, field.name) > 0, field.name, getattr(args, field.name), "give a number above 0")
     require(args.group_size >= 2, "group_size", args.group_size, "a response needs others to compare with; give 2+")
 
 
@@ -236,7 +236,7 @@ def main(args):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # a step without any gradient still moves by momentum
     eos_ids = end_of_sequence_ids(model, tokenizer)
-    pad_id = padding_id(tokenizer, eos_ids)
+    pad_id = padding_id(tokenizer, eos_ids, model.config.vocab_size)
     sampler = TransformersSampler(model, eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
     batch_shape = (args.prompts_per_step, args.group_size)
     plan = RolloutPlan(prompts, *batch_shape, *schedule, args.seed)

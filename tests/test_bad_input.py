@@ -87,9 +87,33 @@ def test_a_number_that_must_be_positive(field, value, given, refused):
     assert f" {float(value) if field in ('temperature', 'learning_rate', 'max_grad_norm') else value} " in line
 
 
+@pytest.mark.parametrize("field", ["clip_low", "clip_high"])
+def test_an_option_of_the_algorithm_that_must_be_positive(field, given, refused):
+    refused(*given(**{field: 0}), names=f"--{field.replace('_', '-')} 0.0 ")
+
+
 @pytest.mark.parametrize("field", ["sync_offset", "warmup_steps", "completions_per_step"])
 def test_a_number_that_must_not_be_negative(field, given, refused):
     refused(*given(**{field: -1}), names=f"--{field.replace('_', '-')} -1 ")
+
+
+def test_data_of_a_task_that_has_its_own(given, refused, tmp_path):
+    data = write_rows(tmp_path / "good.jsonl", good_rows(20))
+    refused(*given(task="addition", data=data), names=f"--data {data}")
+
+
+def test_chat_template_that_refuses_the_messages(given, refused, model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    template = "{{ raise_exception('no system messages') }}"
+    (directory / "chat_template.jinja").write_text(template)
+    assert "no system messages" in refused(*given(task="gsm8k", model=directory), names=f"--model {directory}")
+
+
+def test_tokens_that_the_model_does_not_have(given, refused, model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    refused(*given(task="gsm8k", model=directory), names="--model")
 
 
 @pytest.mark.parametrize("size", [1, 0, -2])
@@ -159,8 +183,17 @@ def test_task_has_no_problems(given, refused, tmp_path):
         "class Mine:\n    pass",  # takes no data options
         "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): raise KeyError('mistake')",
         "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): return [{'text': 'Why?'}]",
+        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): return [{'prompt': None}]",
+        "class Mine:\n    def __init__(self, *args): pass\n    def problems(self, split): return [{'prompt': 'Why?'}]",
     ],
-    ids=["constructor_raises", "constructor_without_data", "problems_raises", "problem_without_prompt"],
+    ids=[
+        "constructor_raises",
+        "constructor_without_data",
+        "problems_raises",
+        "problem_without_prompt",
+        "prompt_is_no_text",
+        "no_task",
+    ],
 )
 def test_task_class_is_wrong(text, given, refused, tmp_path):
     path = write_task(tmp_path, text)
@@ -177,7 +210,9 @@ ROW = '{"question": "What is 1 + 1?", "answer": "#### 2"}'
     [
         "{'question': 1}", ROW[:-1], "not JSON", "", "   ", '{"question": "What is 1 + 1?"}',
         '{"question": "What is 1 + 1?", "answer": 2}', '{"question": "What is 1 + 1?", "answer": null}',
-        '{"question": "", "answer": "#### 2"}', '["What is 1 + 1?", "#### 2"]', "3", "null", ROW + ROW,
+        '{"question": "", "answer": "#### 2"}', '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
+        '{"question": "What is 1 + 1?", "answer": "#### 2", "id": ' + "9" * 5000 + "}",
+        '["What is 1 + 1?", "#### 2"]', "3", "null", ROW + ROW,
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("option", ["data", "eval_data"])

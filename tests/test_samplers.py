@@ -20,7 +20,7 @@ from conftest import FAMILIES, build_model
 from common.batching import collate
 from common.errors import RunStopped
 from common.logprobs import token_logprobs
-from common.models import load_model
+from common.models import load_model, load_tokenizer, save_model
 from common.samplers import TransformersSampler, inverse_cdf
 
 CPU = torch.device("cpu")
@@ -376,6 +376,10 @@ def test_generation_config_changes_nothing(model, directories, tmp_path):
     meddled = load_model(str(directory), "", CPU, gradient_checkpointing=False)
     assert meddled.generation_config.top_k == 2 and meddled.generation_config.repetition_penalty == 3.0
     plain, other = (TransformersSampler(m, MANY_EOS, PAD, 16, 1.0) for m in (model, meddled))
+    # Greedy decoding with a temperature: loading warns of it, saving it would raise, after all the training.
+    meddled.generation_config.do_sample = False
+    save_model(meddled, load_tokenizer(str(directory)), tmp_path / "saved")
+    assert load_model(str(tmp_path / "saved"), "", CPU, False).generation_config.top_k is None
     assert same(other.sample(make_prompts(), 4, seed=15), plain.sample(make_prompts(), 4, seed=15))
     assert same(other.greedy(make_prompts()), plain.greedy(make_prompts()))
 
