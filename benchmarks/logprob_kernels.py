@@ -1,21 +1,24 @@
 """Time, memory and error of log-probs from hidden states: this repository, other libraries, and the plain expression.
 
     pip install -r benchmarks/requirements.txt
-    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1 cut-cross-entropy       more peers
-    python benchmarks/logprob_kernels.py          all that this machine can run; about ten minutes on two idle cores
+    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1 cut-cross-entropy==25.1.1       peers
+    pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops     for Liger and quack on Hopper
+    python benchmarks/logprob_kernels.py                all that this machine can run; ten minutes on two idle cores
+    python benchmarks/logprob_kernels.py --parts gpu --hidden-sizes 2048                           or a part of it
 
 Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns log-probs; then
 gradients to h and W are made from the same upstream gradient, 1 for a share f of the rows (live ones) and 0 for the
 others. They take turns in one process, and a contestant's time is the least of its rounds: disturbances only add.
 
 - Extra memory: the peak while it runs, less what was there before, and less both gradients, which all must return.
-- Error: of the gradients in relative Frobenius norm, and of log-probs, against float64 on the same rounded inputs.
+- Error: of the gradients, in relative Frobenius norm, against float64 on the same rounded inputs.
 - Floor: (2 + 4f)·N·H·V operations for the policy-loss form, (2 + 6f)·N·H·V for the general form, at the rate that this
   machine reaches on a plain product of bf16 matrices; next to a time stands its ratio to the floor.
 
 Flat logits: W of the size of an initialised model's; peaked: entropies of about one nat, as trained models have them.
 What needs a GPU is marked "not run" on a machine without one. A peer that is not installed, or that does not run here,
-is listed with the reason. Writes `results/logprob_kernels/`.
+is listed with the reason. Writes `results/logprob_kernels/`, after each part and each size on a GPU, so that a crash
+loses nothing that was measured before.
 """
 
 import ctypes
@@ -29,6 +32,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -55,6 +59,10 @@ GENERAL, POLICY, PLAIN = "general form", "policy-loss form", "plain"
 
 @dataclass
 class Args:
+    parts: tuple[Literal["gpu", "step", "cpu", "crossover"], ...] = ("gpu", "step", "cpu", "crossover")
+    """what to measure"""
+    hidden_sizes: tuple[int, ...] = (896, 2048, 3584)
+    """H of the GPU's part"""
     rounds: int = 3
     """how often each contestant takes its turn, after one untimed call"""
     threads: int = 2
@@ -74,14 +82,23 @@ def ours_policy(hidden, weight, targets, upstream):
     return policy_loss(hidden, weight, targets, 1.0, lambda logprobs_N: upstream * logprobs_N)[0]
 
 
-def plain(hidden, weight, targets, upstream, entropy=True):
+def plain_results(hidden, weight, targets, entropy):
     """Logits in the inputs' dtype, statistics in float32, as the scripts did before."""
     logprobs_NV = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
-    found = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    found_N, entropy_N = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), None
     if entropy:
         with torch.no_grad():
-            -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
-    return found @ upstream
+            entropy_N = -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+    return found_N, entropy_N
+
+
+def plain(hidden, weight, targets, upstream, entropy=True):
+    return plain_results(hidden, weight, targets, entropy)[0] @ upstream
+
+
+def compiled():
+    function = torch.compile(plain_results, dynamic=False)  # returns the entropy, which would be left out otherwise
+    return lambda h, w, y, up: function(h, w, y, True)[0] @ up
 
 
 def from_file(package, path):
@@ -119,6 +136,8 @@ def verl_cpu():
 
 
 def verl_gpu():
+    for name in ("verl", "verl.utils"):  # not run: they import ray and others, which the kernels do without
+        sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
     return lambda h, w, y, up: linear_cross_entropy(h, w, y, 1.0, "none")[0] @ up
@@ -130,10 +149,11 @@ def quack():
     return lambda h, w, y, up: -chunked_linear_cross_entropy(h, w, y.masked_fill(up == 0, -100), reduction="sum")
 
 
-def cce(impl):
+def cce(filter_eps):
     from cut_cross_entropy import linear_cross_entropy
 
-    return lambda h, w, y, up: -(linear_cross_entropy(h, w, y, reduction="none", impl=impl).float() @ up)
+    options = {"reduction": "none", "impl": "cce", "filter_eps": filter_eps}
+    return lambda h, w, y, up: -(linear_cross_entropy(h, w, y, **options).float() @ up)
 
 
 OURS = {GENERAL: lambda: ours_general, POLICY: lambda: ours_policy}
@@ -142,15 +162,17 @@ ON_CPU = {**OURS, **PLAINS, "TRL": trl, "Liger": liger, "verl": verl_cpu}
 ON_GPU = {
     **OURS,
     **PLAINS,
-    "torch.compile of plain": lambda: torch.compile(plain),
+    "torch.compile of plain": compiled,
     "TRL": trl,
     "Liger": liger,
     "Liger, fallback": lambda: liger(fallback=True),
     "verl": verl_gpu,
     "quack (no entropy)": quack,
-    "cce (no entropy)": lambda: cce("cce"),
-    "cce_exact (no entropy)": lambda: cce("cce_exact"),
+    "cce (no entropy)": lambda: cce("auto"),
+    "cce_exact (no entropy)": lambda: cce(None),  # `impl="cce_exact"` is not in this version
 }
+OPERATIONS = {POLICY: (2, 4), "quack (no entropy)": (6, 0)}
+"""multiples of N·H·V, for all rows and for live ones; (2, 6) for all others"""
 
 
 # Measuring
@@ -175,6 +197,8 @@ def gradients(contestant, problem):
 
 def timed(contestant, problem):
     """Seconds of one forward and backward pass."""
+    if problem[0].is_cuda:
+        gradients(contestant, problem)  # after another contestant, memory has to be found anew: not part of the time
     _synchronize(problem)
     started = time.perf_counter()
     gradients(contestant, problem)
@@ -255,8 +279,13 @@ def contest(makers, problem, rounds):
         }
     del true
     for _ in range(rounds):
-        for name, contestant in contestants.items():
-            rows[name]["seconds"].append(timed(contestant, problem))
+        for name, contestant in list(contestants.items()):
+            try:
+                rows[name]["seconds"].append(timed(contestant, problem))
+            except Exception as error:
+                rows[name] = {"does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
+                del contestants[name]
+                continue
             print(f"  {name}: {rows[name]['seconds'][-1]:.3f} s", flush=True)
     return rows
 
@@ -287,7 +316,8 @@ def run_crossover(args):
     return cases
 
 
-def run_gpu(args):
+def run_gpu(args, keep):
+    """All cases on a GPU; `keep` is called with the results so far."""
     matrix = torch.randn(16_384, 16_384, device="cuda", dtype=torch.bfloat16)
     rates = []
     for _ in range(10):
@@ -297,18 +327,21 @@ def run_gpu(args):
         torch.cuda.synchronize()
         rates.append(2 * 16_384**3 / (time.perf_counter() - started))
     del matrix
-    cases = []
-    for H in (896, 2048, 3584):
+    cases, best = [], max(rates)
+    for H in args.hidden_sizes:
         for peaked in (False, True):
             for live in (1.0, 0.5):
                 problem = make_problem(16_384, H, torch.bfloat16, peaked, "cuda", live)
                 case = {"N": 16_384, "H": H, "logits": "peaked" if peaked else "flat", "live": live}
                 print(case)
-                floors = {GENERAL: 2 + 6 * live, POLICY: 2 + 4 * live}
-                case["floor_seconds"] = {k: n * 16_384 * H * V / max(rates) for k, n in floors.items()}
-                cases.append(case | {"contestants": contest(ON_GPU, problem, args.rounds)})
+                rows = contest(ON_GPU, problem, args.rounds)
+                for name, row in rows.items():
+                    every, of_live = OPERATIONS.get(name, (2, 6))
+                    row["floor_seconds"] = (every + of_live * live) * 16_384 * H * V / best
+                cases.append(case | {"contestants": rows})
+                keep({"operations_per_second": best, "cases": cases})
+                del problem
                 torch.cuda.empty_cache()
-    return {"operations_per_second": max(rates), "cases": cases}
 
 
 def run_step(device):
@@ -403,13 +436,13 @@ def gpu_table(gpu):
                 lines.append(f"{start}| {row['does_not_run']} | | | |")
                 continue
             best = min(row["seconds"])
-            ratio = best / case["floor_seconds"].get(name, case["floor_seconds"][GENERAL])
+            ratio = best / row["floor_seconds"]
             lines.append(
                 f"{start}| {1e3 * best:.1f} | {ratio:.2f} | {row['extra_memory_bytes'] / 2**20:,.0f} "
                 f"| {row['gradient_error']:.1e} |"
             )
     rate = gpu["operations_per_second"] / 1e12
-    return "\n".join(lines) + f"\n\nFloors at {rate:.0f} TFLOP/s; a peer's ratio is to the general form's."
+    return "\n".join(lines) + f"\n\nFloors at {rate:.0f} TFLOP/s, for the operations that each has to do."
 
 
 def step_table(steps):
@@ -423,7 +456,9 @@ def step_table(steps):
 
 
 def report(results):
-    cpu = "\n\n".join(map(cpu_table, results["cpu"]))
+    cpu = "\n\n".join(map(cpu_table, results.get("cpu", []))) or "not run"
+    crossover = crossover_table(results["crossover"]) if "crossover" in results else "not run"
+    step = step_table(results["step"]) if "step" in results else "not run"
     return f"""# Log-probs from hidden states: time, memory, error
 
 Forward and backward pass, gradients to h and W; least of {results["rounds"]} interleaved rounds. "plain" computes
@@ -431,7 +466,7 @@ log-prob and entropy, as do all contestants unless it says otherwise.
 
 ## On a GPU (N = 16,384, V = {V:,}, bf16)
 
-{gpu_table(results["gpu"])}
+{gpu_table(results.get("gpu"))}
 
 ## On a CPU
 
@@ -440,14 +475,14 @@ log-prob and entropy, as do all contestants unless it says otherwise.
 Which way for which vocabulary: the sliced walk's time as a multiple of the plain expression's (float32 logits and
 entropy, as `common/logprobs.py` has it; H = 896), by V. From V = {LARGE_VOCABULARY:,} on the slices are taken:
 
-{crossover_table(results["crossover"])}
+{crossover}
 
 ## Peak memory of a training step ({results["step_device"]}, float32, V = {V:,})
 
 Forward and backward pass of a model whose backbone is small. "This repository" computes entropies too, and "plain" the
 log-probs alone; "not run" where the machine's free memory is too small for it.
 
-{step_table(results["step"])}
+{step}
 
 ```
 {results["environment"].strip()}
@@ -466,18 +501,22 @@ def main(args):
         except PackageNotFoundError:
             environment += f"{package}: not installed\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {
-        "environment": environment,
-        "rounds": args.rounds,
-        "step_device": device,
-        "step": run_step(device),
-        "cpu": run_cpu(args),
-        "crossover": run_crossover(args),
-        "gpu": run_gpu(args) if device == "cuda" else None,
-    }
+    results = {"environment": environment, "rounds": args.rounds, "step_device": device}
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "report.md").write_text(report(results))
+
+    def keep(part, result):
+        results[part] = result
+        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        (args.output / "report.md").write_text(report(results))
+
+    if "gpu" in args.parts and device == "cuda":
+        run_gpu(args, partial(keep, "gpu"))
+    if "step" in args.parts:
+        keep("step", run_step(device))
+    if "cpu" in args.parts:
+        keep("cpu", run_cpu(args))
+    if "crossover" in args.parts:
+        keep("crossover", run_crossover(args))
     print(report(results))
 
 
