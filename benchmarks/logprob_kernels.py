@@ -383,8 +383,11 @@ def _our_step(model, batch):
 def _plain_step(model, batch):
     """The least that plain PyTorch can do: logits, log-softmax and its gradient, three times N × V, and no entropy."""
     tokens_BT, attention_BT, targets_BT, mask_BT = batch
-    hidden_NH, weight_VH = logprobs._hidden_and_head(model, tokens_BT, attention_BT, mask_BT, "float32")
-    plain(hidden_NH, weight_VH, targets_BT[mask_BT], torch.ones(len(hidden_NH)).to(hidden_NH), entropy=False).backward()
+    everywhere = logprobs._places(mask_BT)
+    hidden_NH, weight_VH = logprobs._hidden_and_head(model, tokens_BT, attention_BT, everywhere, "float32")
+    plain(
+        hidden_NH, weight_VH, targets_BT.flatten(), torch.ones(len(hidden_NH)).to(hidden_NH), entropy=False
+    ).backward()
 
 
 # Reporting

@@ -52,9 +52,10 @@ def token_logprobs(model, inputs_BT, attention_BT, targets_BT, mask_BT, temperat
 
     Returns `logprobs_BT` (differentiable) and `entropy_BT` (detached), float32, exactly 0 outside the mask.
     """
-    hidden_NH, weight_VH = _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision)
-    logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_BT[mask_BT], temperature)
-    return _spread(logprobs_N, mask_BT), _spread(entropy_N.detach(), mask_BT)
+    places_N = _places(mask_BT)
+    hidden_NH, weight_VH = _hidden_and_head(model, inputs_BT, attention_BT, places_N, precision)
+    logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_BT.flatten()[places_N], temperature)
+    return _spread(logprobs_N, places_N, mask_BT), _spread(entropy_N.detach(), places_N, mask_BT)
 
 
 def token_policy_loss(
@@ -69,19 +70,20 @@ def token_policy_loss(
     Returns `loss` (a scalar; its backward gives the gradients of all weights), and detached, float32 and exactly 0
     outside the mask, `logprobs_BT`, `entropy_BT`, and `slopes_BT`, the derivative of each token's loss by its log-prob.
     """
-    hidden_NH, weight_VH = _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision)
+    places_N = _places(mask_BT)
+    hidden_NH, weight_VH = _hidden_and_head(model, inputs_BT, attention_BT, places_N, precision)
     loss, *results_N = policy_loss(
         hidden_NH,
         weight_VH,
-        targets_BT[mask_BT],
+        targets_BT.flatten()[places_N],
         temperature,
-        lambda logprobs_N: per_token_loss(_spread(logprobs_N, mask_BT))[mask_BT],
+        lambda logprobs_N: per_token_loss(_spread(logprobs_N, places_N, mask_BT)).flatten()[places_N],
     )
-    return loss, *(_spread(result_N, mask_BT) for result_N in results_N)
+    return loss, *(_spread(result_N, places_N, mask_BT) for result_N in results_N)
 
 
-def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
-    """The backbone's hidden states of the response tokens, in the dtype of the products, and the head's weight."""
+def _hidden_and_head(model, inputs_BT, attention_BT, places_N, precision):
+    """The backbone's hidden states at places of B·T, in the dtype of the products, and the head's weight."""
     padding = {}  # on the right it comes after all that is read, where causal attention does not look
     if not attention_BT[:, 0].all():
         # A token's position is the number of real tokens before it.
@@ -90,7 +92,7 @@ def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
     with autocast(inputs_BT.device.type, precision):
         hidden_BTH = model.base_model(input_ids=inputs_BT, use_cache=False, **padding).last_hidden_state
     head = model.get_output_embeddings()
-    hidden_NH, weight_VH = hidden_BTH[mask_BT], head.weight
+    hidden_NH, weight_VH = hidden_BTH.flatten(0, 1)[places_N], head.weight
     if getattr(head, "bias", None) is not None:  # one more feature, which is always 1
         hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], dim=1)
         weight_VH = torch.cat([weight_VH, head.bias.unsqueeze(1)], dim=1)
@@ -98,9 +100,14 @@ def _hidden_and_head(model, inputs_BT, attention_BT, mask_BT, precision):
     return hidden_NH.to(dtype), weight_VH
 
 
-def _spread(values_N, mask_BT):
-    """The values at their places in [B, T], 0 elsewhere."""
-    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
+def _places(mask):
+    """Where the mask is true, as indices into the flattened mask (whose every use would have a GPU wait for it)."""
+    return mask.flatten().nonzero().squeeze(1)
+
+
+def _spread(values_N, places_N, mask):
+    """The values at their places in the shape of the mask, 0 elsewhere."""
+    return values_N.new_zeros(mask.numel()).index_copy(0, places_N, values_N).view(mask.shape)
 
 
 # For hidden states: the two forms
@@ -124,8 +131,9 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature):
     _check(hidden_NH, weight_VH, targets_N, temperature)
     counted_N = targets_N >= 0
     if not counted_N.all():
-        results = logprobs_and_entropy(hidden_NH[counted_N], weight_VH, targets_N[counted_N], temperature)
-        return tuple(_spread(result_N, counted_N) for result_N in results)
+        places = _places(counted_N)
+        results = logprobs_and_entropy(hidden_NH[places], weight_VH, targets_N[places], temperature)
+        return tuple(_spread(result, places, counted_N) for result in results)
     if hidden_NH.is_cuda:
         from common import logprob_kernels  # triton is for GPUs; a CPU does without
 
@@ -153,14 +161,15 @@ def policy_loss(hidden_NH, weight_VH, targets_N, temperature, per_token_loss):
     _check(hidden_NH, weight_VH, targets_N, temperature)
     counted_N = targets_N >= 0
     if not counted_N.all():
+        places = _places(counted_N)
         loss, *results = policy_loss(
-            hidden_NH[counted_N],
+            hidden_NH[places],
             weight_VH,
-            targets_N[counted_N],
+            targets_N[places],
             temperature,
-            lambda logprobs: per_token_loss(_spread(logprobs, counted_N))[counted_N],
+            lambda logprobs: per_token_loss(_spread(logprobs, places, counted_N))[places],
         )
-        return loss, *(_spread(result, counted_N) for result in results)
+        return loss, *(_spread(result, places, counted_N) for result in results)
     if hidden_NH.is_cuda:
         from common import logprob_kernels
 
