@@ -16,7 +16,6 @@ import os
 import queue
 import signal
 import threading
-import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import wait
@@ -62,7 +61,6 @@ class OverlappedRollouts:
         self.weights = SharedWeights(model, num_slots=-(-plan.sync_offset // plan.sync_interval) + 1)
         self.slot_of = {}  # version: its slot, for the versions still needed
         self.published = None  # the newest version the sampler has been told of
-        self.resumed = False
         self.last_arrived = 0
         self.waiting = {}  # batches that have arrived but not been trained on, by number
 
@@ -87,12 +85,14 @@ class OverlappedRollouts:
         threading.Thread(target=_read_into, args=(self.inbox, self.connection), daemon=True).start()
         self._trainer, self._on_child_before = os.getpid(), signal.signal(signal.SIGCHLD, self._on_child_exit)
         try:
+            for version in sorted(self.slot_of):  # of a resumed run, in the order they were published
+                # One whose batches have all been drawn is over for the sampler: its slot may be written at any time.
+                if self.plan.batches_of(version)[-1] > self.last_arrived:
+                    with parameters_from(self.model, self.weights.slots[self.slot_of[version]]):
+                        manifest = self.describe and self.describe(self.model, version)
+                    self._announce(version, manifest)
             if self.published is None:
                 self.publish(0)
-            for version in sorted(self.slot_of) if self.resumed else []:  # in the order they were published
-                with parameters_from(self.model, self.weights.slots[self.slot_of[version]]):
-                    manifest = self.describe and self.describe(self.model, version)
-                self._announce(version, manifest)
         except BaseException:
             self.__exit__()
             raise
@@ -126,10 +126,10 @@ class OverlappedRollouts:
 
     def publish(self, update):
         """The model's weights are now those after `update`: hand them over if that is a version of the schedule."""
-        if not is_due(update, self.plan.sync_interval):
-            return
         for version in [v for v in self.slot_of if self.plan.batches_of(v)[-1] <= update]:
             del self.slot_of[version]  # all its batches have been trained on
+        if not is_due(update, self.plan.sync_interval):
+            return
         slot = min(set(range(len(self.weights.slots))) - set(self.slot_of.values()))
         self.weights.write(slot, update, self.model)
         self.slot_of[update], self.published = slot, update
@@ -156,7 +156,7 @@ class OverlappedRollouts:
                 "CUDA_VISIBLE_DEVICES hides other GPUs."
             )
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
-        self.last_arrived, self.published, self.resumed = state["last_arrived"], state["published"], True
+        self.last_arrived, self.published = state["last_arrived"], state["published"]
         for slot, (version, tensors) in enumerate(state["weights"].items()):
             for name, tensor in tensors.items():
                 self.weights.slots[slot][name].copy_(tensor)
@@ -175,14 +175,14 @@ class OverlappedRollouts:
 
     def _receive(self):
         """Wait for the sampler's next message, but no longer than its heart beats."""
-        beat, beat_at = self.weights.heartbeat.item(), time.monotonic()
-        timeout = self.timeout if beat else max(self.timeout, START_UP_SECONDS)
+        beat, silent, nap = self.weights.heartbeat.item(), 0.0, min(1.0, self.timeout)
         while True:
             with contextlib.suppress(queue.Empty):
-                return self.inbox.get(timeout=min(1.0, timeout))
-            if (now_at := self.weights.heartbeat.item()) != beat:
-                beat, beat_at, timeout = now_at, time.monotonic(), self.timeout
-            elif time.monotonic() - beat_at > timeout:
+                return self.inbox.get(timeout=nap)
+            before, beat = beat, self.weights.heartbeat.item()
+            silent = silent + nap if beat == before else 0.0  # naps: time for which we were stopped does not count
+            timeout = self.timeout if beat else max(self.timeout, START_UP_SECONDS)
+            if silent >= timeout:
                 raise RunStopped(
                     f"The sampler's process has not decoded a token for {timeout:g} s while {self._its_work()}: look "
                     "for what blocks it; --resume continues from the last checkpoint, with more --sampler-timeout if "

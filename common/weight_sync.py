@@ -46,13 +46,19 @@ class Manifest:
 
 
 def describe(model, version, precision):
-    """The `Manifest` of the model's present weights, called `version`."""
+    """The `Manifest` of the model's present weights, called `version`. Raises `RunStopped` if they are not finite."""
     started = time.perf_counter()
     # Random tokens touch more of the embeddings than real text would.
     generator = torch.Generator().manual_seed(0)
     probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
-    logprobs = logprobs_of(model, probe, precision).tolist()
+    logprobs = logprobs_of(model, probe, precision)
+    if not logprobs.isfinite().all():
+        raise RunStopped(
+            f"The policy's weights or logits are no longer finite (version {version}): look at loss and grad_norm in "
+            "the run's metrics.jsonl, and start a new run with a lower --learning-rate."
+        )
+    logprobs = logprobs.tolist()
     return Manifest(version, checksums, probe, logprobs, TOLERANCE[precision], time.perf_counter() - started)
 
 
@@ -127,8 +133,9 @@ def canary(sampler, model, precision):
 
     def follows(changed):
         with perturbed(model, changed):
+            manifest = describe(model, 0, precision)
             sampler.use_weights(dict(model.named_parameters()))
-            return _gap(sampler, manifest := describe(model, 0, precision)) <= manifest.tolerance
+            return _gap(sampler, manifest) <= manifest.tolerance
 
     if not follows(names):
         stale = [name for name in names if not follows([name])]  # one by one, only now, to name them

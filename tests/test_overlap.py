@@ -38,6 +38,7 @@ from common.sampler_process import OverlappedRollouts
 from common.samplers import Sampler, Samples
 from common.schedule import version_of_batch
 from common.shared_weights import ALIGNMENT, SharedWeights, point_parameters
+from common.weight_sync import Manifest, checksum
 
 NUM_STEPS = 7
 
@@ -203,6 +204,21 @@ class NotingSampler(Sampler):
         return Samples(responses, [[-1.0]] * len(responses), [False] * len(responses))
 
 
+class SlowlyStartingSampler(NotingSampler):
+    """Takes as long to start as an engine does, compared with a step; its probes are always right."""
+
+    def __init__(self):
+        time.sleep(2)
+
+    def score(self, sequences):
+        return [[0.0] for _ in sequences]
+
+
+def manifest_of(model, version):
+    checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
+    return Manifest(version, checksums, [[0, 1]], [0.0], 1e-4, 0.0)
+
+
 PROMPTS = [[index] for index in range(10)]
 
 
@@ -258,6 +274,28 @@ def test_every_batch_is_drawn_from_the_weights_of_its_version(schedule):
             assert {response[0] for response in batch.responses} == {version_of_batch(step, *schedule)}
             set_weights(model, step)
             continued.publish(step)
+
+
+def test_a_resumed_sampler_may_start_later_than_the_next_weights_come():
+    # Batch 2 was drawn before the checkpoint: the sampler has no more to do with version 1, whose only slot gets
+    # version 2 while the sampler is still starting.
+    model, rollouts = make_rollouts(1, 0)
+    set_weights(model, 0)
+    with rollouts:
+        rollouts.next(1)
+        set_weights(model, 1)
+        rollouts.publish(1)
+        wait_for(lambda: rollouts.state()["last_arrived"] == 2)
+        state = rollouts.state()
+
+    _, continued = make_rollouts(1, 0)
+    continued.model, continued.make_sampler, continued.describe = model, SlowlyStartingSampler, manifest_of
+    continued.load_state(state)
+    with continued:
+        assert continued.next(2).responses[0] == [1]
+        set_weights(model, 2)
+        continued.publish(2)
+        assert continued.next(3).responses[0] == [2]
 
 
 def test_a_version_that_was_never_published_raises():
