@@ -48,8 +48,10 @@ def truth(hidden, weight, targets, temperature, dlogprobs, dentropy):
 def assert_close(found, expected, dtype, scale=1.0):
     """Log-probs and entropies, then gradients; `scale` widens the first for logits that are large by themselves."""
     mean, largest, norm = (1e-3, 1e-2, 3e-3) if dtype == BF16 else (1e-5, 1e-5, 1e-5)
-    if len(found[0]) < 10:  # where a few numbers make up the norm, roundings do not average out
-        norm *= 4
+    # Where few numbers make up an average or a norm, roundings do not average out. (4,000 bf16 problems of one row, in
+    # slices: log-prob errors 2e-4 on average and 2e-3 at most, entropy errors 3e-4 and 3e-3, one in twenty above 1e-3.)
+    if len(found[0]) < 10:
+        mean, norm = largest, 4 * norm
     for x, y in zip(found[:2], expected[:2], strict=True):
         assert x.dtype == F32
         error = (x - y).abs()
