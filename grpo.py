@@ -59,7 +59,6 @@ from common.models import (
     load_config,
     load_model,
     load_tokenizer,
-    padding_id,
     save_model,
 )
 from common.products import use_threads
@@ -237,7 +236,7 @@ def main(args):
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)  # a step without any gradient still moves by momentum
     eos_ids = end_of_sequence_ids(model, tokenizer)
-    pad_id = padding_id(tokenizer, eos_ids, model.config.vocab_size)
+    pad_id = 0  # any token will do: masks come from lengths
     sampler = TransformersSampler(model, eos_ids, pad_id, args.max_response_tokens, args.temperature, precision)
     batch_shape = (args.prompts_per_step, args.group_size)
     plan = RolloutPlan(prompts, *batch_shape, *schedule, args.seed)

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer, padding_id
+from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
 from common.products import use_threads
 from common.runlog import describe_environment
 from common.samplers import TransformersSampler
@@ -45,7 +45,7 @@ def main(args):
     _, prompts = encode_problems(load_task("addition"), "train", tokenizer, 1024, "drop")
     prompts = prompts[:32]
     eos_ids = end_of_sequence_ids(model, tokenizer)
-    pad_id = padding_id(tokenizer, eos_ids, model.config.vocab_size)
+    pad_id = tokenizer.pad_token_id  # no response holds it, by which those of `generate` are counted
     sampler = TransformersSampler(model, eos_ids, pad_id, max_tokens=64, temperature=1.0)
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": [prompt for prompt in prompts for _ in range(8)]}, return_tensors="pt")

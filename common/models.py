@@ -175,9 +175,3 @@ def end_of_sequence_ids(model, tokenizer):
     ids = model.generation_config.eos_token_id
     ids = ids if isinstance(ids, list) else [ids]
     return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
-
-
-def padding_id(tokenizer, eos_ids, vocab_size):
-    """An id to fill padding with. Which it is never matters, masks come from lengths; but the model must have it."""
-    own = tokenizer.pad_token_id
-    return own if own is not None and own < vocab_size else min(eos_ids, default=0)

@@ -67,6 +67,12 @@ class Addition(Task):
     Training and held-out problems are disjoint by construction: a checksum of the prompt decides which one it is.
     """
 
+    def __init__(self, data="", eval_data="", eval_size=256):
+        super().__init__(data, eval_data, eval_size)
+        if data or eval_data:
+            option = f"--data {data}" if data else f"--eval-data {eval_data}"
+            raise BadInput(f"{option}: the task addition makes its own problems; give --task gsm8k, or leave it out.")
+
     def problems(self, split):
         wanted = {"train": 8192, "eval": self.eval_size}[split]
         rng = random.Random(f"addition {split}")
@@ -170,10 +176,6 @@ TASKS = {"addition": Addition, "gsm8k": GSM8K}
 
 def load_task(name, data="", eval_data="", eval_size=256):
     """The task called `name`: "addition", "gsm8k", or "path/to/file.py:ClassName". Raises `BadInput`."""
-    if name == "addition" and (data or eval_data):
-        raise BadInput(
-            f"--data {data or eval_data}: the task addition makes its own problems; give --task gsm8k, or leave it out."
-        )
     if name in TASKS:
         return TASKS[name](data, eval_data, eval_size)
     path, colon, class_name = name.rpartition(":")
