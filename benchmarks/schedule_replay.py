@@ -5,28 +5,29 @@
     python benchmarks/schedule_replay.py --run runs/NAME          the times of a run's own steps
 
 Assumptions, all of them:
-- One sampler and one trainer, which do not slow each other down. The sampler draws one batch at a time, in order.
-- Batch k is drawn as soon as the sampler is free and the weights of version(k) have arrived (common/schedule.py).
+- One sampler and one trainer, which do not slow each other down. The sampler works on one batch at a time, in order.
+- Batch k is sampled as soon as the sampler is free and the weights of version(k) have arrived (`common/sampling`).
+  With (I, O) = (1, 0) the two take turns, whether they are one process or two.
 - Step k begins when step k − 1 has ended and batch k is there. It is `train` seconds of grading and training and, after
   every I-th update, `sync` seconds in which the trainer hands over the weights; the sampler can use them after it.
-- How long a batch takes to draw, or to train on, does not depend on the schedule. (In training it does, a little: a
-  staler policy may give shorter or longer answers. Evaluation and checkpoints are left out.) With `--run`, the run was
-  sampled by `transformers`: a vLLM engine draws the batches of a version together, and no batch has a time of its own.
+- How long it takes to sample a batch, or to train on it, does not depend on the schedule. (In a real run it does, a
+  little: an older policy may give shorter or longer responses.) Evaluation and checkpoints are left out.
+- With `--run`, the run sampled with transformers: vLLM samples the batches of a version together, so that none has a
+  time of its own.
 """
 
 import random
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.runlog import read_metrics
-from common.schedule import is_due, version_of_batch
+from benchmarks.reporting import column, read_steps, table
+from common.sampling import version_of_batch
 
 MODES = {  # label: (sync_interval, sync_offset)
     "Sync (1)": (1, 0),
@@ -66,7 +67,7 @@ def replay(sample, train, sync, sync_interval, sync_offset):
         start = max(trainer_free, sampler_free)
         trainer_free = start + train_seconds
         training.append((start, trainer_free))
-        if is_due(k, sync_interval):
+        if k % sync_interval == 0:
             syncing.append((trainer_free, trainer_free + sync_seconds))
             trainer_free += sync_seconds
             version_ready[k] = trainer_free
@@ -75,35 +76,34 @@ def replay(sample, train, sync, sync_interval, sync_offset):
 
 
 def shortest_step(sample, train, sync_interval, sync_offset):
-    """Seconds per step in the long run, where every batch takes S to draw and T to train on, and a sync nothing.
+    """Seconds per step in the long run, where every batch takes S to sample and T to train on, and a sync nothing.
 
-    (I max(S, T) + min(S, T)) / I for (I, 0): within an interval the slower of the two is always busy, and after its
-    end the sampler's first batch, or the trainer's last, is waited for. max(S, T) for (1, 1).
+    (I max(S, T) + min(S, T)) / I for (I, 0): within an interval the slower of the two is always busy, and at its end
+    the other one is waited for once, for one batch. max(S, T) for (1, 1).
     """
     steps = 100 * sync_interval
     finished = replay([sample] * 2 * steps, [train] * 2 * steps, [0.0] * 2 * steps, sync_interval, sync_offset)
     return (finished.training[-1][1] - finished.training[steps - 1][1]) / steps
 
 
-def times_of_run(run_dir):
-    """(sample, train, sync) of every step of a run, as `replay` takes them; grading counts as training."""
-    records = [record for record in read_metrics(run_dir) if record["step"] > 0]
-    train = [record["time/grade"] + record["time/train"] for record in records]
-    return [record["time/sample"] for record in records], train, [record["time/sync"] for record in records]
+def times_of_steps(records):
+    """(sample, train, sync), arrays of seconds per step, as `replay` takes them; grading counts as training."""
+    train = column(records, "time/grade") + column(records, "time/train")
+    return column(records, "time/sample"), train, column(records, "time/sync")
 
 
 @dataclass
 class Args:
     sample: float = 1.0
-    """seconds to draw a batch"""
+    """seconds to sample a batch"""
     train: float = 1.0
     """seconds to grade a batch and train on it"""
     sync: float = 0.0
     """seconds to hand over the weights"""
     slow_share: float = 0.0
-    """share of the batches whose longest answer keeps the sampler; chosen at random, the same for every mode"""
+    """share of the batches with a response that takes the sampler longer; chosen at random, the same for every mode"""
     slow_factor: float = 3.0
-    """how much longer such a batch takes to draw"""
+    """how much longer such a batch takes to sample"""
     steps: int = 1000
     """how many steps to replay"""
     run: str = ""
@@ -112,25 +112,25 @@ class Args:
 
 def main(args):
     if args.run:
-        sample, train, sync = times_of_run(args.run)
-        due = [seconds for seconds in sync if seconds > 1e-4]  # steps without a sync take microseconds
-        sync = [statistics.median(due) if due else 0.0] * len(sync)
+        sample, train, sync = times_of_steps(read_steps(args.run))
+        due = sync[sync > 1e-4]  # steps without a sync take microseconds
+        sync = [float(np.median(due)) if len(due) else 0.0] * len(sync)
     else:
         chance = random.Random(1)
         slow = [chance.random() < args.slow_share for _ in range(args.steps)]
         sample = [args.sample * (args.slow_factor if is_slow else 1.0) for is_slow in slow]
         train, sync = [args.train] * args.steps, [args.sync] * args.steps
-    print("| mode | seconds per step | speed-up | sampler idle | trainer idle | mean lag | largest lag |")
-    print("|---|---|---|---|---|---|---|")
-    baseline = None
-    for label, (interval, offset) in MODES.items():
-        result = replay(sample, train, sync, interval, offset)
-        baseline = baseline or result.seconds
-        print(
-            f"| {label} | {result.seconds / len(sample):.3f} | {baseline / result.seconds:.2f} | "
-            f"{result.idle(result.sampling):.0%} | {result.idle(result.training, result.syncing):.0%} | "
-            f"{statistics.mean(result.lag):.2f} | {max(result.lag)} |"
-        )
+    results = {label: replay(sample, train, sync, *mode) for label, mode in MODES.items()}
+    rows = [
+        [
+            label, f"{result.seconds / len(sample):.3f}", f"{results['Sync (1)'].seconds / result.seconds:.2f}",
+            f"{result.idle(result.sampling):.0%}", f"{result.idle(result.training, result.syncing):.0%}",
+            f"{np.mean(result.lag):.2f}", max(result.lag),
+        ]
+        for label, result in results.items()
+    ]  # fmt: skip
+    header = ["mode", "seconds per step", "speed-up", "sampler idle", "trainer idle", "mean lag", "largest lag"]
+    print(table(header, rows))
 
 
 if __name__ == "__main__":

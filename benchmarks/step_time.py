@@ -1,37 +1,39 @@
 """How long the training steps of the default run take, `grpo.py` against TRL's `GRPOTrainer`.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step_time.py                    about 25 minutes on two idle cores
+    python benchmarks/step_time.py              about 25 minutes on two idle cores
 
-A step is: draw G responses to each of P prompts, grade them, make one update. Both sides get the same model directory,
-the same prompts in the same order, the same reward function, group size, token limit, float32, device (CPU) and number
-of threads. Short runs take turns, A B C D A B C D …, each in a process of its own, so that a machine that slows down
-slows all of them; the first steps of each are dropped as warm-up, and medians over all rounds are compared.
+A step is: sample G responses to each of P prompts, grade them, make one update. Both sides get the same model
+directory, the same prompts in the same order, the same reward function, group size, token limit, float32, device (CPU)
+and number of threads. Short runs take turns, A B C D A B C D …, each in a process of its own, so that a machine that
+slows down slows all of them. The first steps of each are warm-up, and medians over all rounds are compared.
 
 The work of a step changes while a model learns: responses get shorter, and more groups have equal rewards. So the
-default run is made first, and steps are timed with its policy as it stood after several of its steps, at a learning
-rate of 1e-9 on both sides, which keeps the policy as it is: left to learn by themselves, the two sides would soon do
-different work. The time of the whole run follows by the trapezoid rule.
+default run is made first, and steps are timed with its policy as it was after several of its steps, at a learning rate
+of 1e-9 on both sides, which keeps that policy: left to learn by themselves, the two sides would soon do different work.
+The time of the whole run follows by the trapezoid rule.
 
 What is timed:
-- `grpo.py`: `time/step` in its metrics.jsonl, from before sampling to after the update.
+- `grpo.py`: `time/step` in its metrics.jsonl, from before sampling to after the update, without evaluation.
 - TRL: from the trainer's `on_step_begin` to its `on_step_end`. `GRPOTrainer` generates and grades inside its
-  `training_step`, which lies between the two, so the same things are in it. Loading the data and logging lie outside,
-  as they do for `grpo.py`.
+  `training_step`, which is between the two, so this includes the same things. Loading the data and logging are outside,
+  as they are for `grpo.py`.
 
 How TRL is set up, to do the same work at its best:
 - `loss_type="dapo"` is its token mean over the whole batch, the normalisation of `grpo.py`.
 - Gradient checkpointing and bfloat16, both on by default, are off; so are logging, saving and evaluation.
-- Micro-batches are the largest that pay: see `trl_batch_size`.
-- It ends responses at the same EOS ids; the benchmark refuses to report if mean response lengths differ by over 5 %.
-TRL's sampler reports no log-probs, so that it has less to do there; it treats the policy that drew the batch as equal
-to the one being trained. `grpo.py` skips the backward pass of groups whose rewards are all equal, which have no
-gradient; how many there were is in the results for both (`zero_std_groups`).
+- Micro-batches are the fastest size: see `trl_batch_size`.
+- It ends responses at the same EOS ids; nothing is reported if mean response lengths differ by more than 5 %.
+TRL's sampler reports no log-probs, so that it has less to do there; it treats the policy that sampled the batch as
+equal to the one being trained. `grpo.py` skips the backward pass of groups whose rewards are all equal, which have no
+gradient; the report says how many there are.
+
+Writes `report.md`, `step_time.json` with its numbers, and `steps.csv` with every step.
 """
 
-import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -41,37 +43,38 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
+import numpy as np
 import tyro
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # run as a script, the repository's own modules are not yet importable
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
-from common.models import TINY_MODEL, load_model, load_tokenizer
-from common.products import use_threads
-from common.rollouts import problems_of_batch
+from benchmarks import reporting
+from benchmarks.launcher import ROOT
+from common.kernels.cpu import use_threads
+from common.models import load_tokenizer, location
 from common.runlog import describe_environment
-from common.tasks import encode_problems, load_task
+from common.sampling import problems_of_batch
+from common.tasks import load_problems, load_task
 
 DEFAULTS = grpo.Args()  # P, G, token limit, temperature, clipping, seed: whatever grpo.py does when left alone
-WARM_UP_STEPS = 2  # of each run: first allocations, lazy imports
+WARM_UP = 2  # steps of each run: first allocations, lazy imports
 LEARNING_RATE = 1e-9
 BASELINE = "TRL"
-CLAIM = "grpo.py, reference KL"
 VARIANTS = {  # name: (is it TRL?, does it compute the reference's log-probs?)
-    CLAIM: (False, True),
+    "grpo.py, reference KL": (False, True),
     "grpo.py": (False, False),
     BASELINE: (True, False),
     "TRL, reference KL": (True, True),
 }
+MEASURED = ["seconds", "response_length", "reward", "zero_std_groups"]
 
 
 @dataclass
 class Args:
     stages: tuple[int, ...] = (0, 25, 75, 150)
-    """after which steps of the default run to time steps, from 0 to its last; multiples of the checkpoint interval"""
+    """after which steps of the default run to time steps, in increasing order from 0"""
     threads: tuple[int, ...] = (1, 2)
     """numbers of CPU threads to measure with"""
     rounds: int = 2
@@ -81,89 +84,52 @@ class Args:
     trl_batch_size: tuple[int, ...] = (64, 128)
     """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128 and 256 with the
     policies of the first and the last stage"""
-    output: Path = ROOT / "benchmarks" / "results" / "step_time"
-    """where step_time.json and report.md are written"""
+    output: Path = reporting.RESULTS / "step_time"
+    """where report, JSON and CSV go"""
 
 
 def make_stages(stages, directory):
-    """Make the default run and save its policy as it stood after each of these steps. Returns {step: model directory}.
-
-    Exits for steps of which there is no checkpoint, and unless the first and the last step are among them.
-    """
-    known = range(0, DEFAULTS.num_steps + 1, DEFAULTS.checkpoint_interval)
-    if not {0, DEFAULTS.num_steps} <= set(stages) <= set(known):
-        sys.exit(f"--stages {stages}: give 0 and {DEFAULTS.num_steps}, and others of {list(known)} as you like.")
-    run_dir = Path(directory) / "default"
-    options = ["--keep-checkpoints", str(DEFAULTS.num_steps), "--device", "cpu", "--precision", "float32"]
-    run_child([sys.executable, str(ROOT / "grpo.py"), "--output", directory, "--name", "default", *options], threads=2)
-    model = load_model(TINY_MODEL, "", torch.device("cpu"), gradient_checkpointing=False)
-    tokenizer, directories = load_tokenizer(TINY_MODEL), {}
-    for stage in stages:
-        if stage:
-            path = run_dir / "checkpoints" / f"step_{stage:06d}.pt"
-            model.load_state_dict(torch.load(path, weights_only=True)["model"])
-        directories[stage] = str(Path(directory) / f"after_{stage}")
-        model.save_pretrained(directories[stage])
-        tokenizer.save_pretrained(directories[stage])
+    """Make the default run up to the last stage, and keep its policy after each. Returns {stage: model directory}."""
+    directories = {0: location(DEFAULTS.model)}
+    options = ["--output", directory, "--name", "default", "--device", "cpu", "--precision", "float32"]
+    for stage in stages[1:]:
+        run_child([str(ROOT / "grpo.py"), "--num-steps", str(stage), *options], threads=2)
+        options = ["--resume", f"{directory}/default"]
+        directories[stage] = f"{directory}/after_{stage}"
+        shutil.copytree(f"{directory}/default/model", directories[stage])
     return directories
 
 
 def run_grpo(model, threads, reference, steps, directory):
-    """Run `grpo.py` for a few steps and read what it logged. Returns one dict per step, warm-up included."""
+    """Run `grpo.py` for a few steps. Returns a list of `MEASURED` per step, warm-up included."""
     options = {
-        "model": model,
-        "threads": threads,
-        "num-steps": steps,
-        "learning-rate": LEARNING_RATE,
-        "device": "cpu",
-        "precision": "float32",
-        # Evaluation and checkpoints are outside the timed part, but not outside the whole.
-        "eval-size": 1,
-        "eval-interval": steps,
-        "checkpoint-interval": steps,
-        "output": directory,
-        "name": "run",
-    }
-    command = [sys.executable, str(ROOT / "grpo.py"), "--serial"]  # one process, so that the threads are all there are
-    command.append("--reference-kl" if reference else "--no-reference-kl")
+        "model": model, "threads": threads, "num-steps": steps, "learning-rate": LEARNING_RATE, "device": "cpu",
+        "precision": "float32", "eval-size": 1, "eval-interval": steps, "checkpoint-interval": steps,
+        "output": directory, "name": "run",
+    }  # fmt: skip
+    command = [str(ROOT / "grpo.py"), "--reference-kl" if reference else "--no-reference-kl"]
     run_child(command + [f"--{name}={value}" for name, value in options.items()], threads)
-    lines = (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()
-    return [
-        {
-            "seconds": record["time/step"],
-            "response_length": record["response_length/mean"],
-            "reward": record["reward/mean"],
-            "zero_std_groups": record["reward/zero_std_groups"],
-        }
-        for record in map(json.loads, lines)
-        if "time/step" in record
-    ]
+    keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups")
+    return [[record[key] for key in keys] for record in reporting.read_steps(f"{directory}/run")]
 
 
-def run_trl(model, threads, reference, steps, batch_size, directory):
-    """Run `train_with_trl` in a process of its own. Returns one dict per step, warm-up included."""
-    child = {
-        "model": model,
-        "threads": threads,
-        "reference": reference,
-        "steps": steps,
-        "batch_size": batch_size,
-        "directory": directory,
-    }
-    run_child([sys.executable, __file__, "--trl-child", json.dumps(child)], threads)
-    return json.loads((Path(directory) / "steps.json").read_text())
+def run_trl(model, threads, reference, steps, directory, batch_size):
+    """Run `train_with_trl` in a process of its own. Returns a list of `MEASURED` per step, warm-up included."""
+    arguments = [model, threads, reference, steps, directory, batch_size]
+    run_child([__file__, "--trl-child", json.dumps(arguments)], threads)
+    return json.loads(Path(directory, "steps.json").read_text())
 
 
 def run_child(command, threads):
-    """Run a command with that many threads in every library that has its own; its output shows only if it fails."""
+    """Run a script with that many threads in every library that has its own; its output shows only if it fails."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
     environment = os.environ | limits | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def train_with_trl(model, threads, reference, steps, batch_size, directory):
+def train_with_trl(model, threads, reference, steps, directory, batch_size):
     """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json` into `directory`."""
     from datasets import Dataset  # the parent process needs none of this
     from transformers import TrainerCallback
@@ -172,38 +138,27 @@ def train_with_trl(model, threads, reference, steps, batch_size, directory):
     use_threads(threads)
     tokenizer = load_tokenizer(model)
     task = load_task(DEFAULTS.task)
-    problems, _ = encode_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens, DEFAULTS.long_prompts)
-    order = [
-        index
-        for step in range(1, steps + 1)
-        for index in problems_of_batch(step, len(problems), DEFAULTS.prompts_per_step, DEFAULTS.seed)
-    ]
+    problems = load_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens).problems
+    P, G = DEFAULTS.prompts_per_step, DEFAULTS.group_size
+    order = [i for k in range(1, steps + 1) for i in problems_of_batch(k, len(problems), P, DEFAULTS.seed)]
     dataset = Dataset.from_list([{"prompt": problems[index]["prompt"], "problem": index} for index in order])
     records = []
 
     def reward(completions, completion_ids, problem, **_):
         rewards = task.rewards([problems[index] for index in problem], completions)
-        groups = [rewards[i : i + DEFAULTS.group_size] for i in range(0, len(rewards), DEFAULTS.group_size)]
-        records.append(
-            {
-                "response_length": statistics.mean(map(len, completion_ids)),
-                "reward": statistics.mean(rewards),
-                "zero_std_groups": statistics.mean(len(set(group)) == 1 for group in groups),
-            }
-        )
+        equal = [len(set(rewards[i : i + G])) == 1 for i in range(0, len(rewards), G)]
+        records.append([statistics.mean(map(len, completion_ids)), statistics.mean(rewards), statistics.mean(equal)])
         return rewards
 
     class StepTimer(TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.started = time.perf_counter()
-            self.batches_before = len(records)
+            self.started, self.batches_before = time.perf_counter(), len(records)
 
         def on_step_end(self, *_, **__):
-            records[-1]["seconds"] = time.perf_counter() - self.started
-            # What is timed must contain the drawing and grading of exactly one batch.
+            records[-1].insert(0, time.perf_counter() - self.started)
+            # What is timed must contain the sampling and grading of exactly one batch.
             assert len(records) == self.batches_before + 1, "TRL generates outside of the timed part of a step"
 
-    batch = DEFAULTS.prompts_per_step * DEFAULTS.group_size
     config = GRPOConfig(
         output_dir=directory,
         use_cpu=True,
@@ -211,8 +166,8 @@ def train_with_trl(model, threads, reference, steps, batch_size, directory):
         gradient_checkpointing=False,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=batch // batch_size,  # micro-batches per update; one batch is drawn for all of them
-        num_generations=DEFAULTS.group_size,
+        gradient_accumulation_steps=P * G // batch_size,  # micro-batches per update; they share one batch
+        num_generations=G,
         max_completion_length=DEFAULTS.max_response_tokens,
         temperature=DEFAULTS.temperature,
         top_p=1.0,
@@ -232,172 +187,90 @@ def train_with_trl(model, threads, reference, steps, batch_size, directory):
         disable_tqdm=True,
     )
     GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, callbacks=[StepTimer()]).train()
-    (Path(directory) / "steps.json").write_text(json.dumps(records))
-
-
-def whole_run(seconds_per_step):
-    """Seconds of a whole run, {stage: seconds per step} → their integral over the steps, by the trapezoid rule."""
-    stages = sorted(seconds_per_step)
-    return sum((b - a) * (seconds_per_step[a] + seconds_per_step[b]) / 2 for a, b in itertools.pairwise(stages))
-
-
-def summarise(runs, stages, rounds):
-    """One row per number of threads and variant: medians by stage, the whole run, ratios to TRL without a reference."""
-    steps = {}  # by threads, variant and stage, a list of steps per round
-    for run in runs:
-        steps.setdefault((run["threads"], run["variant"], run["stage"]), []).append(run["steps"][WARM_UP_STEPS:])
-
-    def medians(threads, variant, chosen_rounds):
-        def seconds(stage):
-            return [step["seconds"] for r in chosen_rounds for step in steps[threads, variant, stage][r]]
-
-        return {stage: statistics.median(seconds(stage)) for stage in stages}
-
-    rows = []
-    for threads, variant in dict.fromkeys((run["threads"], run["variant"]) for run in runs):
-        ours, trl = (medians(threads, name, range(rounds)) for name in (variant, BASELINE))
-        ours_by_round, trl_by_round = (
-            [whole_run(medians(threads, name, [r])) for r in range(rounds)] for name in (variant, BASELINE)
-        )
-        rows.append(
-            {
-                "threads": threads,
-                "variant": variant,
-                "seconds_per_step": ours,
-                "whole_run_seconds": whole_run(ours),
-                "speed_relative_to_trl": whole_run(trl) / whole_run(ours),
-                "speed_relative_to_trl_by_round": [b / a for a, b in zip(ours_by_round, trl_by_round, strict=True)],
-                "speed_relative_to_trl_by_stage": {stage: trl[stage] / ours[stage] for stage in stages},
-                "policy": {
-                    stage: {
-                        key: statistics.mean(step[key] for r in steps[threads, variant, stage] for step in r)
-                        for key in ("response_length", "reward", "zero_std_groups")
-                    }
-                    for stage in stages
-                },
-            }
-        )
-    return rows
-
-
-def table(rows, stages):
-    """The summary as a Markdown table."""
-    lines = [
-        f"| threads | variant | {' | '.join(f'after {stage}' for stage in stages)} | whole run (s) "
-        "| speed, TRL = 1 (by round) |",
-        f"|---|---|{'---|' * len(stages)}---|---|",
-    ]
-    for row in rows:
-        cells = [
-            f"{row['seconds_per_step'][stage]:.2f} s ({row['speed_relative_to_trl_by_stage'][stage]:.2f} ×)"
-            for stage in stages
-        ]
-        by_round = ", ".join(f"{ratio:.2f}" for ratio in row["speed_relative_to_trl_by_round"])
-        lines.append(
-            f"| {row['threads']} | {row['variant']} | {' | '.join(cells)} | {row['whole_run_seconds']:.0f} "
-            f"| {row['speed_relative_to_trl']:.2f} ({by_round}) |"
-        )
-    return "\n".join(lines)
-
-
-def policy_table(rows, stages):
-    """What the policies of the stages are like: means over all variants, as a Markdown table."""
-    lines = [
-        "| policy after step | response length (tokens) | reward | groups with equal rewards |",
-        "|---|---|---|---|",
-    ]
-    for stage in stages:
-        length, reward, equal = (
-            statistics.mean(row["policy"][stage][key] for row in rows)
-            for key in ("response_length", "reward", "zero_std_groups")
-        )
-        lines.append(f"| {stage} | {length:.1f} | {reward:.2f} | {equal:.0%} |")
-    return "\n".join(lines)
-
-
-def report(args, rows, environment, load):
-    """The text of report.md."""
-    claims = [
-        f"{row['speed_relative_to_trl']:.2f} × on {row['threads']} thread{'s' * (row['threads'] > 1)}"
-        for row in rows
-        if row["variant"] == CLAIM
-    ]
-    about = "\n".join(f"- {key}: {value}" for key, value in environment.items())
-    return f"""# Time of training steps: grpo.py and TRL {version("trl")}
-
-With `grpo.py` logging the KL to the reference and TRL doing without one, `grpo.py` makes the steps of the default run \
-at this multiple of TRL's speed: {" and ".join(claims)}.
-
-Median seconds of a whole step (sample, grade, update) with the policy as it stood after so many steps of the default \
-run, in brackets the speed relative to TRL without a reference:
-
-{table(rows, args.stages)}
-
-The work of a step changes as the policy learns. Responses get shorter, for both sides; and more groups have equal \
-rewards and so no gradient, for which `grpo.py` makes no backward pass, and TRL a full one:
-
-{policy_table(rows, args.stages)}
-
-Each time is a median over {(args.steps - WARM_UP_STEPS) * args.rounds} steps from {args.rounds} rounds of short runs \
-that took turns, on the same model, prompts, reward function, token limit, precision and threads. A learning rate of \
-{LEARNING_RATE:g} keeps each policy as it is. "Reference KL" means that the log-probs of a frozen reference are \
-computed too. The whole run is the sum over its steps, interpolated between the policies measured.
-
-- P = {DEFAULTS.prompts_per_step}, G = {DEFAULTS.group_size}, at most {DEFAULTS.max_response_tokens} tokens, float32; \
-TRL in micro-batches of {" and ".join(map(str, args.trl_batch_size))}
-- load average when started: {load:.2f} (of other work; 0 is an idle machine)
-{about}
-
-Written by `benchmarks/step_time.py`; every step's time is in `step_time.json`.
-"""
+    Path(directory, "steps.json").write_text(json.dumps(records))
 
 
 def main(args):
     load = os.getloadavg()[0]
-    variants = [
-        (stage, threads, batch_size, name, *flags)
-        for stage in args.stages
-        for threads, batch_size in zip(args.threads, args.trl_batch_size, strict=True)
-        for name, flags in VARIANTS.items()
-    ]
-    runs = []
-    with tempfile.TemporaryDirectory() as home, tqdm(total=args.rounds * len(variants), unit="run") as bar:
-        bar.set_postfix_str("the default run, to have its policies")
+    settings = [(threads, name) for threads in args.threads for name in VARIANTS]
+    measured = {}  # by threads, variant, stage and round: a list of `MEASURED` per step
+    total = args.rounds * len(args.stages) * len(settings)
+    with tempfile.TemporaryDirectory() as home, tqdm(total=total, unit="run") as bar:
+        bar.set_postfix_str("the default run, for its policies")
         models = make_stages(args.stages, home)
-        for _ in range(args.rounds):
-            for stage, threads, batch_size, name, is_trl, reference in variants:
-                bar.set_postfix_str(f"{name}, {threads} thread(s), policy after step {stage}")
-                with tempfile.TemporaryDirectory() as directory:
-                    common = (models[stage], threads, reference, args.steps)
-                    steps = run_trl(*common, batch_size, directory) if is_trl else run_grpo(*common, directory)
-                runs.append({"stage": stage, "threads": threads, "variant": name, "steps": steps})
-                bar.update()
+        for round in range(args.rounds):
+            for stage in args.stages:
+                for threads, name in settings:
+                    bar.set_postfix_str(f"{name}, {threads} thread(s), policy after step {stage}")
+                    is_trl, reference = VARIANTS[name]
+                    batch_size = [args.trl_batch_size[args.threads.index(threads)]] if is_trl else []
+                    with tempfile.TemporaryDirectory() as directory:
+                        arguments = (models[stage], threads, reference, args.steps, directory, *batch_size)
+                        measured[threads, name, stage, round] = (run_trl if is_trl else run_grpo)(*arguments)
+                    bar.update()
+    rows = [[*key, k, *values] for key, steps in measured.items() for k, values in enumerate(steps, start=1)]
+    reporting.write_csv(args.output / "steps.csv", ["threads", "variant", "stage", "round", "step", *MEASURED], rows)
+    report, results = write_text(measured, settings, args, load)
+    reporting.write_json(args.output / "step_time.json", summary=results)
+    environment = [line for line in describe_environment().splitlines() if not line.startswith("threads")]
+    environment += [f"{name}: {version(name)}" for name in ("trl", "accelerate")]
+    reporting.write_report(args.output / "report.md", report, "\n".join(environment))
 
-    rows = summarise(runs, args.stages, args.rounds)
-    print(table(rows, args.stages))
-    for stage in args.stages:
-        lengths = [row["policy"][stage]["response_length"] for row in rows]
-        if max(lengths) > 1.05 * min(lengths):
-            sys.exit(f"Nothing is written: mean response lengths differ by over 5 % ({lengths}), so the work differed.")
 
-    environment = dict(line.split(": ", 1) for line in describe_environment().splitlines())
-    del environment["threads"]  # this process's own; the children's are in the table
-    environment |= {package: version(package) for package in ("trl", "accelerate")}
-    results = {
-        "environment": environment,
-        "load_average_before": load,
-        "arguments": vars(args) | {"output": str(args.output)},
-        "summary": rows,
-        "runs": runs,
+def write_text(measured, settings, args, load):
+    # [stages, rounds, steps, what is measured] by setting
+    values = {
+        setting: np.array([[measured[*setting, s, r][WARM_UP:] for r in range(args.rounds)] for s in args.stages])
+        for setting in settings
     }
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "step_time.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "report.md").write_text(report(args, rows, environment, load))
-    print(f"Written to {args.output}/.")
+    policy = np.array([value.mean(axis=(1, 2)) for value in values.values()])[..., 1:]  # [settings, stages, 3]
+    lengths = policy[..., 0]
+    if (lengths.max(axis=0) > 1.05 * lengths.min(axis=0)).any():
+        sys.exit(f"No report: mean response lengths differ by more than 5 % ({lengths}), so the work was not the same.")
+    seconds = {setting: value[..., 0] for setting, value in values.items()}
+
+    def whole_run(per_stage):
+        return np.trapezoid(per_stage, args.stages, axis=0)
+
+    rows, results = [], []
+    for threads, name in settings:
+        ours, theirs = seconds[threads, name], seconds[threads, BASELINE]
+        medians, baseline = np.median(ours, axis=(1, 2)), np.median(theirs, axis=(1, 2))
+        cells = [f"{a:.2f} s ({b / a:.2f} ×)" for a, b in zip(medians, baseline, strict=True)]
+        speed = whole_run(baseline) / whole_run(medians)
+        by_round = whole_run(np.median(theirs, axis=2)) / whole_run(np.median(ours, axis=2))
+        cells += [f"{whole_run(medians):.0f}", f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})"]
+        rows.append([threads, name, *cells])
+        results.append({"threads": threads, "variant": name, "speed_relative_to_trl": float(speed)})
+    header = ["threads", "variant", *(f"after {stage}" for stage in args.stages), "whole run (s)", "speed (by round)"]
+    policies = [
+        [stage, f"{length:.1f}", f"{reward:.2f}", f"{equal:.0%}"]
+        for stage, (length, reward, equal) in zip(args.stages, policy.mean(axis=0), strict=True)
+    ]
+    text = f"""# Time of training steps: grpo.py and TRL {version("trl")}
+
+Median seconds of a whole step (sample, grade, update) with the policy as it was after so many steps of the default run;
+in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL" means that the log-probs
+of a frozen reference are computed too. The whole run is the sum over its {args.stages[-1]} steps, interpolated between
+these policies; its speed is that of the last column.
+
+{reporting.table(header, rows)}
+
+What the policies do, means over all variants. For groups with equal rewards, which have no gradient, `grpo.py` makes no
+backward pass, and TRL a full one.
+
+{reporting.table(["policy after step", "response length (tokens)", "reward", "groups with equal rewards"], policies)}
+
+{args.rounds} rounds of short runs that took turns, {args.steps - WARM_UP} steps of each after warm-up, at a learning
+rate of {LEARNING_RATE:g}. P = {DEFAULTS.prompts_per_step}, G = {DEFAULTS.group_size}, at most
+{DEFAULTS.max_response_tokens} tokens, float32; TRL in micro-batches of {" and ".join(map(str, args.trl_batch_size))}.
+Load average when started: {load:.2f} (of other work; 0 is an idle machine).
+"""
+    return text, results
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--trl-child"]:
-        train_with_trl(**json.loads(sys.argv[2]))
+        train_with_trl(*json.loads(sys.argv[2]))
     else:
         main(tyro.cli(Args, description=__doc__))

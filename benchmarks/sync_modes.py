@@ -3,52 +3,48 @@
     python benchmarks/sync_modes.py             a quarter of an hour on two otherwise idle cores
     python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
 
-Each run has one thread for the sampler and one for the trainer, which work at the same time as far as the schedule
-lets them. Modes are compared by time, so the runs go one after another, on a machine that does nothing else.
+The modes are compared by time, so the runs go one after another, on a machine that does nothing else. Each phase has
+one thread: Sync (1) samples and trains in turns in one process; the other modes have a second process that samples, as
+far as the schedule lets it, while the first one trains. One more run of Sync (1) has two threads for each phase, as by
+default, since with one thread it leaves a core idle.
 
-Writes `benchmarks/results/sync_modes/`: `figure.png`; `timing.png`, who worked when; `curves.csv`, every logged value
-of every step of every run; `environment.txt`; and `report.md`. Stopped half way, the same command continues with what
-is missing (a run that was stopped and resumed has a gap in its time: begin it anew for figures to be published).
+Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and `report.md`. Repeat the
+command to continue where it was stopped. (A run that was itself stopped has a gap in its time: delete its directory
+first.)
 
-Options it does not know go to the training scripts, so that the same command is the recipe for other models and data.
-What a mode would cost with other times: `benchmarks/schedule_replay.py`.
+Options it does not know go to the training scripts, so the same command is the recipe for other models and data. What a
+mode would cost with other times: `benchmarks/schedule_replay.py`.
 """
 
-import csv
 import json
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.algorithms import moving_average
-from benchmarks.launcher import Run, environment_of, run_all
-from benchmarks.schedule_replay import MODES, replay
-from common.runlog import read_metrics
+from benchmarks import reporting
+from benchmarks.launcher import ROOT, Run, run_all
+from benchmarks.reporting import column, moving_average, plt, table
+from benchmarks.schedule_replay import MODES, replay, times_of_steps
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
+ONE, TWO, TEN, OFFSET = MODES
 COLOURS = dict(zip(MODES, ("tab:blue", "tab:green", "tab:red", "tab:purple"), strict=True))
-LEGEND = {
-    **{f"Sync ({i})": f"Sync. (sync_interval={i})" for i in (1, 2, 10)},
-    "One-Step Off-Policy": "One-Step Off-Policy",
-}
 PANELS = {
     "reward/mean": "Reward",
     "response_length/mean": "Response Length",
     "grad_norm": "Gradient Norm",
     "kl/ref_k2": "KL Divergence",
 }
-TWO_THREADS = "Sync (1), both cores in turn"
+TWO_THREADS = f"{ONE}, two threads"
 LONG_TAIL_TOKENS = 384
+WARM_UP = 10  # steps that times leave out, whole intervals in every mode
+PUBLISHED = ROOT / "benchmarks" / "published" / "sync_modes_over_hours.json"
+TIMES = ["mode", "sample", "wait", "grade and train", "sync", "step"]
+TIMES += [f"speed-up over {ONE}", "replayed from its own times", f"replayed from {ONE}'s times"]
 
 
 @dataclass
@@ -56,62 +52,25 @@ class Args:
     steps: int = 120
     """training steps of each run"""
     learning_rate: float = 1e-4
-    """one for all; the scripts' default is for fresh batches and high for batches up to 9 updates old"""
+    """of all runs; the scripts' default is for fresh batches, and high for batches up to 9 updates old"""
     prompts_per_step: int = 16
     """P; with groups of 8, 128 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """seeds of each mode"""
     long_tail_steps: int = 30
-    """steps of each run of the long-tailed setting"""
+    """steps of each run with long responses; of all runs, times leave out the first 10"""
     quick: bool = False
-    """12 steps, one seed, 32 rollouts a step; by default into a directory of its own"""
-    runs: Path = Path("runs/sync_modes")
+    """14 steps, one seed, 32 rollouts a step, into directories of their own"""
+    runs: Path = reporting.RUNS / "sync_modes"
     """where the training runs go, and are looked for when the command is repeated"""
-    output: Path = Path("benchmarks/results/sync_modes")
-    """where figures, CSV and report go"""
-
-
-@dataclass
-class Measured:
-    """The steps of one run. Time counts from when its first batch began to be drawn: starting up takes as long in
-    every mode, and in hours of training nobody would see it."""
-
-    records: list[dict]
-
-    def __post_init__(self):
-        self.start = self.records[0]["time/sample_started_at"]
-        self.tokens = self.column("throughput/sampled_tokens_per_second") * self.column("time/sample")
-        self.step_ends = self.column("time/step_started_at") + self.column("time/step") - self.start
-        self.seconds = self.step_ends[-1]
-
-    def column(self, key):
-        return np.array([record[key] for record in self.records], dtype=float)
-
-    def final(self, key):
-        """Mean over the last tenth of the run."""
-        return self.column(key)[-max(1, len(self.records) // 10) :].mean()
-
-    def times(self):
-        """Seconds of sampling, training (grading included) and syncing per step, for `schedule_replay.replay`.
-
-        What the trainer does between the end of one step and the next, a few milliseconds of logging, is in none.
-        """
-        train = self.column("time/grade") + self.column("time/train")
-        return self.column("time/sample"), train, self.column("time/sync")
-
-
-def slug(mode):
-    return "sync-{}-{}".format(*MODES[mode])
+    output: Path = reporting.RESULTS / "sync_modes"
+    """where figures, CSV files and report go"""
 
 
 def main(args, script_options):
     if args.quick:
-        args.steps, args.seeds, args.prompts_per_step, args.long_tail_steps = 12, args.seeds[:1], 4, 4
-        args.runs, args.output = (
-            args.runs.with_name("sync_modes-quick"),
-            args.runs.with_name("sync_modes-quick-results"),
-        )
-    directory, output = ROOT / args.runs, ROOT / args.output
+        args.steps, args.seeds, args.prompts_per_step, args.long_tail_steps = 14, args.seeds[:1], 4, 12
+        reporting.use_quick_directories(args, Args.output)
 
     def run(name, mode, seed, steps, *options):
         """One run. It evaluates and saves at its ends only, and little: meanwhile, the sampler would get ahead."""
@@ -122,291 +81,253 @@ def main(args, script_options):
         }  # fmt: skip
         return Run(name, "grpo", [f"--{key}={value}" for key, value in fixed.items()] + [*options, *script_options])
 
+    def name(mode, seed):
+        return "sync-{}-{}-{}".format(*MODES[mode], seed)
+
     # Seed by seed, so that a machine that slows down slows all modes.
-    runs = [run(f"{slug(mode)}-{seed}", mode, seed, args.steps, "--threads=1") for seed in args.seeds for mode in MODES]
-    runs.append(run("both-cores", "Sync (1)", args.seeds[0], args.steps, "--threads=2"))
-    # The untrained policy rambles: with room for it, a few answers are several times longer than the median. A learning
-    # rate of 1e-9 keeps it so, and every step the same work.
+    runs = [run(name(mode, seed), mode, seed, args.steps, "--threads=1") for seed in args.seeds for mode in MODES]
+    runs.append(run("two-threads", ONE, args.seeds[0], args.steps, "--threads=2"))
+    # The untrained policy rambles: with room for it, a few responses are several times longer than the median. A
+    # learning rate of 1e-9 keeps it so, and every step the same work.
     long_tail = ("--threads=1", "--learning-rate=1e-9", f"--max-response-tokens={LONG_TAIL_TOKENS}")
-    tail_runs = [run(f"tail-{slug(mode)}", mode, args.seeds[0], args.long_tail_steps, *long_tail) for mode in MODES]
-    run_all(runs, args.steps, directory, jobs=1)
-    run_all(tail_runs, args.long_tail_steps, directory, jobs=1)
+    tail_runs = [run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, *long_tail) for mode in MODES]
+    run_all(runs, args.steps, args.runs, jobs=1)
+    run_all(tail_runs, args.long_tail_steps, args.runs, jobs=1)
 
-    def measured(name):
-        return Measured([record for record in read_metrics(directory / name) if record["step"] > 0])
-
-    modes = {mode: [measured(f"{slug(mode)}-{seed}") for seed in args.seeds] for mode in MODES}
-    tail = {mode: measured(f"tail-{slug(mode)}") for mode in MODES}
-    environment = environment_of(directory / runs[0].name)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "environment.txt").write_text(environment + "\n")
-    write_csv(modes, args.seeds, output / "curves.csv")
-    draw(modes, output / "figure.png")
-    draw_timing({mode: measured_runs[0] for mode, measured_runs in modes.items()}, output / "timing.png")
-    published = json.loads((ROOT / "benchmarks" / "published" / "sync_modes_over_hours.json").read_text())["final"]
-    report = write_report(modes, measured("both-cores"), tail, published, args, script_options, environment)
-    (output / "report.md").write_text(report)
-    print(report)
+    groups = {mode: [read_run(args.runs / name(mode, seed)) for seed in args.seeds] for mode in MODES}
+    groups_and_more = {**groups, TWO_THREADS: [read_run(args.runs / "two-threads")]}
+    tail = {mode: [read_run(args.runs / f"tail-{name(mode, 1)}")] for mode in MODES}
+    plot_options = {"x": "minutes", "x_label": "Time (minutes)"}
+    reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, **plot_options)
+    reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", "minutes", *PANELS])
+    plot_timing({mode: runs[0] for mode, runs in groups.items()}, args.output)
+    report = write_text(groups, groups_and_more, tail, args, script_options)
+    reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
 
 
-def write_csv(modes, seeds, path):
-    """One row per run and step, timings included."""
-    keys = [key for key in modes["Sync (1)"][0].records[0] if not key.startswith("memory/")]
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["mode", "seed", "seconds", *keys])
-        for mode, measured in modes.items():
-            for seed, run in zip(seeds, measured, strict=True):
-                for record, seconds in zip(run.records, run.step_ends, strict=True):
-                    values = [record.get(key) for key in keys]
-                    cells = ["" if value is None else f"{value:.10g}" for value in values]
-                    writer.writerow([mode, seed, f"{seconds:.3f}", *cells])
+def read_run(run_dir):
+    """A run's steps, with the time of each one's end since the start of step 1 as "minutes"."""
+    records = reporting.read_steps(run_dir)
+    start = records[0]["time/step_started_at"]
+    for record in records:
+        record["minutes"] = (record["time/step_started_at"] + record["time/step"] - start) / 60
+    return records
 
 
-def draw(modes, path):
-    """Four panels over time: mean over seeds as a line, their range as a band; one legend on top."""
-    figure, axes = plt.subplots(1, 4, figsize=(16, 3.8), layout="constrained")
-    for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
-        for mode, measured in modes.items():
-            smooth = np.stack([moving_average(run.column(key)) for run in measured])
-            minutes = np.mean([run.step_ends for run in measured], axis=0) / 60  # of the k-th step, over seeds
-            axis.plot(minutes, smooth.mean(axis=0), color=COLOURS[mode], label=LEGEND[mode], linewidth=1.8)
-            axis.fill_between(
-                minutes, smooth.min(axis=0), smooth.max(axis=0), color=COLOURS[mode], alpha=0.15, linewidth=0
-            )
-        axis.set_xlabel("Time (minutes)", fontsize=12)
-        axis.set_ylabel(label, fontsize=12)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=12, frameon=False)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+def seconds(records):
+    """Measured seconds per step.
+
+    The first steps do not count: the evaluation before training lets a sampler's process finish the batches of
+    version 0 meanwhile, so that it has a lead.
+    """
+    return 60 * (records[-1]["minutes"] - records[WARM_UP - 1]["minutes"]) / (len(records) - WARM_UP)
 
 
-def draw_timing(runs, path, first_step=21, num_steps=12):
+def replayed(records, mode):
+    """Seconds per step of a mode by `schedule_replay`, from the times of these steps."""
+    sample, train, sync = times_of_steps(records[WARM_UP:])
+    _, offset = MODES[mode]
+    lead = sample[0] if offset else 0.0  # after the warm-up, the first batch is there already
+    return (replay(sample, train, sync, *MODES[mode]).seconds - lead) / len(sample)
+
+
+def ratios(runs, base):
+    """Speed-up of each run over the one of the same seed in `base`."""
+    return [seconds(first) / seconds(records) for records, first in zip(runs, base, strict=False)]
+
+
+def final(records, key):
+    """Mean over the last tenth of a run."""
+    return column(records, key)[-max(1, len(records) // 10) :].mean()
+
+
+def plot_timing(runs, output, first_step=21, num_steps=12):
     """Who worked when, one panel per mode, from the timestamps that a run logged.
 
-    A batch has the colour of the weights that drew it, in the sampler's lane and in the trainer's; what is blank is
+    A batch has the colour of the weights that sampled it, in the sampler's lane and in the trainer's; what is blank is
     waiting. Under the trainer's lane is the lag, the number of updates the policy was behind when its batch was used.
     """
     figure, axes = plt.subplots(len(runs), 1, figsize=(14, 9), layout="constrained", sharex=True)
-    palette = plt.get_cmap("tab10").colors
-    for axis, (mode, run) in zip(axes, runs.items(), strict=True):
-        first_step = min(first_step, max(1, len(run.records) - num_steps))
-        interval, _ = MODES[mode]
-        begin = run.records[first_step - 1]["time/step_started_at"]
-        for record in run.records[max(0, first_step - 4) : first_step + 2 * num_steps]:
-            colour = palette[(record["weights_version"] // interval) % len(palette)]
-            drawn = record["time/sample_started_at"] - begin
-            used = record["time/step_started_at"] + record["time/wait"] - begin
+    palette, rows, ends = plt.get_cmap("tab10").colors, [], []
+    for axis, (mode, records) in zip(axes, runs.items(), strict=True):
+        first = min(first_step, max(1, len(records) - num_steps))
+        begin = records[first - 1]["time/step_started_at"]
+        ends.append(records[min(len(records), first + num_steps) - 1]["time/step_started_at"] - begin)
+        for record in records[max(0, first - 4) : first + 2 * num_steps]:
+            sampling = record["time/sample_started_at"] - begin
+            training = record["time/step_started_at"] + record["time/wait"] - begin
             work = record["time/grade"] + record["time/train"]
-            for lane, start, width in ((1, drawn, record["time/sample"]), (0, used, work)):
+            rows.append([mode, record["step"], record["weights_version"], record["lag"]])
+            rows[-1] += [sampling, record["time/sample"], training, work, record["time/sync"]]
+            colour = palette[(record["weights_version"] // MODES[mode][0]) % len(palette)]
+            centred = {"ha": "center", "fontsize": 9, "clip_on": True}
+            for lane, start, width in ((1, sampling, record["time/sample"]), (0, training, work)):
                 axis.broken_barh([(start, width)], (lane + 0.08, 0.84), facecolor=colour, edgecolor="white", alpha=0.75)
-                axis.text(
-                    start + width / 2,
-                    lane + 0.5,
-                    f"{record['step']}",
-                    ha="center",
-                    va="center",
-                    fontsize=9,
-                    clip_on=True,
-                )
-            axis.text(used + work / 2, -0.12, f"{record['lag']}", ha="center", va="top", fontsize=9, clip_on=True)
-            if record["step"] % interval == 0:
-                axis.axvline(used + work + record["time/sync"], color="black", linewidth=1, linestyle=":")
-        axis.set_yticks([1.5, 0.5, -0.3], ["sampler draws", "trainer updates", "lag"])
+                axis.text(start + width / 2, lane + 0.5, record["step"], va="center", **centred)
+            axis.text(training + work / 2, -0.12, record["lag"], va="top", **centred)
+            if record["step"] % MODES[mode][0] == 0:
+                axis.axvline(training + work + record["time/sync"], color="black", linewidth=1, linestyle=":")
+        axis.set_yticks([1.5, 0.5, -0.3], ["sampling", "training", "lag"])
         axis.set_ylim(-0.55, 2.1)
-        axis.set_title(f"{LEGEND[mode]}", loc="left", fontsize=11)
+        axis.set_title(mode, loc="left", fontsize=11)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(left=False)
-    ends = [
-        run.records[min(len(run.records), first_step + num_steps) - 1]["time/step_started_at"]
-        - run.records[first_step - 1]["time/step_started_at"]
-        for run in runs.values()
-    ]
     axes[-1].set_xlim(0, max(1.0, min(ends)))
-    axes[-1].set_xlabel(
-        "seconds; numbers are batches, colours the version of the weights that drew them, dotted lines syncs"
-    )
-    figure.savefig(path, dpi=130)
+    axes[-1].set_xlabel("seconds; numbers are batches, colours the weights that sampled them, dotted lines syncs")
+    figure.savefig(output / "timing.png", dpi=120)
     plt.close(figure)
+    header = "mode,batch,weights_version,lag,sampling_starts,sampling_takes,training_starts,training_takes,sync_takes"
+    reporting.write_csv(output / "timing.csv", header.split(","), rows)
 
 
-def observations(modes):
-    """What can be read off the published figure, and whether our data show it: a list of (statement, bool)."""
+def observations(groups):
+    """What the published figure shows, and whether our runs do: a list of (statement, bool)."""
 
     def over_seeds(value):
-        return {mode: np.mean([value(run) for run in runs]) for mode, runs in modes.items()}
-
-    def swing(key):
-        return over_seeds(lambda run: np.abs(np.diff(moving_average(run.column(key), 15))).max())
-
-    def seconds_to(target):
-        """When the smoothed reward first reaches a value; infinity where a run never does."""
-        return over_seeds(
-            lambda run: min(run.step_ends[moving_average(run.column("reward/mean")) >= target], default=np.inf)
-        )
+        return {mode: np.mean([value(records) for records in runs]) for mode, runs in groups.items()}
 
     def order(values):
         return sorted(values, key=values.get, reverse=True)
 
-    one, two, ten, offset = MODES
-    start = {
-        key: over_seeds(lambda run, key=key: run.column(key)[: max(1, len(run.records) // 10)].mean()) for key in PANELS
-    }
-    end = {key: over_seeds(lambda run, key=key: run.final(key)) for key in PANELS}
-    rises = {key: [end[key][mode] > start[key][mode] for mode in modes] for key in PANELS}
+    def swing(key):
+        return over_seeds(lambda records: np.abs(np.diff(moving_average(column(records, key), 15))).max())
+
+    def time_to(target):
+        """When the smoothed reward first reaches a value; infinity where a run never does."""
+
+        def reached(records):
+            return moving_average(column(records, "reward/mean")) >= target
+
+        return over_seeds(lambda records: min(column(records, "minutes")[reached(records)], default=np.inf))
+
+    def first(key):
+        return over_seeds(lambda records: column(records, key)[: max(1, len(records) // 10)].mean())
+
+    start = {key: first(key) for key in PANELS}
+    end = {key: over_seeds(lambda records, key=key: final(records, key)) for key in PANELS}
+    rises = {key: [end[key][mode] > start[key][mode] for mode in groups] for key in PANELS}
     reward, length, norm, kl = (end[key] for key in PANELS)
-    duration = order(over_seeds(lambda run: run.seconds))
+    duration = order(over_seeds(seconds))
     halfway = (min(reward.values()) + min(start["reward/mean"].values())) / 2
     return [
-        (f"{one} takes the longest", duration[0] == one),
-        (f"{two} takes the second longest", duration[1] == two),
-        (f"{ten} takes the shortest time, {offset} a little more", duration[2:] == [offset, ten]),
+        (f"{ONE} takes the longest", duration[0] == ONE),
+        (f"{TWO} takes the second longest", duration[1] == TWO),
+        (f"{TEN} takes the shortest time, {OFFSET} a little more", duration[2:] == [OFFSET, TEN]),
         ("Reward rises in all modes", all(rises["reward/mean"])),
         ("Final rewards are alike (within 0.03)", max(reward.values()) - min(reward.values()) <= 0.03),
-        (f"The others reach a reward of {halfway:.2f} in less time than {one}", order(seconds_to(halfway))[0] == one),
+        (f"The others are half way to the final reward in less time than {ONE}", order(time_to(halfway))[0] == ONE),
         ("Response length rises in all modes", all(rises["response_length/mean"])),
-        (f"Final response length: {one} > {two} > {offset} > {ten}", order(length) == [one, two, offset, ten]),
+        (f"Final response length: {ONE} > {TWO} > {OFFSET} > {TEN}", order(length) == [ONE, TWO, OFFSET, TEN]),
         ("The gradient norm falls in all modes", not any(rises["grad_norm"])),
-        (f"Final gradient norm: {offset} > {ten} > {two} > {one}", order(norm) == [offset, ten, two, one]),
+        (f"Final gradient norm: {OFFSET} > {TEN} > {TWO} > {ONE}", order(norm) == [OFFSET, TEN, TWO, ONE]),
         ("KL divergence rises in all modes", all(rises["kl/ref_k2"])),
-        (f"Final KL: {one} > {two} > {offset} > {ten}", order(kl) == [one, two, offset, ten]),
-        (f"{one} swings most in KL (largest step of the smoothed curve)", order(swing("kl/ref_k2"))[0] == one),
-        (f"{one} swings most in response length (likewise)", order(swing("response_length/mean"))[0] == one),
+        (f"Final KL: {ONE} > {TWO} > {OFFSET} > {TEN}", order(kl) == [ONE, TWO, OFFSET, TEN]),
+        (f"{ONE} swings most in KL (largest step of the smoothed curve)", order(swing("kl/ref_k2"))[0] == ONE),
+        (f"{ONE} swings most in response length (likewise)", order(swing("response_length/mean"))[0] == ONE),
     ]
 
 
-def write_report(modes, both_cores, tail, published, args, script_options, environment):
-    """The comparison as Markdown, every number and every yes or no computed from the runs."""
-    seconds = {mode: statistics.mean(run.seconds for run in runs) for mode, runs in modes.items()}
-    tokens = {mode: statistics.mean(run.tokens.sum() for run in runs) for mode, runs in modes.items()}
-    base = modes["Sync (1)"]
-    lines = [
-        "# Four sync modes over time",
-        "",
-        "![figure](figure.png)",
-        "",
-        f"`python benchmarks/sync_modes.py` with {len(args.seeds)} seeds, {args.steps} steps and "
-        f"{args.prompts_per_step} × 8 rollouts a step, learning rate {args.learning_rate:g}"
-        + (f", script options `{' '.join(script_options)}`" if script_options else ", the embedded model and task")
-        + "; one thread for the sampler, one for the trainer. Lines are means over seeds, bands their range, after a "
-        "moving average over 9 steps. Time counts from the start of the first batch.",
-        "",
-        "## The summary table",
-        "",
-        "Final values are means over the last tenth of the run, then over seeds.",
-        "",
-        "| mode | total time, published | ours | reward, published | ours | length, published | ours | gradient norm, "
-        "published | ours | KL, published | ours |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for mode, runs in modes.items():
-        cells = [f"{published[mode]['hours']} h", f"{seconds[mode] / 60:.2f} min"]
+def table_of_times(groups):
+    """Seconds per step, measured and by the schedule."""
+    rows = []
+    for label, runs in groups.items():
+        mode = label if label in MODES else ONE
+        sample, train, sync = np.mean([times_of_steps(records[WARM_UP:]) for records in runs], axis=(0, 2))
+        wait = np.mean([column(records[WARM_UP:], "time/wait") for records in runs])
+        measured = np.mean([seconds(records) for records in runs])
+        own = np.mean([replayed(records, mode) for records in runs])
+        cells = [f"{value:.3f}" for value in (sample, wait, train, sync, measured)]
+        cells += [f"{np.mean(ratios(runs, groups[ONE])):.2f}", f"{own:.3f} ({own / measured - 1:+.1%})"]
+        if label in MODES:
+            of_one = np.mean([replayed(records, mode) for records in groups[ONE]])
+            cells.append(f"{of_one:.3f} ({of_one / measured - 1:+.1%})")
+        rows.append([label, *cells] + [""] * (label not in MODES))
+    return table(TIMES, rows)
+
+
+def write_text(groups, groups_and_more, tail, args, script_options):
+    published = json.loads(PUBLISHED.read_text())["final"]
+    rate = {
+        mode: np.mean([column(r[WARM_UP:], "response_length/mean") for r in runs]) / np.mean([seconds(r) for r in runs])
+        for mode, runs in groups.items()
+    }
+    summary, speed = [], []
+    for mode, runs in groups.items():
+        theirs = published[mode]
+        minutes = np.mean([records[-1]["minutes"] for records in runs])
+        summary.append([mode, f"{theirs['hours']} h", f"{minutes:.2f} min"])
         for key, digits in zip(PANELS, (2, 1, 3, 3), strict=True):
-            cells += [f"{published[mode][key]:g}", f"{np.mean([run.final(key) for run in runs]):.{digits}f}"]
-        lines.append(f"| {mode} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "## Speed-up over Sync (1)",
-        "",
-        "| mode | published | ours (per seed) | the schedule allows | per sampled token, published | ours |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mode, runs in modes.items():
-        ratios = [first.seconds / run.seconds for first, run in zip(base, runs, strict=True)]
-        allowed = statistics.mean(run.seconds for run in base) / statistics.mean(
-            replay(*run.times(), *MODES[mode]).seconds for run in base
-        )
-        theirs = published["Sync (1)"]["hours"] / published[mode]["hours"]
-        theirs_per_token = (
-            theirs * published[mode]["response_length/mean"] / published["Sync (1)"]["response_length/mean"]
-        )
-        ours_per_token = (tokens[mode] / seconds[mode]) / (tokens["Sync (1)"] / seconds["Sync (1)"])
-        lines.append(
-            f"| {mode} | {theirs:.2f} | {statistics.mean(ratios):.2f} ({', '.join(f'{r:.2f}' for r in ratios)}) | "
-            f"{allowed:.2f} | {theirs_per_token:.2f} | {ours_per_token:.2f} |"
-        )
-    lines += [
-        "",
-        "The published hours (130 : 75 : 40 : 45) do not compare like with like: answers in Sync (1) are 2,200 tokens "
-        "long at the end and in Sync (10) 950, so much of the difference is that fewer tokens were drawn and trained "
-        "on. Per token (the published column takes the final lengths for the whole run) what is left is below the "
-        'factor of 2 that overlapping two equal halves can give. "The schedule allows" replays each mode with the '
-        "sampling, training and sync times of our Sync (1) runs, step by step (`schedule_replay.py`): there each half "
-        "works alone, so it leaves out that two busy cores slow each other.",
-        "",
-        "## Where the time goes",
-        "",
-        "Seconds per step, means over all runs of the mode. Sampling and training go on at the same time as far as the "
-        "schedule allows; `wait` is what the trainer spent waiting for a batch.",
-        "",
-        "| mode | sample | wait | grade and train | sync | step |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mode, runs in [*modes.items(), (TWO_THREADS, [both_cores])]:
-        cells = [
-            np.mean([np.mean(run.times()[0]) for run in runs]),
-            np.mean([run.column("time/wait")[1:].mean() for run in runs]),
-        ]
-        cells += [np.mean([np.mean(run.times()[i]) for run in runs]) for i in (1, 2)]
-        cells.append(np.mean([run.seconds / args.steps for run in runs]))
-        lines.append(f"| {mode} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
-    lines += [
-        "",
-        f'With one thread each, Sync (1) leaves a core idle at any time. "{TWO_THREADS}" gives both to each phase: '
-        f"{both_cores.seconds / 60:.2f} minutes for {args.steps} steps (seed {args.seeds[0]}), against "
-        f"{base[0].seconds / 60:.2f} with one thread.",
-        "",
-        "## The schedule as a function",
-        "",
-        "Total seconds of each mode, replayed from the sampling, training and sync times of its own steps, and from "
-        "those of Sync (1), against the measured total; means over seeds.",
-        "",
-        "| mode | measured | replayed from its own times | error | replayed from Sync (1)'s times | error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mode, runs in modes.items():
-        own = statistics.mean(replay(*run.times(), *MODES[mode]).seconds for run in runs)
-        other = statistics.mean(replay(*run.times(), *MODES[mode]).seconds for run in base)
-        lines.append(
-            f"| {mode} | {seconds[mode]:.1f} | {own:.1f} | {own / seconds[mode] - 1:+.1%} | {other:.1f} | "
-            f"{other / seconds[mode] - 1:+.1%} |"
-        )
-    lines += [
-        "",
-        "## What the published figure shows, and whether ours does",
-        "",
-        "| observation | ours |",
-        "|---|---|",
-    ]
-    lines += [f"| {statement} | {'yes' if holds else 'no'} |" for statement, holds in observations(modes)]
-    column = tail["Sync (1)"].column
-    lengths, longest, cut = (column(f"response_length/{key}").mean() for key in ("mean", "max", "truncated"))
-    lines += [
-        "",
-        "In the published runs answers grow. Our task rewards short ones: lengths fall, and what hangs on them in the "
-        "published figure, from the hours to the order of the KL curves, cannot be expected here.",
-        "",
-        "## A long tail",
-        "",
-        f"The same with answers of up to {LONG_TAIL_TOKENS} tokens from the untrained policy (learning rate 1e-9), "
-        f"{args.long_tail_steps} steps, one seed: mean length {lengths:.0f}, longest of a batch {longest:.0f}, "
-        f"{cut:.0%} of the answers cut at the limit. The sampler waits for the longest answer of a batch, most of "
-        "its rows empty.",
-        "",
-        "| mode | sample | train | seconds per step | speed-up | replayed from its own times |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mode, run in tail.items():
-        sample, train, _ = run.times()
-        own = replay(*run.times(), *MODES[mode]).seconds
-        lines.append(
-            f"| {mode} | {sample.mean():.3f} | {train.mean():.3f} | {run.seconds / len(run.records):.3f} | "
-            f"{tail['Sync (1)'].seconds / run.seconds:.2f} | {own / run.seconds - 1:+.1%} |"
-        )
-    lines += ["", "## Who works when", "", "![timing](timing.png)", ""]
-    lines += ["## Environment of the first run", "", "```", environment, "```"]
-    return "\n".join(lines) + "\n"
+            summary[-1] += [f"{theirs[key]:g}", f"{np.mean([final(records, key) for records in runs]):.{digits}f}"]
+        speed_up = published[ONE]["hours"] / theirs["hours"]
+        shorter = theirs["response_length/mean"] / published[ONE]["response_length/mean"]
+        allowed = np.mean([seconds(r) for r in groups[ONE]]) / np.mean([replayed(r, mode) for r in groups[ONE]])
+        per_seed = ratios(runs, groups[ONE])
+        ours = f"{np.mean(per_seed):.2f} ({', '.join(f'{ratio:.2f}' for ratio in per_seed)})"
+        speed.append([mode, f"{speed_up:.2f}", ours, f"{allowed:.2f}", f"{speed_up * shorter:.2f}"])
+        speed[-1].append(f"{rate[mode] / rate[ONE]:.2f}")
+    columns = ["total time", "reward", "length", "gradient norm", "KL"]
+    header = ["mode", *(cell for name in columns for cell in (f"{name}, published", "ours"))]
+    lengths, longest, cut = (
+        column(tail[ONE][0], f"response_length/{key}").mean() for key in ("mean", "max", "truncated")
+    )
+    setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model and task"
+    return f"""# Four sync modes over time
+
+![figure](figure.png)
+
+`python benchmarks/sync_modes.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
+{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}. Lines are means over seeds and
+bands their range, after a moving average over {reporting.SMOOTHING} steps. Each phase has one thread: {ONE} samples and
+trains in turns in one process, the other modes in two processes that work at the same time as far as the schedule lets
+them. Time counts from the first step on.
+
+## Summary
+
+Final values are means over the last tenth of the run, then over seeds.
+
+{table(header, summary)}
+
+## Speed-up over {ONE}
+
+Ratios of the time per step after the first {WARM_UP} steps.
+
+{table(["mode", "published", "ours (per seed)", "the schedule allows", "per token, published", "ours"], speed)}
+
+"The schedule allows" replays each mode with the sampling, training and sync times of our {ONE} runs, step by step
+(`schedule_replay.py`). In {ONE} each phase has the machine to itself, so this leaves out that two busy cores slow each
+other.
+
+The published modes did not do the same work: the mean response lengths at the end are
+{", ".join(f"{published[mode]['response_length/mean']:,} ({mode})" for mode in MODES)}. So the last two columns compare
+the rates of sampled tokens; the published one takes the final lengths for the whole run.
+
+## Where the time goes
+
+Seconds per step, means over all runs of a mode and all steps but the first {WARM_UP}. `wait` is what the trainer spent
+waiting for a batch; in {ONE} that is sampling it. The last two columns are what a step takes by `schedule_replay.py`,
+and how far that is from the measured time.
+
+{table_of_times(groups_and_more)}
+
+With one thread, {ONE} leaves a core idle. "{TWO_THREADS}" (seed {args.seeds[0]}) gives two to each phase, as the
+scripts do by default.
+
+## Observations from the published figure, and whether they hold here
+
+{reporting.compare(observations, groups, args.seeds)}
+
+## Long responses
+
+The same with responses of up to {LONG_TAIL_TOKENS} tokens from the untrained policy (learning rate 1e-9),
+{args.long_tail_steps} steps, one seed: mean length {lengths:.0f}, longest of a batch {longest:.0f}, {cut:.0%} of the
+responses cut at the limit. The sampler waits for the longest response of a batch.
+
+{table_of_times(tail)}
+
+## Who works when
+
+![timing](timing.png)
+"""
 
 
 if __name__ == "__main__":

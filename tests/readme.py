@@ -1,41 +1,188 @@
-"""Keeps the generated parts of the README true: `python tests/readme.py` rewrites them, `test_readme.py` checks them.
+"""Keeps generated parts of the READMEs fresh: `python -m tests.readme` rewrites them, `test_readme.py` checks them.
 
-Two kinds: the printed diff of two scripts, and references to code, written as [file:line](link) `fragment`, whose line
-number is that of the first line of the file that contains the fragment.
+- References to code, written as [file:line](link) `fragment`: the line is the first one that contains the fragment.
+- Numbers, written as <!--=name-->12<!--/-->: `NUMBERS` computes them from the results of a benchmark, or from the code.
+- Blocks between <!-- generated: name --> and <!-- end -->: `BLOCKS` makes them.
+
+A result that is missing, or has another form than expected, raises an error instead of leaving the old text in place.
 """
 
 import difflib
+import json
+import os
 import re
 from pathlib import Path
 
+import grpo
+from common import checkpoints, logprobs, runlog
+from common.sampling import transformers
+
 ROOT = Path(__file__).resolve().parent.parent
-REFERENCE = re.compile(r"\[([\w/]+\.py):\d+\]\([^)]*\) `([^`]+)`")
-DIFF = re.compile(r"<!-- generated: diff (\S+) (\S+) -->\n.*?<!-- end -->", re.DOTALL)
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "common/README.md", "benchmarks/README.md"))
+REFERENCE = re.compile(r"\[([\w/\\]+\.py):\d+\]\([^)]*\) `([^`]+)`")
+NUMBER = re.compile(r"<!--=([\w.]+)-->.*?<!--/-->")
+BLOCK = re.compile(r"<!-- generated: ([^>]+) -->\n.*?<!-- end -->", re.DOTALL)
+FENCE = re.compile(r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE)
 
 
-def refresh(text):
-    """The README's text with its generated parts made anew. Raises ValueError for a fragment that no line contains."""
-    return DIFF.sub(_diff, REFERENCE.sub(_reference, text))
+def refresh(path):
+    """The text of a document with its generated parts made anew. Raises ValueError or KeyError where that fails."""
+    text = REFERENCE.sub(lambda match: _reference(path, *match.groups()), path.read_text())
+    text = NUMBER.sub(lambda match: f"<!--={match[1]}-->{NUMBERS[match[1]]()}<!--/-->", text)
+    return BLOCK.sub(lambda match: f"<!-- generated: {match[1]} -->\n\n{BLOCKS[match[1]]()}\n\n<!-- end -->", text)
 
 
-def _reference(match):
-    name, fragment = match.groups()
+def _reference(path, shown, fragment):
+    name = shown.replace("\\", "")
     for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1):
         if fragment in line:
-            return f"[{name}:{number}]({name}#L{number}) `{fragment}`"
-    raise ValueError(f"README.md refers to `{fragment}` in {name}, where no line contains it.")
+            return f"[{shown}:{number}]({os.path.relpath(ROOT / name, path.parent)}#L{number}) `{fragment}`"
+    raise ValueError(f"{path.name} refers to `{fragment}` in {name}, where no line contains it.")
 
 
-def _diff(match):
-    one, other = match.groups()
-    lines = [(ROOT / name).read_text().splitlines(keepends=True) for name in (one, other)]
-    # Changed lines only, as `diff` prints them, with - and + so that they are coloured.
-    changes = [line for line in difflib.unified_diff(*lines, n=0) if not line.startswith(("---", "+++"))]
-    changes = ["\n" if line.startswith("@@") else line for line in changes]
-    body = "".join(changes).strip("\n")
-    return f"<!-- generated: diff {one} {other} -->\n\n```diff\n{body}\n```\n\n<!-- end -->"
+# Blocks
+
+
+def code_of_fences(script):
+    """The code between the fences of a script, as lines: without docstrings, comments of their own and blank lines."""
+    _, *fences = FENCE.findall((ROOT / script).read_text())
+    code = re.sub(r'^ *""".*?"""\n', "", "\n".join(fences), flags=re.DOTALL | re.MULTILINE)
+    return [line + "\n" for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+
+def code_diff(one, other):
+    """What differs between two scripts, their docstrings and comments aside, with all of the fenced code around it."""
+    changes = list(difflib.unified_diff(code_of_fences(one), code_of_fences(other), n=100))[3:]
+    functions = "".join("\n" + line if line.startswith(" def ") else line for line in changes)
+    return f"```diff\n{functions.rstrip()}\n```"
+
+
+def default_run():
+    """The table of the default run: means over seeds."""
+    rows = _json("default_run/default_run.json")["rows"]
+    lines = [f"| mean of {len(rows)} seeds | first 5 steps | last 10 steps |", "|---|---|---|"]
+    for label, key, digits in (
+        ("reward", "reward/mean", 2),
+        ("response length (tokens)", "response_length/mean", 1),
+        ("entropy (nats per token)", "entropy", 3),
+        ("KL to the initial policy", "kl/ref_k2", 3),
+        ("held-out accuracy, greedy (before and after training)", "eval/accuracy", 3),
+    ):
+        start, end = (_mean(row[f"{key} {when}"] for row in rows) for when in ("start", "end"))
+        lines.append(f"| {label} | {start:.{digits}f} | {end:.{digits}f} |")
+    return "\n".join(lines)
+
+
+BLOCKS = {
+    "diff grpo.py red_weight.py": lambda: code_diff("grpo.py", "red_weight.py"),
+    "default run": default_run,
+}
+
+
+# Numbers
+
+
+def speed_against_trl(threads):
+    """Of training steps with our reference KL on and TRL's off."""
+    rows = _json("step_time/step_time.json")["summary"]
+    (speed,) = (
+        row["speed_relative_to_trl"]
+        for row in rows
+        if (row["threads"], row["variant"]) == (threads, "grpo.py, reference KL")
+    )
+    return f"{speed:.1f}"
+
+
+def accuracy_with(engine):
+    runs = [run for run in _json("engines/engines.json")["runs"] if run["engine"] == engine]
+    return f"{_mean(run['accuracy at the end'] for run in runs):.3f}"
+
+
+def speed_up_of_overlap():
+    """Time of Sync (1) over that of One-Step Off-Policy, mean over seeds."""
+    section = _section("sync_modes/report.md", "Speed-up over")
+    (speed_up,) = re.findall(r"^\| One-Step Off-Policy \| [\d.]+ \| ([\d.]+) ", section, re.MULTILINE)
+    return speed_up
+
+
+def observations(report):
+    """How many observations about the published figure hold for the mean over our seeds, as "7 of 13"."""
+    answers = re.findall(r"^\| [^|]* \| (yes|no) \|", _section(report, "published figure"), re.MULTILINE)
+    if not answers:
+        raise ValueError(f"{report} does not say yes or no to anything")
+    return f"{answers.count('yes')} of {len(answers)}"
+
+
+def sampling_ratio():
+    (ratio,) = re.findall(r"^\| `TransformersSampler`.*\| ([\d.]+) \|$", _text("sampling.md"), re.MULTILINE)
+    return ratio
+
+
+def peak_memory(ours):
+    """Of the largest training step measured, in GiB: with this repository's log-probs, or with the plain expression."""
+    (peak,) = (step["peak_bytes"] for step in _largest_step() if (step["path"] == "this repository") == ours)
+    return f"{peak / 2**30:.1f}"
+
+
+def _largest_step():
+    steps = _json("logprob_kernels/results.json")["step"]
+    return [step for step in steps if step["N"] == max(step["N"] for step in steps)]
+
+
+def default(name):
+    """The default of an option, which is the same in all three scripts."""
+    return f"{getattr(grpo.Args(), name):g}"
+
+
+def _rows():
+    return _json("default_run/default_run.json")["rows"]
+
+
+NUMBERS = {
+    "num_steps": lambda: default("num_steps"),
+    "batch_size": lambda: str(grpo.Args.prompts_per_step * grpo.Args.group_size),
+    "sampler_timeout": lambda: default("sampler_timeout"),
+    "most_sequences": lambda: str(transformers.MOST_SEQUENCES),
+    "large_vocabulary": lambda: f"{logprobs.LARGE_VOCABULARY:,}",
+    "most_skipped": lambda: str(runlog.MOST_SKIPPED_UPDATES),
+    "completions": lambda: str(runlog.COMPLETIONS_PER_STEP),
+    "checkpoints": lambda: str(checkpoints.KEEP),
+    "default_run.seconds": lambda: f"{_mean(row['seconds'] for row in _rows()):.0f}",
+    "step_time.1": lambda: speed_against_trl(1),
+    "step_time.2": lambda: speed_against_trl(2),
+    "engines.transformers": lambda: accuracy_with("transformers"),
+    "engines.vllm": lambda: accuracy_with("vllm"),
+    "sync_modes.speed_up": speed_up_of_overlap,
+    "sync_modes.observations": lambda: observations("sync_modes/report.md"),
+    "algorithms.observations": lambda: observations("algorithms/report.md"),
+    "overlap.worst": lambda: f"{max(run['ratio'] for run in _json('overlap/overlap.json')['runs'].values()):.2f}",
+    "sampling.ratio": sampling_ratio,
+    "logprobs.rows": lambda: f"{_largest_step()[0]['N']:,}",
+    "logprobs.peak": lambda: peak_memory(ours=True),
+    "logprobs.plain_peak": lambda: peak_memory(ours=False),
+}
+
+
+def _text(name):
+    return (RESULTS / name).read_text()
+
+
+def _json(name):
+    return json.loads(_text(name))
+
+
+def _section(report, words):
+    """The one section of a report with these words in its title."""
+    (section,) = (part for part in _text(report).split("\n## ")[1:] if words in part.partition("\n")[0])
+    return section
+
+
+def _mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    readme.write_text(refresh(readme.read_text()))
+    for document in DOCUMENTS:
+        document.write_text(refresh(document))

@@ -1,7 +1,7 @@
-"""What a user can get wrong ends with exit code 2 and one sentence on stderr that names the option.
+"""What a user can get wrong ends with exit code 2 and one line on stderr that names the option.
 
-It does so before a model is loaded, and leaves no file or directory that was not there. `refused` checks all of that;
-`test_a_good_start_*` show that its checks can fail.
+It does so before a model is loaded, and creates no file or directory. `refused` checks all of that;
+`test_a_good_start_*` shows that its checks can fail. Numbers, and arguments of resumed runs: test_commandline.py.
 """
 
 import json
@@ -10,18 +10,14 @@ import shutil
 import pytest
 import torch
 from conftest import build_model
-from helpers import DENSE_TASK, as_options, checkpoint, command, dense_task, metrics, options, train, write_task
-
-import grpo
-from common.commandline import parse
-from common.models import TINY_MODEL
+from helpers import DENSE_TASK, checkpoint, command, dense_task, metrics, options, resume, train, write_task
 
 LOADING = "Loading weights"  # what transformers' progress bar says when a model is loaded
 
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """A function that starts a run with the given options and returns the sentence it was refused with."""
+    """A function that starts a run with the given options and returns the message it was refused with."""
 
     def start(*argv, names, output=None):
         output = output or tmp_path
@@ -70,82 +66,12 @@ def test_a_good_start_loads_a_model_and_returns_zero(given, model, tmp_path, cap
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["run"]
 
 
-# Numbers
-
-
-@pytest.mark.parametrize("value", [0, -3])
-@pytest.mark.parametrize(
-    "field",
-    [
-        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens", "max_response_tokens",
-        "max_skipped_updates", "max_tokens_per_microbatch", "eval_interval", "eval_size", "checkpoint_interval",
-        "keep_checkpoints", "temperature", "learning_rate", "max_grad_norm",
-    ],
-)  # fmt: skip
-def test_a_number_that_must_be_positive(field, value, given, refused):
-    line = refused(*given(**{field: value}), names=f"--{field.replace('_', '-')} ")
-    assert f" {float(value) if field in ('temperature', 'learning_rate', 'max_grad_norm') else value} " in line
-
-
-@pytest.mark.parametrize("field", ["clip_low", "clip_high"])
-def test_an_option_of_the_algorithm_that_must_be_positive(field, given, refused):
-    refused(*given(**{field: 0}), names=f"--{field.replace('_', '-')} 0.0 ")
-
-
-@pytest.mark.parametrize("field", ["sync_offset", "warmup_steps", "completions_per_step"])
-def test_a_number_that_must_not_be_negative(field, given, refused):
-    refused(*given(**{field: -1}), names=f"--{field.replace('_', '-')} -1 ")
+# Tasks
 
 
 def test_data_of_a_task_that_has_its_own(given, refused, tmp_path):
     data = write_rows(tmp_path / "good.jsonl", good_rows(20))
     refused(*given(task="addition", data=data), names=f"--data {data}")
-
-
-def test_chat_template_that_refuses_the_messages(given, refused, model, tmp_path):
-    directory = shutil.copytree(model, tmp_path / "model")
-    template = "{{ raise_exception('no system messages') }}"
-    (directory / "chat_template.jinja").write_text(template)
-    assert "no system messages" in refused(*given(task="gsm8k", model=directory), names=f"--model {directory}")
-
-
-def test_tokens_that_the_model_does_not_have(given, refused, model, tmp_path):
-    directory = shutil.copytree(model, tmp_path / "model")
-    config = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
-    refused(*given(task="gsm8k", model=directory), names="--model")
-
-
-@pytest.mark.parametrize("size", [1, 0, -2])
-def test_group_size_below_two(size, given, refused):
-    refused(*given(group_size=size), names=f"--group-size {size} ")
-
-
-@pytest.mark.parametrize("field", ["temperature", "learning_rate", "max_grad_norm"])
-def test_not_a_number(field, given, refused):
-    refused(*given(**{field: "nan"}), names=f"--{field.replace('_', '-')} nan ")
-
-
-@pytest.mark.parametrize("field", ["temperature", "learning_rate"])
-def test_infinity(field, given, refused):
-    refused(*given(**{field: "inf"}), names=f"--{field.replace('_', '-')} inf ")
-
-
-@pytest.mark.parametrize("rate", ["1e38", "1.1e37", "1e300"])
-def test_learning_rate_beyond_float32(rate, given, refused):
-    line = refused(*given(learning_rate=rate), names=f"--learning-rate {float(rate)} ")
-    assert "float32" in line and "1e37" in line
-
-
-def test_largest_learning_rate_is_one_that_the_optimizer_takes():
-    parameter = torch.nn.Parameter(torch.ones(3))
-    parameter.grad = torch.ones(3)
-    grpo.check(grpo.Args(learning_rate=1e37))
-    torch.optim.AdamW([parameter], lr=1e37, betas=(0.9, 0.999)).step()
-    assert parameter.isfinite().all()
-
-
-# Tasks
 
 
 def test_unknown_task(given, refused):
@@ -208,11 +134,10 @@ ROW = '{"question": "What is 1 + 1?", "answer": "#### 2"}'
 @pytest.mark.parametrize(
     "bad_row",
     [
-        "{'question': 1}", ROW[:-1], "not JSON", "", "   ", '{"question": "What is 1 + 1?"}',
+        "{'question': 1}", ROW[:-1], "not JSON", '{"question": "What is 1 + 1?"}',
         '{"question": "What is 1 + 1?", "answer": 2}', '{"question": "What is 1 + 1?", "answer": null}',
         '{"question": "", "answer": "#### 2"}', '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
-        '{"question": "What is 1 + 1?", "answer": "#### 2", "id": ' + "9" * 5000 + "}",
-        '["What is 1 + 1?", "#### 2"]', "3", "null", ROW + ROW,
+        '["What is 1 + 1?", "#### 2"]', "3", "null",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("option", ["data", "eval_data"])
@@ -228,6 +153,14 @@ def test_malformed_row_is_named_by_its_number(bad_row, option, given, refused, t
 def test_trailing_blank_lines_are_no_rows(given, model, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [*good_rows(20), "", " "])
     assert command(*given(num_steps=1, task="gsm8k", data=data, model=model, max_response_tokens=2)) == 0
+
+
+def test_lines_that_are_not_one_row_each_are_accepted_as_datasets_does(given, refused, tmp_path):
+    long_number = ROW[:-1] + ', "id": ' + "9" * 5000 + "}"
+    held_out = write_rows(tmp_path / "held_out.jsonl", [ROW, "", "   ", ROW + ROW, long_number, ROW, ""])
+    data = write_rows(tmp_path / "good.jsonl", [ROW] * 20)
+    argv = given(task="gsm8k", data=data, eval_data=held_out, eval_size=6)
+    assert " 5 rows" in refused(*argv, names=f"--eval-data {held_out}")
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet", "absent.json", "absent"])
@@ -388,6 +321,20 @@ def test_weights_are_not_finite(key, row, value, said, given, model, tmp_path, c
     assert not (tmp_path / "output").exists()
 
 
+def test_chat_template_that_refuses_the_messages(given, refused, model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    template = "{{ raise_exception('no system messages') }}"
+    (directory / "chat_template.jinja").write_text(template)
+    assert "no system messages" in refused(*given(task="gsm8k", model=directory), names=f"--model {directory}")
+
+
+def test_tokens_that_the_model_does_not_have(given, refused, model, tmp_path):
+    directory = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    refused(*given(task="gsm8k", model=directory), names="--model")
+
+
 def test_chat_template_is_missing_where_it_is_needed(given, refused, model, tmp_path):
     directory = broken_model(model, tmp_path / "model", remove=["chat_template.jinja"])
     data = write_rows(tmp_path / "data.jsonl", [ROW] * 20)
@@ -451,20 +398,11 @@ def test_output_cannot_be_written(below, refused, tmp_path):
 # Prompts
 
 
-def test_prompts_over_the_budget_are_refused(given, refused, tmp_path):
-    task = dense_task(tmp_path)  # its prompts have 10 or 11 tokens
-    argv = given(task=task, max_prompt_tokens=10, long_prompts="refuse")
-    line = refused(*argv, names="--max-prompt-tokens 10")
-    assert "of 40 train prompts" in line and "--long-prompts drop" in line
-
-
-def test_prompts_over_the_budget_are_left_out_and_counted(given, model, tmp_path, capsys):
+def test_prompts_over_the_budget_are_left_out_and_counted(given, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("common.runlog.COMPLETIONS_PER_STEP", 16)
     data = write_rows(tmp_path / "data.jsonl", [*good_rows(6), {"question": "What? " * 300, "answer": "#### 2"}] * 2)
-    argv = given(
-        task="gsm8k", data=data, model=model, max_prompt_tokens=1000, eval_size=7, completions_per_step=16,
-        num_steps=3, max_response_tokens=1,
-    )  # fmt: skip
-    assert command(*argv) == 0
+    settings = {"max_prompt_tokens": 1000, "eval_size": 7, "num_steps": 3, "max_response_tokens": 1}
+    assert command(*given(task="gsm8k", data=data, model=model, **settings)) == 0
     error = capsys.readouterr().err
     assert "1 of 7 train prompts are longer than --max-prompt-tokens 1000 and are left out." in error
     assert "1 of 7 eval prompts are longer than --max-prompt-tokens 1000 and are left out." in error
@@ -472,101 +410,23 @@ def test_prompts_over_the_budget_are_left_out_and_counted(given, model, tmp_path
     assert "What is 5 + 5?" in completions and "What? What?" not in completions
 
 
-@pytest.mark.parametrize("long_prompts", ["drop", "refuse"])
-def test_all_prompts_are_too_long(long_prompts, given, refused, tmp_path):
-    argv = given(task=dense_task(tmp_path), max_prompt_tokens=5, long_prompts=long_prompts)
-    refused(*argv, names="--max-prompt-tokens 5")
+def test_all_prompts_are_too_long(given, refused, tmp_path):
+    argv = given(task=dense_task(tmp_path), max_prompt_tokens=5)  # its prompts have 10 or 11 tokens
+    line = refused(*argv, names="--max-prompt-tokens 5")
+    assert "40 of 40 train prompts" in line and "raise it to 10 or more" in line
 
 
 # Resuming
 
 
-@pytest.fixture(scope="module")
-def run_dir(tmp_path_factory, model):
-    directory = tmp_path_factory.mktemp("resume")
-    return train(directory, model=model, task=dense_task(directory), num_steps=1, max_response_tokens=2)
-
-
-@pytest.mark.parametrize(
-    "contradiction",
-    [
-        {"seed": 7}, {"learning_rate": 0.5}, {"group_size": 8}, {"clip_high": 0.3}, {"sync_interval": 2},
-        {"task": "addition"}, {"model": TINY_MODEL}, {"temperature": 0.7}, {"reference_kl": False},
-        {"max_response_tokens": 8}, {"precision": "bfloat16"}, {"eval_size": 3}, {"long_prompts": "refuse"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_resume_with_contradicting_arguments(contradiction, refused, run_dir):
-    (option, *_) = as_options(contradiction)
-    saved = (run_dir / "args.json").read_text()
-    line = refused("--resume", run_dir, *as_options(contradiction), names=option.replace("--no-", "--"), output=run_dir)
-    assert "contradicts" in line
-    assert (run_dir / "args.json").read_text() == saved
-
-
-def test_resume_with_arguments_repeated(run_dir):
-    # The command line that began a run may be given again, in full.
-    saved = json.loads((run_dir / "args.json").read_text())
-    del saved["script"], saved["resume"]
-    args = parse(grpo.Args, grpo.__file__, ["--resume", str(run_dir), *as_options(saved)])
-    assert args == grpo.Args(**{**saved, "resume": str(run_dir)})
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"num_steps": 9}, {"eval_interval": 3}, {"checkpoint_interval": 3}, {"keep_checkpoints": 9}, {"threads": 2},
-        {"completions_per_step": 9}, {"track": True}, {"wandb_project": "p"}, {"wandb_mode": "offline"},
-    ],
-    ids=str,
-)  # fmt: skip
-def test_resume_may_change_how_long_and_what_is_written(change, run_dir):
-    args = parse(grpo.Args, grpo.__file__, ["--resume", str(run_dir), *as_options(change)])
-    saved = json.loads((run_dir / "args.json").read_text())
-    del saved["script"]
-    assert args == grpo.Args(**{**saved, "resume": str(run_dir), **change})
-
-
-@pytest.mark.parametrize("form", ["--resume {}", "--resume={}", "--num-steps 2 --resume {} --threads 1"])
-def test_resume_in_every_form_takes_the_saved_arguments(form, run_dir):
-    args = parse(grpo.Args, grpo.__file__, form.format(run_dir).split())
-    assert (args.group_size, args.max_response_tokens, args.resume) == (4, 2, str(run_dir))
-
-
-def test_resume_of_a_missing_directory(refused, tmp_path):
-    refused("--resume", tmp_path / "absent", names=f"--resume {tmp_path / 'absent'}")
-    assert not (tmp_path / "absent").exists()
-
-
-@pytest.mark.parametrize("content", [None, "", '{"script": "gr', "[]", "{}", "null", '"text"'])
-def test_resume_of_a_directory_that_is_no_run(content, refused, tmp_path):
-    (tmp_path / "other").mkdir()
-    if content is not None:
-        (tmp_path / "other" / "args.json").write_text(content)
-    refused("--resume", tmp_path / "other", names=f"--resume {tmp_path / 'other'}", output=tmp_path / "other")
-
-
-def test_resume_by_another_script(refused, run_dir, tmp_path):
-    shutil.copytree(run_dir, tmp_path / "copy")
-    saved = json.loads((run_dir / "args.json").read_text())
-    (tmp_path / "copy" / "args.json").write_text(json.dumps({**saved, "script": "another"}))
-    line = refused("--resume", tmp_path / "copy", names=f"--resume {tmp_path / 'copy'}", output=tmp_path / "copy")
-    assert "another" in line
-
-
-@pytest.mark.parametrize("change", ["more", "fewer"])
-def test_resume_by_another_version(change, refused, run_dir, tmp_path):
-    shutil.copytree(run_dir, tmp_path / "copy")
-    saved = json.loads((run_dir / "args.json").read_text())
-    saved = {**saved, "forgotten": 1} if change == "more" else {k: v for k, v in saved.items() if k != "clip_high"}
-    (tmp_path / "copy" / "args.json").write_text(json.dumps(saved))
-    line = refused("--resume", tmp_path / "copy", names=f"--resume {tmp_path / 'copy'}", output=tmp_path / "copy")
-    assert ("forgotten" if change == "more" else "clip_high") in line
-
-
-def test_resume_of_a_run_that_has_more_steps_already(refused, run_dir, tmp_path):
-    shutil.copytree(run_dir, tmp_path / "copy")
-    assert command("--resume", tmp_path / "copy", "--num-steps", 3) == 0
-    assert command("--resume", tmp_path / "copy", "--num-steps", 2) in (0, 2)
-    assert [record["step"] for record in metrics(tmp_path / "copy")] == [0, 1, 2, 3]
-    assert checkpoint(tmp_path / "copy", 3)["step"] == 3
+def test_resume_of_a_run_that_has_more_steps_already(model, tmp_path, capsys):
+    run_dir = train(tmp_path, model=model, task=dense_task(tmp_path), num_steps=3, max_response_tokens=2)
+    before = {path: path.read_bytes() for path in [*run_dir.glob("model/*"), *run_dir.glob("checkpoints/*")]}
+    capsys.readouterr()
+    assert command(*resume(run_dir, "--num-steps", 2)) == 0
+    assert "Continue with" not in capsys.readouterr().out  # there is nothing left to do
+    assert [record["step"] for record in metrics(run_dir)] == [0, 1, 2, 3]
+    assert checkpoint(run_dir, 3)["log"]["step"] == 3
+    assert {
+        path: path.read_bytes() for name in ("model", "checkpoints") for path in (run_dir / name).iterdir()
+    } == files

@@ -14,11 +14,16 @@ import torch
 from grpo import Args, advantages, per_token_loss
 
 
+def loss_of(logprobs, old_logprobs, advantages, args):
+    """`per_token_loss` of tensors that hold response tokens only."""
+    return per_token_loss(logprobs, old_logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool), args)
+
+
 def loss_and_gradient(log_ratios, advantage, args, dtype=torch.float64, old=-1.0):
     """The loss of single tokens, and its derivative by each token's log-prob, as lists."""
     old_logprobs = torch.full((len(log_ratios),), old, dtype=dtype)
     logprobs = (old_logprobs + torch.tensor(log_ratios, dtype=dtype)).requires_grad_()
-    loss = per_token_loss(logprobs, old_logprobs, torch.tensor(advantage, dtype=dtype), args)
+    loss = loss_of(logprobs, old_logprobs, torch.tensor(advantage, dtype=dtype), args)
     loss.sum().backward()
     return loss.tolist(), logprobs.grad.tolist()
 
@@ -95,10 +100,11 @@ def test_a_group_does_not_see_the_others():
 def test_inputs_are_left_unchanged():
     rewards_PG = torch.tensor([[1.0, 0.0], [0.7, 0.7]], dtype=torch.float64)
     logprobs, old, signs = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]), torch.tensor([1.0, -1.0])
-    inputs = [rewards_PG, logprobs, old, signs]
+    mask = torch.tensor([True, False])
+    inputs = [rewards_PG, logprobs, old, signs, mask]
     before = [tensor.clone() for tensor in inputs]
     advantages(rewards_PG, Args())
-    per_token_loss(logprobs, old, signs, Args())
+    per_token_loss(logprobs, old, signs, mask, Args())
     assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))
 
 
@@ -148,7 +154,7 @@ def test_loss_against_a_loop(low, high):
     expected = [loss_by_the_equation(n, o, a, low, high) for n, o, a in zip(new, old, advantage, strict=True)]
     args = Args(clip_low=low, clip_high=high)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):  # float32: log-probs of −10 are rounded
-        found = per_token_loss(*(torch.tensor(x, dtype=dtype) for x in (new, old, advantage)), args)
+        found = loss_of(*(torch.tensor(x, dtype=dtype) for x in (new, old, advantage)), args)
         assert found.dtype == dtype
         assert found.tolist() == pytest.approx(expected, rel=tolerance)
 
@@ -157,7 +163,7 @@ def test_gradient_against_differences_of_a_loop():
     new, old, advantage = random_tokens(400, seed=2)
     logprobs = torch.tensor(new, dtype=torch.float64, requires_grad=True)
     constants = [torch.tensor(x, dtype=torch.float64) for x in (old, advantage)]
-    per_token_loss(logprobs, *constants, Args()).sum().backward()
+    loss_of(logprobs, *constants, Args()).sum().backward()
     h = 1e-6  # central differences: error h² in the equation and 1e-16 / h in rounding, each below 1e-9
     for n, o, a, found in zip(new, old, advantage, logprobs.grad.tolist(), strict=True):
         if min(abs(math.exp(n - o) - bound) for bound in (0.8, 1.2)) > 1e-5:  # there the loss has a kink
@@ -171,7 +177,7 @@ def test_gradient_is_that_of_the_masked_weighted_logprob(low, high):
     new, old, advantage = random_tokens(2000, seed=3)
     logprobs = torch.tensor(new, dtype=torch.float64, requires_grad=True)
     constants = [torch.tensor(x, dtype=torch.float64) for x in (old, advantage)]
-    per_token_loss(logprobs, *constants, Args(clip_low=low, clip_high=high)).sum().backward()
+    loss_of(logprobs, *constants, Args(clip_low=low, clip_high=high)).sum().backward()
     tokens = list(zip(new, old, advantage, strict=True))
     mask = [mask_by_the_equation(n, o, a, low, high) for n, o, a in tokens]
     expected = [-a * m * math.exp(n - o) for (n, o, a), m in zip(tokens, mask, strict=True)]
@@ -190,7 +196,7 @@ def test_on_policy_gradient_is_reinforce_with_a_normalised_baseline():
     logprobs_PGT = torch.log_softmax(logits_PV, dim=-1)[torch.arange(3)[:, None, None], tokens_PGT]
 
     advantages_PG1 = advantages(rewards_PG, Args()).unsqueeze(-1)
-    loss = per_token_loss(logprobs_PGT, logprobs_PGT.detach(), advantages_PG1, Args()).sum() / tokens_PGT.numel()
+    loss = loss_of(logprobs_PGT, logprobs_PGT.detach(), advantages_PG1, Args()).sum() / tokens_PGT.numel()
     (found_PV,) = torch.autograd.grad(loss, logits_PV)
 
     # REINFORCE by hand: ∂ log softmax(z)_y / ∂z = onehot(y) − softmax(z), weighted by (r − baseline) / scale.
@@ -266,7 +272,7 @@ def test_one_advantage_per_row():
     # The scripts pass log-probs [B, T] with advantages [B, 1].
     new, old, _ = random_tokens(12, seed=5)
     new_BT, old_BT = (torch.tensor(x, dtype=torch.float64).view(3, 4) for x in (new, old))
-    found = per_token_loss(new_BT, old_BT, torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64), Args())
+    found = loss_of(new_BT, old_BT, torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64), Args())
     for b, advantage in enumerate((1.0, -2.0, 0.0)):
         expected = [loss_by_the_equation(new[i], old[i], advantage, 0.2, 0.2) for i in range(4 * b, 4 * b + 4)]
         assert found[b].tolist() == pytest.approx(expected, rel=1e-12)

@@ -7,17 +7,16 @@ difference over the norm of the gradient: 1e-5 in float32 (some 1e-6 is seen).
 
 import copy
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_model
+from transformers import AutoModelForCausalLM
 
-from common.batching import collate, split_by_token_budget
-from common.logprobs import logprobs_and_entropy, token_logprobs
-from common.models import load_model
-from grpo import Args, per_token_loss
+from common.kernels import cpu
+from common.logprobs import LARGE_VOCABULARY, autocast, logprobs_and_entropy, token_logprobs
+from tests.conftest import build_model
 
-CPU = torch.device("cpu")
 VOCABULARY, PAD = 299, 1
 MODELS = {
     "qwen2, tied": ("qwen2", {}),
@@ -36,9 +35,15 @@ def directories(tmp_path_factory):
     }
 
 
+def load(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    cpu.speed_up(model)
+    return model.eval()
+
+
 @pytest.fixture(params=MODELS)
 def model(request, directories):
-    return load_model(directories[request.param], "", CPU, gradient_checkpointing=False)
+    return load(directories[request.param])
 
 
 def make_batch(num_sequences=6, seed=0):
@@ -50,23 +55,19 @@ def make_batch(num_sequences=6, seed=0):
     return prompts, responses, sampler_logprobs, [rng.gauss(0, 1) for _ in prompts]
 
 
-def tensors(micro):
-    return micro.inputs_BT, micro.attention_BT, micro.targets_BT, micro.mask_BT
-
-
-def pad_left(micro, extra):
-    """The same rows with their padding, and `extra` columns of it, moved to the left."""
-    columns = [micro.inputs_BT, micro.attention_BT, micro.targets_BT, micro.mask_BT, micro.sampler_logprobs_BT]
-    width = micro.inputs_BT.shape[1] + extra
-    moved = [column.new_full((len(micro.rows), width), PAD if c in (0, 2) else 0) for c, column in enumerate(columns)]
-    for b, n in enumerate(micro.attention_BT.sum(dim=1).tolist()):
-        # The last real token is only predicted, never read: inputs and targets of a row have the same n columns.
-        n = max(n, int(micro.mask_BT[b].nonzero().max()) + 1)
-        for source, target in zip(columns, moved, strict=True):
-            target[b, width - n :] = source[b, :n]
-    result = copy.copy(micro)
-    result.inputs_BT, result.attention_BT, result.targets_BT, result.mask_BT, result.sampler_logprobs_BT = moved
-    return result
+def lay_out(prompts, responses, sampler_logprobs, rows=range(6), pad_id=PAD):
+    """Those rows as a micro-batch, padded on the right."""
+    width = max(len(prompts[row]) + len(responses[row]) for row in rows) - 1
+    tokens_BT = torch.full((len(rows), width + 1), pad_id)
+    mask_BT, old_BT = torch.zeros(len(rows), width, dtype=torch.bool), torch.zeros(len(rows), width)
+    for b, row in enumerate(rows):
+        start, end = len(prompts[row]), len(prompts[row]) + len(responses[row])
+        tokens_BT[b, :end] = torch.tensor(prompts[row] + responses[row])
+        mask_BT[b, start - 1 : end - 1] = True  # a token is predicted at the place before its own
+        old_BT[b, start - 1 : end - 1] = torch.tensor(sampler_logprobs[row])
+    return SimpleNamespace(
+        inputs_BT=tokens_BT[:, :-1], targets_BT=tokens_BT[:, 1:], mask_BT=mask_BT, sampler_logprobs_BT=old_BT
+    )
 
 
 def naive(model, prompts, responses, temperature):
@@ -96,13 +97,11 @@ def assert_close_gradients(found, expected, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_logprobs_and_entropies_against_float64(model, temperature, side):
+def test_logprobs_and_entropies_against_float64(model, temperature):
     prompts, responses, sampler_logprobs, _ = make_batch()
-    micro = collate(prompts, responses, sampler_logprobs, range(6), PAD)
-    micro = pad_left(micro, extra=20) if side == "left" else micro
+    micro = lay_out(prompts, responses, sampler_logprobs)
     with torch.no_grad():
-        logprobs_BT, entropy_BT = token_logprobs(model, *tensors(micro), temperature)
+        logprobs_BT, entropy_BT = token_logprobs(model, micro, temperature)
         expected_logprobs, expected_entropies = naive(copy.deepcopy(model).double(), prompts, responses, temperature)
     assert logprobs_BT.dtype == entropy_BT.dtype == torch.float32
     for b in range(6):
@@ -115,16 +114,15 @@ def test_logprobs_and_entropies_against_float64(model, temperature, side):
 
 def test_outside_the_mask_everything_is_exactly_zero(model):
     prompts, responses, sampler_logprobs, _ = make_batch()
-    micro = collate(prompts, responses, sampler_logprobs, range(6), PAD)
-    for rows in (micro, pad_left(micro, extra=3)):
-        logprobs_BT, entropy_BT = token_logprobs(model, *tensors(rows), 1.0)
-        assert (logprobs_BT[~rows.mask_BT] == 0).all() and (entropy_BT[~rows.mask_BT] == 0).all()
-        assert (logprobs_BT[rows.mask_BT] < 0).all() and (entropy_BT[rows.mask_BT] > 0).all()
+    micro = lay_out(prompts, responses, sampler_logprobs)
+    logprobs_BT, entropy_BT = token_logprobs(model, micro, 1.0)
+    assert (logprobs_BT[~micro.mask_BT] == 0).all() and (entropy_BT[~micro.mask_BT] == 0).all()
+    assert (logprobs_BT[micro.mask_BT] < 0).all() and (entropy_BT[micro.mask_BT] > 0).all()
 
 
 def test_entropy_is_detached(model):
-    micro = collate(*make_batch()[:3], range(6), PAD)
-    logprobs_BT, entropy_BT = token_logprobs(model, *tensors(micro), 1.0)
+    micro = lay_out(*make_batch()[:3])
+    logprobs_BT, entropy_BT = token_logprobs(model, micro, 1.0)
     assert logprobs_BT.requires_grad and not entropy_BT.requires_grad
 
 
@@ -132,47 +130,75 @@ def test_padding_tokens_do_not_matter(model):
     prompts, responses, sampler_logprobs, _ = make_batch()
     results = []
     for pad_id in (PAD, 0, 42):
-        micro = collate(prompts, responses, sampler_logprobs, range(6), pad_id)
+        micro = lay_out(prompts, responses, sampler_logprobs, pad_id=pad_id)
         with torch.no_grad():
-            results.append(token_logprobs(model, *tensors(micro), 1.0))
+            results.append(token_logprobs(model, micro, 1.0))
     for logprobs_BT, entropy_BT in results[1:]:
         assert torch.equal(logprobs_BT, results[0][0]) and torch.equal(entropy_BT, results[0][1])
 
 
-def test_only_response_tokens_reach_the_head(model, monkeypatch):
-    micro = collate(*make_batch()[:3], range(6), PAD)
-    shapes = []
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_only_response_tokens_reach_the_head_and_a_temperature_of_one_no_bit(model, precision, monkeypatch):
+    micro = lay_out(*make_batch()[:3])
+    given = []
 
-    def spy(hidden_NH, weight_VH, targets_N, temperature):
-        shapes.append((hidden_NH.shape, weight_VH.shape))
-        return logprobs_and_entropy(hidden_NH, weight_VH, targets_N, temperature)
+    def spy(*arguments):
+        given.append(arguments)
+        return logprobs_and_entropy(*arguments)
 
     monkeypatch.setattr("common.logprobs.logprobs_and_entropy", spy)
-    token_logprobs(model, *tensors(micro), 1.0)
-    assert shapes == [((micro.mask_BT.sum().item(), 64), (VOCABULARY, 64))]
+    token_logprobs(model, micro, 1.0, precision)
+    ((hidden_NH, weight_VH, targets_N),) = given
+    with autocast("cpu", precision):
+        expected_BTH = model.base_model(micro.inputs_BT).last_hidden_state
+    assert torch.equal(hidden_NH, expected_BTH[micro.mask_BT].to(getattr(torch, precision)))
+    assert weight_VH is model.get_output_embeddings().weight and torch.equal(targets_N, micro.targets_BT[micro.mask_BT])
 
 
 def test_inputs_are_left_unchanged(model):
-    micro = collate(*make_batch()[:3], range(6), PAD)
-    before = [tensor.clone() for tensor in tensors(micro)]
-    token_logprobs(model, *tensors(micro), 0.7)
-    assert all(torch.equal(now, then) for now, then in zip(tensors(micro), before, strict=True))
+    micro = lay_out(*make_batch()[:3])
+    before = copy.deepcopy(micro)
+    token_logprobs(model, micro, 0.7)
+    assert all(torch.equal(now, then) for now, then in zip(vars(micro).values(), vars(before).values(), strict=True))
+
+
+def test_which_way_is_taken_on_a_cpu(monkeypatch):
+    taken, nothing = [], (torch.zeros(2), torch.zeros(2))
+    monkeypatch.setattr(cpu.SlicedLogprobs, "apply", lambda *_: taken.append("sliced") or nothing)
+    monkeypatch.setattr(cpu, "plain_logprobs_and_entropy", lambda *_: taken.append("plain") or nothing)
+    for V in (LARGE_VOCABULARY - 1, LARGE_VOCABULARY):
+        logprobs_and_entropy(torch.zeros(2, 4), torch.zeros(V, 4), torch.zeros(2, dtype=torch.int64))
+    assert taken == ["plain", "sliced"]
+
+
+def test_what_does_not_fit_is_refused():
+    hidden, weight, targets = torch.zeros(5, 64), torch.zeros(257, 64), torch.zeros(5, dtype=torch.int64)
+    for arguments in [
+        (hidden, weight[:, :-1], targets),
+        (hidden, weight, targets[:-1]),
+        (hidden, weight.bfloat16(), targets),
+        (hidden.half(), weight.half(), targets),
+    ]:
+        with pytest.raises(ValueError, match="do not fit"):
+            logprobs_and_entropy(*arguments)
+    for dtypes in ((torch.float64, torch.float64), (torch.bfloat16, torch.float32)):
+        logprobs_and_entropy(hidden.to(dtypes[0]), weight.to(dtypes[1]), targets)
 
 
 # Gradients
 
 
-def loss_and_gradient(model, batch, splits, side="right", temperature=1.0, pad_id=PAD, precision="float32"):
+def loss_and_gradient(model, batch, splits, temperature=1.0, pad_id=PAD, precision="float32"):
     """GRPO's loss of a batch and its gradient by all parameters, one micro-batch after another, as the scripts do."""
     prompts, responses, sampler_logprobs, advantages = batch
     num_tokens, total = sum(map(len, responses)), 0.0
     model.zero_grad()
     for rows in splits:
-        micro = collate(prompts, responses, sampler_logprobs, rows, pad_id)
-        micro = pad_left(micro, extra=5) if side == "left" else micro
-        logprobs_BT, _ = token_logprobs(model, *tensors(micro), temperature, precision)
+        micro = lay_out(prompts, responses, sampler_logprobs, rows, pad_id)
+        logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
         advantages_B1 = torch.tensor([[advantages[row]] for row in rows])
-        loss_BT = per_token_loss(logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, Args())
+        ratio_BT = torch.exp(logprobs_BT - micro.sampler_logprobs_BT)
+        loss_BT = -torch.minimum(ratio_BT * advantages_B1, ratio_BT.clamp(0.8, 1.2) * advantages_B1)
         loss = loss_BT[micro.mask_BT].sum() / num_tokens
         loss.backward()
         total += loss.item()
@@ -202,18 +228,14 @@ def test_gradient_against_float64(model, temperature):
 
 
 def test_how_a_batch_is_laid_out_does_not_matter(model):
-    # Micro-batches, side of the padding, order of the rows, padding token: only roundings of float32 may differ.
+    # Micro-batches, order of the rows, padding token: only roundings of float32 may differ.
     batch = make_batch()
     expected_loss, expected = loss_and_gradient(model, batch, [range(6)])
-    lengths = [len(p) + len(r) for p, r in zip(*batch[:2], strict=True)]
     layouts = {
         "one row at a time": {"splits": [[row] for row in range(6)]},
         "halves": {"splits": [[0, 1, 2], [3, 4, 5]]},
-        "by budget": {"splits": split_by_token_budget(lengths, 40)},
         "reversed": {"splits": [range(5, -1, -1)]},
         "shuffled and split": {"splits": [[4, 1], [5, 0, 3], [2]]},
-        "padded left": {"splits": [range(6)], "side": "left"},
-        "padded left, split": {"splits": [[3, 0], [5, 1, 2, 4]], "side": "left"},
         "padded with EOS": {"splits": [range(6)], "pad_id": 0},
     }
     for name, layout in layouts.items():
@@ -224,8 +246,11 @@ def test_how_a_batch_is_laid_out_does_not_matter(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing_changes_nothing(name, directories):
-    plain = load_model(directories[name], "", CPU, gradient_checkpointing=False)
-    checkpointed = load_model(directories[name], "", CPU, gradient_checkpointing=True)
+    plain, checkpointed = load(directories[name]), load(directories[name])
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in checkpointed.train().modules():  # it acts in training mode only, where GPT-2 has dropout
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     calls = {plain: 0, checkpointed: 0}
     for model in calls:
         mlp = next(module for module_name, module in model.named_modules() if module_name.endswith(".mlp"))
@@ -244,17 +269,18 @@ def test_gradient_checkpointing_changes_nothing(name, directories):
 # Numbers at the edges
 
 
-def test_a_masked_vocabulary_entry_leaves_entropy_finite(directories):
-    model = load_model(directories["llama, untied"], "", CPU, gradient_checkpointing=False)
+def test_a_head_with_a_bias_and_masked_vocabulary_entries(directories):
+    model = load(directories["llama, untied"])
     head = torch.nn.Linear(64, VOCABULARY)
     head.weight.data.copy_(model.lm_head.weight.data)
-    head.bias.data.zero_()
+    torch.manual_seed(0)
+    head.bias.data.normal_()
     head.bias.data[250:] = -torch.inf  # e.g. rows of a padded vocabulary
     model.lm_head = head
     prompts, responses, sampler_logprobs, advantages = make_batch()
     responses = [[token % 250 for token in response] for response in responses]
-    micro = collate(prompts, responses, sampler_logprobs, range(6), PAD)
-    logprobs_BT, entropy_BT = token_logprobs(model, *tensors(micro), 0.7)
+    micro = lay_out(prompts, responses, sampler_logprobs)
+    logprobs_BT, entropy_BT = token_logprobs(model, micro, 0.7)
 
     with torch.no_grad():
         twin = copy.deepcopy(model).double()
@@ -274,10 +300,10 @@ def test_bfloat16_autocast_stays_near_float32(model):
     # bf16 keeps 8 bits: 0.4 % of each product. Logits here have a size of about 2, so hundredths are to be expected:
     # at most 0.1 for any token and 0.03 on average. Weights and their gradients stay float32.
     batch = make_batch()
-    micro = collate(*batch[:3], range(6), PAD)
+    micro = lay_out(*batch[:3])
     with torch.no_grad():
-        full = token_logprobs(model, *tensors(micro), 1.0, "float32")
-        half = token_logprobs(model, *tensors(micro), 1.0, "bfloat16")
+        full = token_logprobs(model, micro, 1.0, "float32")
+        half = token_logprobs(model, micro, 1.0, "bfloat16")
     for exact, rounded in zip(full, half, strict=True):
         assert rounded.dtype == torch.float32
         difference_N = (rounded - exact)[micro.mask_BT].abs()

@@ -4,12 +4,16 @@ The sums are float64 sums of a few hundred terms: 1e-13 relative. What must be e
 """
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from common.metrics import TokenStatistics, reward_statistics
+from common.metrics import StepMetrics
+from common.sampling import Batch
+
+CPU = torch.device("cpu")
 
 
 def random_micro_batch(rows=9, width=30, seed=0):
@@ -33,12 +37,27 @@ def one_row(*columns):
     ]
 
 
-def statistics_of(*micro_batches, num_tokens=None, same_weights=True):
-    statistics = TokenStatistics()
-    for micro_batch in micro_batches:
-        statistics.add(*micro_batch)
+TOKEN_KEYS = ("entropy", "kl/", "ratio/", "sampler_mismatch/")
+
+
+def result_of(metrics, lengths, version=0, rewards_PG=None, grades=None, truncated=None):
+    """All metrics of step 1 for responses of these lengths; the times do not matter here."""
+    metrics.times |= {"time/train": 1.0}
+    B = len(lengths)
+    batch = Batch(1, version, [0] * B, [[1]] * B, [[2] * n for n in lengths], [[]] * B, truncated or [False] * B)
+    batch.metrics["time/sample"] = 1.0
+    rewards_PG = torch.zeros(1, B, dtype=torch.float64) if rewards_PG is None else rewards_PG
+    return metrics.result(batch, rewards_PG, grades or [{"reward": 0.0}] * B, CPU)
+
+
+def statistics_of(*micro_batches, num_tokens=None, lag=0):
+    """The token statistics of some micro-batches (mask, log-probs of trainer and sampler, entropy[, reference])."""
+    metrics = StepMetrics()
+    for mask_BT, lp_BT, sampler_BT, entropy_BT, *ref_BT in micro_batches:
+        metrics.add_tokens(SimpleNamespace(mask_BT=mask_BT, sampler_logprobs_BT=sampler_BT), lp_BT, entropy_BT, *ref_BT)
     num_tokens = num_tokens or sum(int(mask_BT.sum()) for mask_BT, *_ in micro_batches)
-    return statistics.result(num_tokens, same_weights)
+    result = result_of(metrics, [num_tokens], version=-lag)
+    return {key: value for key, value in result.items() if key.startswith(TOKEN_KEYS)}
 
 
 def test_all_of_them_by_hand():
@@ -79,14 +98,14 @@ def test_all_of_them_against_numpy():
 
 
 def test_estimators_estimate_what_they_are_named_after():
-    # Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2). Four tokens drawn in exactly the policy's proportions make
+    # Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2). Four tokens sampled in exactly the policy's proportions make
     # the mean of k1 and of k3 the divergence itself: KL(policy ‖ reference) = ½ ln 2 + 0 + ¼ ln ½ = ¼ ln 2.
     policy, other, tokens = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0, 0, 1, 2]
     lp, ref = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
     result = statistics_of(one_row(lp, lp, [0.0] * 4, ref))
     assert result["kl/ref_k1"] == pytest.approx(math.log(2) / 4, rel=1e-6)  # the log-probs are float32
     assert result["kl/ref_k3"] == pytest.approx(math.log(2) / 4, rel=1e-6)
-    # Had the reference drawn them for the policy to train on, the divergence to it is KL(sampler ‖ trainer).
+    # Had the reference sampled them for the policy to train on, the divergence to it is KL(sampler ‖ trainer).
     tokens = [0, 1, 2, 2]
     lp, sampler = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
     truth = sum(q * math.log(q / p) for p, q in zip(policy, other, strict=True))
@@ -134,9 +153,11 @@ def test_inputs_are_left_unchanged_and_no_gradient_is_kept():
     micro_batch = random_micro_batch()
     before = [tensor.clone() for tensor in micro_batch]
     micro_batch[1].requires_grad_()
+    micro_batch[1].grad = torch.ones_like(micro_batch[1])
     result = statistics_of(micro_batch)
     assert all(torch.equal(now, then) for now, then in zip(micro_batch, before, strict=True))
-    assert micro_batch[1].grad is None and all(type(value) is float for value in result.values())
+    assert torch.equal(micro_batch[1].grad, torch.ones_like(micro_batch[1]))
+    assert all(type(value) is float for value in result.values())
 
 
 def test_means_are_over_the_number_of_tokens_given():
@@ -154,16 +175,23 @@ def test_without_a_reference_nothing_is_said_about_it():
 
 def test_a_lagging_sampler_has_no_mismatch():
     micro_batch = random_micro_batch()
-    same, lagging = statistics_of(micro_batch), statistics_of(micro_batch, same_weights=False)
+    same, lagging = statistics_of(micro_batch), statistics_of(micro_batch, lag=1)
     left_out = {"sampler_mismatch/mean", "sampler_mismatch/max"}
     assert lagging == {key: value for key, value in same.items() if key not in left_out}
 
 
 def test_clip_fraction_by_hand():
-    statistics = TokenStatistics()
-    statistics.add_clipped(torch.tensor([True, False, False]))
-    statistics.add_clipped(torch.tensor([True, True]))
-    assert statistics.result(12, same_weights=True)["ratio/clip_fraction"] == 3 / 12  # of all tokens of the batch
+    # Two micro-batches with a gradient, of 3 and 2 response tokens, of which 1 and 2 have gradient 0; one without
+    # gradient, whose tokens count in N alone. A zero outside the mask counts nowhere.
+    metrics = StepMetrics()
+    for mask, gradient in (([1, 1, 1, 0], [0.0, -0.5, 0.25, 0.0]), ([0, 1, 1, 0], [0.0, 0.0, 0.0, 0.0])):
+        lp_BT = torch.tensor([[-1.0] * 4], requires_grad=True)
+        lp_BT.grad = torch.tensor([gradient])
+        micro = SimpleNamespace(mask_BT=torch.tensor([mask]).bool(), sampler_logprobs_BT=lp_BT.detach())
+        metrics.add_tokens(micro, lp_BT, torch.zeros(1, 4))
+    no_gradient = SimpleNamespace(mask_BT=torch.ones(1, 7).bool(), sampler_logprobs_BT=torch.zeros(1, 7))
+    metrics.add_tokens(no_gradient, torch.zeros(1, 7), torch.zeros(1, 7))
+    assert result_of(metrics, [3, 2, 7])["ratio/clip_fraction"] == 3 / 12
 
 
 @pytest.mark.parametrize("nan_first", [True, False])
@@ -184,7 +212,8 @@ def test_reward_statistics_by_hand():
     grades = [
         {"reward": r, "accuracy": a} for r, a in zip(rewards_PG.flatten().tolist(), [1, 0, 1, 1, 0, 0], strict=True)
     ]
-    result = reward_statistics(rewards_PG, grades, [3, 9, 4, 4, 1, 6], [False, True, False, False, False, True])
+    truncated = [False, True, False, False, False, True]
+    result = result_of(StepMetrics(), [3, 9, 4, 4, 1, 6], 0, rewards_PG, grades, truncated)
     mean = 4.4 / 6
     expected = {
         "reward/mean": mean,
@@ -195,13 +224,12 @@ def test_reward_statistics_by_hand():
         "response_length/max": 9.0,
         "response_length/truncated": 1 / 3,
     }
-    assert result == pytest.approx(expected, rel=1e-13)
+    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-13)
 
 
 def test_any_entry_of_the_grades_is_averaged_over_those_that_have_it():
-    rewards_PG = torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     grades = [{"reward": 0.5, "format": 1.0, "style": 0.25}, {"reward": 0.5, "format": 0.0}]
-    result = reward_statistics(rewards_PG, grades, [1, 1], [False, False])
+    result = result_of(StepMetrics(), [1, 1], grades=grades)
     assert (result["format"], result["style"]) == (0.5, 0.25)
     assert "accuracy" not in result and "reward" not in result
 
@@ -210,5 +238,23 @@ def test_any_entry_of_the_grades_is_averaged_over_those_that_have_it():
 def test_equal_rewards_count_as_equal_at_any_value(reward):
     rewards_PG = torch.full((2, 7), reward, dtype=torch.float64)
     rewards_PG[1, 3] += 1e-6
-    result = reward_statistics(rewards_PG, [{"reward": reward}] * 14, [1] * 14, [False] * 14)
+    result = result_of(StepMetrics(), [1] * 14, rewards_PG=rewards_PG)
     assert result["reward/zero_std_groups"] == 0.5
+
+
+# Times
+
+
+def test_a_step_is_the_sum_of_its_laps_without_evaluation(monkeypatch):
+    clock = iter([100.0, 101.0, 103.0, 107.0, 115.0, 131.0])
+    monkeypatch.setattr("common.metrics.time.perf_counter", lambda: next(clock))
+    metrics = StepMetrics()
+    for name in ("wait", "grade", "train", "eval", "sync"):
+        metrics.lap(name)
+    batch = Batch(7, 4, [0], [[1, 2, 3]], [[4, 5]], [[-1.0, -1.0]], [False], {"time/sample": 0.5})
+    result = metrics.result(batch, torch.zeros(1, 1, dtype=torch.float64), [{"reward": 0.0}], CPU)
+    laps = {"wait": 1.0, "grade": 2.0, "train": 4.0, "eval": 8.0, "sync": 16.0, "step": 23.0, "sample": 0.5}
+    assert {name: result[f"time/{name}"] for name in laps} == laps
+    assert (result["lag"], result["weights_version"]) == (2, 4)
+    assert result["throughput/sampled_tokens_per_second"] == 2 / 0.5
+    assert result["throughput/trained_tokens_per_second"] == 5 / 4

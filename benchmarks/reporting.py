@@ -1,0 +1,156 @@
+"""What the benchmarks share: metrics of runs, figures in one style, and the files that they write.
+
+`plot_runs` and `write_curves` take runs in groups, {label: [records of a run, …]}: one curve per group, one run per
+seed. A figure shows the mean over seeds as a line and their range as a band; its CSV file has every seed's values.
+"""
+
+import csv
+import json
+
+import matplotlib
+import numpy as np
+
+from benchmarks.launcher import ROOT
+from common.runlog import read_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RUNS, RESULTS = ROOT / "runs", ROOT / "benchmarks" / "results"
+PANELS = {
+    "reward/mean": "reward",
+    "kl/ref_k2": "KL to the initial policy",
+    "entropy": "entropy (nats)",
+    "response_length/mean": "response length (tokens)",
+    "eval/accuracy": "held-out accuracy (greedy)",
+}
+SMOOTHING = 9  # steps
+
+
+def read_steps(run_dir):
+    """The records of a run's steps, without that of the evaluation before training."""
+    return [record for record in read_metrics(run_dir) if record["step"] > 0]
+
+
+def column(records, key):
+    """One metric of all records that have it, as an array. What was not finite is NaN."""
+    return np.array([record[key] for record in records if key in record], dtype=float)
+
+
+def moving_average(values, width=SMOOTHING):
+    """A centred average over `width` values, over fewer at the ends."""
+    kernel = np.ones(min(width, len(values)))
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+
+
+def use_quick_directories(args, default_output):
+    """For a run in miniature: no result of a full one is touched."""
+    args.runs = args.runs.with_name(f"{args.runs.name}-quick")
+    if args.output == default_output:
+        args.output = args.runs.with_name(f"{args.runs.name}-results")
+
+
+# Figures
+
+
+def new_figure(labels, x_label, **options):
+    """A figure of panels side by side, one per label of a y-axis; returns figure and axes."""
+    figure, axes = plt.subplots(1, len(labels), figsize=(3.8 * len(labels), 3.7), layout="constrained", **options)
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xlabel=x_label, ylabel=label)
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def plot_band(axis, runs, key, x, label, colour):
+    """One curve, the mean over runs, and their range; smoothed if there is a value for every step."""
+    values = [column(records, key) for records in runs]
+    if len(values[0]) > 2 * SMOOTHING:
+        values = [moving_average(one) for one in values]
+    places = np.mean([column([r for r in records if key in r], x) for records in runs], axis=0)
+    axis.plot(places, np.mean(values, axis=0), color=colour, label=label, linewidth=1.6)
+    axis.fill_between(places, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.18, linewidth=0)
+
+
+def save_figure(figure, axis, path):
+    """With one legend below, of the labels in `axis`."""
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_runs(path, groups, colours, panels, x="step", x_label="training steps"):
+    """One panel per metric, {key: label of the y-axis}, with a curve for each group; `colours` by the group's label."""
+    figure, axes = new_figure(panels.values(), x_label)
+    for axis, key in zip(axes, panels, strict=True):
+        for label, runs in groups.items():
+            plot_band(axis, runs, key, x, label, colours[label])
+    save_figure(figure, axes[0], path)
+
+
+# Files
+
+
+def write_csv(path, header, rows):
+    """Numbers with six digits or more; None is an empty cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+
+
+def write_curves(path, groups, seeds, keys):
+    """What `plot_runs` plots, before smoothing: one row per run and step, with the columns `keys`."""
+    rows = [
+        [label, seed, *(record.get(key) for key in keys)]
+        for label, runs in groups.items()
+        for seed, records in zip(seeds, runs, strict=True)
+        for record in records
+    ]
+    write_csv(path, ["curve", "seed", *keys], rows)
+
+
+def write_json(path, **results):
+    """What other programs read, the numbers in the READMEs for instance."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def table(header, rows):
+    """A Markdown table; cells are converted by `str`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def yes(holds):
+    return "yes" if holds else "no"
+
+
+def compare(observations, runs, seeds):
+    """A table of what `observations` returns, (statement, bool) pairs: for all runs, and for those of each seed.
+
+    `observations` takes groups of runs, {label: [run, …]}, with the runs in the order of `seeds`.
+    """
+    columns = [observations(runs)]
+    columns += [observations({label: [group[i]] for label, group in runs.items()}) for i in range(len(seeds))]
+    rows = [[cells[0][0], *(yes(holds) for _, holds in cells)] for cells in zip(*columns, strict=True)]
+    count = ["**number of yes**", *(f"**{sum(holds for _, holds in one)} of {len(one)}**" for one in columns)]
+    return table(["observation", "mean of the seeds", *(f"seed {seed}" for seed in seeds)], [*rows, count])
+
+
+def environment_of(run_dir):
+    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware, threads.
+
+    With paths as seen from the repository, wherever that lies.
+    """
+    return (run_dir / "environment.txt").read_text().split("\n\n")[0].strip().replace(f"{ROOT}/", "")
+
+
+def write_report(path, text, environment):
+    """Write and print a report, with a description of where its numbers come from."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f"{text.strip()}\n\n## Environment\n\n```\n{environment.strip()}\n```\n"
+    path.write_text(text)
+    print(text)

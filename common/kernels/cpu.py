@@ -1,0 +1,232 @@
+"""What training on a CPU spends its time in, by the fastest ways of PyTorch: linear layers, attention, log-probs."""
+
+import inspect
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import logsigmoid
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
+
+FEWEST_NUMBERS = 20_481
+"""of inputs; with fewer, PyTorch does not choose oneDNN for a convolution"""
+FEWEST_PRODUCTS = 3_500_000
+"""of two numbers, for each thread; with fewer, MKL is the faster of the two (measured, for H and V from 64 to 896)"""
+SLICE = 4096
+"""vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
+ATTENTION = "sdpa_or_one_token"  # the name under which `transformers` knows `attention`
+
+
+def use_threads(threads):
+    """Compute with that many CPU threads, in PyTorch and in its libraries.
+
+    A number that is right already is left alone. Setting it makes PyTorch tell MKL to split the products of every
+    thread among threads of its own, and attention, which is many small products, takes up to twice as long.
+    """
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def speed_up(model):
+    """Let a `transformers` model that is on a CPU in float32 compute its layers by `linear` and `attention`.
+
+    Nothing outside of this model changes, and what it saves is an ordinary model. Its attention must not use dropout.
+    """
+    for module in model.modules():
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Linear
+    # The code of a few models asks for "sdpa" by name, to build the masks for it. These keep that name.
+    by_name = '"sdpa"' in inspect.getsource(sys.modules[type(model).__module__])
+    if model.config._attn_implementation == "sdpa" and not by_name:
+        model.set_attn_implementation(ATTENTION)
+
+
+# Linear layers and attention
+
+
+def linear(inputs, weight, bias=None):
+    """x Wᵀ + b on a CPU, differentiable; in float32 as a convolution.
+
+    PyTorch leaves float32 matrix products to MKL, which gets half of what an AMD processor can do, and convolutions to
+    oneDNN, which gets nearly all of it. And a linear layer is a convolution with a kernel of 1 × 1: rows are pixels,
+    features are channels, and they lie in memory as "channels last" wants them, so that nothing is copied.
+
+    Inputs are [..., H], the weight is [V, H] and the bias [V] or None. Returns [..., V].
+    """
+    as_convolution = (
+        inputs.dtype == torch.float32
+        and inputs.numel() >= FEWEST_NUMBERS
+        and inputs.numel() * len(weight) >= FEWEST_PRODUCTS * torch.get_num_threads()
+        and torch.backends.mkldnn.is_available()  # oneDNN, by its former name
+    )
+    if not as_convolution:
+        return F.linear(inputs, weight, bias)
+    pixels = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(0, 3, 1, 2)  # images, channels, height, width
+    # Dilation means nothing to a kernel of one pixel, but with it PyTorch chooses oneDNN on a single thread as well.
+    outputs = F.conv2d(pixels, weight[:, :, None, None], bias, dilation=2)
+    return outputs.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], -1)
+
+
+class Linear(torch.nn.Linear):
+    """`torch.nn.Linear`, computed by `linear`; a linear layer becomes one by assignment to its `__class__`."""
+
+    def forward(self, inputs):
+        return linear(inputs, self.weight, self.bias)
+
+
+def attention(module, query, key, value, attention_mask, scaling=None, **options):
+    """`transformers`' "sdpa" attention, but with two plain products where each sequence has one new token.
+
+    PyTorch's own walks through blocks of queries and keys, so as never to hold all scores. A single query has but one
+    row of them, which is made and used in less time than the walk takes.
+
+    Args:
+        query: [B, heads, queries, D].
+        key, value: [B, key heads, keys, D], each key head for as many neighbouring heads of the query.
+        attention_mask: bool [B, 1, queries, keys], True where a query sees a key; None where it sees all. (One of
+            another kind is left to PyTorch.)
+        scaling: of the scores; D^−½ if None.
+
+    Returns [B, queries, heads, D], and None for the weights, which are not kept.
+    """
+    B, heads, queries, D = query.shape
+    plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    if queries > 1 or not plain_mask or options.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+    grouped = query.reshape(B, key.shape[1], -1, D)  # heads that share their keys become rows of one product
+    scores = grouped @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
+    if attention_mask is not None:
+        scores.masked_fill_(~attention_mask, -torch.inf)
+    return (scores.softmax(dim=-1) @ value).reshape(B, queries, heads, value.shape[-1]), None
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
+
+
+# Log-probs and entropies
+
+
+def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
+    """The plain expression, which holds several N × V tensors. See `logprobs.logprobs_and_entropy`."""
+    # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in float32.
+    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+    logits_NV = linear(hidden_NH.to(dtype), weight_VH.to(hidden_NH.dtype).to(dtype))
+    logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
+    logprobs_N = logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
+    # p log p → 0 as p → 0, also where a masked vocabulary entry has log p = −inf.
+    entropy_N = -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(dtype).min)).sum(dim=-1)
+    return logprobs_N, entropy_N
+
+
+class SlicedLogprobs(torch.autograd.Function):
+    """`logprobs.logprobs_and_entropy` in slices of V: one pass for the sums, and one backward, for the gradients.
+
+    Walking over V with all rows at once, rather than over N, makes each slice of dW one product, written once.
+
+    PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20. But what a softmax
+    needs are *differences* of logits, and those that matter are small: among the others, entry v has the share
+    exp(z_v − log s), which is largest where z_v − log s is nearest to 0. So a centre c close to the largest logits of
+    the others is subtracted inside of the product (which rounds once, at its end), and rounding then costs a share q no
+    more than 2⁻⁸ |log q| of itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the gradient. The
+    target's logit, the one number that shows by itself, is computed in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, targets_N):
+        targeted_N = (hidden_NH.float() * weight_VH[targets_N].to(hidden_NH.dtype).float()).sum(dim=1)
+        centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
+        # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and Σ 2^x x.
+        sum_N, weighted_N = torch.zeros_like(targeted_N), torch.zeros_like(targeted_N)
+        # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on average and 1e-3 at
+        # most. In float32 2^x must stay in range.
+        limit = 1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0
+
+        for start in range(0, len(weight_VH) if len(hidden_NH) else 0, SLICE):
+            weight_vH = weight_VH[start : start + SLICE].to(hidden_NH.dtype)
+            logits_vN = linear(weight_vH, hidden_NH, -centre_N)
+            target_places = _targets_within(targets_N, start, len(weight_vH))
+            logits_vN[target_places] = -torch.inf
+            peak_N = logits_vN.amax(dim=0).float()
+            # Rows that meet larger logits than before get a centre up there, and their slice of logits once more. The
+            # first centre, the target's logit, may be too high as well.
+            too_low_N, too_high_N = peak_N > limit, (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0)
+            rows = (too_low_N | too_high_N).nonzero().squeeze(1)
+            if len(rows):
+                centre = (centre_N[rows].float() + peak_N[rows]).to(hidden_NH.dtype)
+                shift = (LOG2_E * (centre_N[rows].float() - centre.float())).clamp(max=0.0)
+                weighted_N[rows] = shift.exp2() * (weighted_N[rows] + shift * sum_N[rows])
+                sum_N[rows] *= shift.exp2()
+                centre_N[rows] = centre
+                logits_vN[:, rows] = linear(weight_vH, hidden_NH[rows], -centre)
+                logits_vN[target_places] = -torch.inf
+            # 2^−1000 is 0 in float32; the −inf of targets and masked entries would make NaN of 2^x x.
+            x_vN = logits_vN.float().mul_(LOG2_E).clamp_(min=-1000.0)
+            powers_vN = x_vN.exp2()
+            sum_N += powers_vN.sum(dim=0)
+            weighted_N += x_vN.mul_(powers_vN).sum(dim=0)
+
+        sum_N.clamp_(min=torch.finfo(torch.float32).tiny)  # where nothing but the target is allowed
+        log_sum_N = sum_N.log()
+        odds_N = (targeted_N - centre_N.float()) - log_sum_N
+        logprobs_N, entropy_N = target_against_others(odds_N, log_sum_N - LN_2 * weighted_N / sum_N)
+        # For the backward pass: the centre that is nearest to log s, and what log p_v is below z_v − centre.
+        near_N = (centre_N.float() + log_sum_N).to(hidden_NH.dtype)
+        rest_N = log_sum_N + (centre_N.float() - near_N.float()) - logsigmoid(-odds_N)
+        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
+        return logprobs_N, entropy_N
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, a_N, b_N):
+        hidden_NH, weight_VH, *per_row = ctx.saved_tensors
+        live, live_nH, targets_n, centre_n, rest_n, odds_n, entropy_n, a_n, b_n = live_rows(
+            a_N, b_N, hidden_NH, *per_row, a_N, b_N
+        )
+        at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
+        # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would leave nothing.
+        has_entropy = bool((b_n != 0).any())
+        dtype = torch.float32 if has_entropy else hidden_NH.dtype
+
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from the others.
+        dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].to(hidden_NH.dtype).float()
+        dweight_VH = None
+        if wants_weight:
+            dweight_VH = torch.empty_like(weight_VH) if len(live) else torch.zeros_like(weight_VH)
+        factor_nH = live_nH.detach().to(dtype).requires_grad_(wants_hidden)
+        for start in range(0, len(weight_VH) if len(live) else 0, SLICE):
+            weight_vH = weight_VH[start : start + SLICE].detach().to(hidden_NH.dtype).to(dtype)
+            weight_vH.requires_grad_(wants_weight)
+            with torch.enable_grad():
+                logits_vn = linear(weight_vH, factor_nH, -centre_n.to(dtype))
+            log2p_vn = logits_vn.detach().float().mul_(LOG2_E).sub_(LOG2_E * rest_n)
+            # dL/dz = −a p − b p (log p + entropy), and the target's own entry
+            if has_entropy:
+                log2p_vn.clamp_(min=-1000.0)  # as in the forward pass
+                factor_vn = log2p_vn.mul(LN_2).add_(entropy_n).mul_(b_n)
+                grad_vn = log2p_vn.exp2_().mul_(factor_vn.add_(a_n).neg_())
+            else:
+                grad_vn = log2p_vn.exp2_().mul_(-a_n)
+            places = _targets_within(targets_n, start, len(weight_vH))
+            grad_vn[places] = at_target_n[places[1]]
+            grad_vn = grad_vn.to(dtype)
+            if wants_weight:  # G h
+                (dweight_VH[start : start + SLICE],) = torch.autograd.grad(
+                    logits_vn, weight_vH, grad_vn, retain_graph=wants_hidden
+                )
+            if wants_hidden:  # a slice's part of Gᵀ W
+                grad_vn[places] = 0.0
+                dhidden_nH += torch.autograd.grad(logits_vn, factor_nH, grad_vn)[0]
+
+        return torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)), dweight_VH, None
+
+
+def _targets_within(targets_N, start, width):
+    """Places of the targets in the slice of `width` entries from `start`, [v, N]: entries and rows."""
+    rows = ((targets_N >= start) & (targets_N < start + width)).nonzero().squeeze(1)
+    return targets_N[rows] - start, rows

@@ -1,0 +1,162 @@
+"""What is sampled, with which weights, by whom: the schedule, the batches, and the interface of a sampler.
+
+**Schedule.** Steps, batches and updates count from 1. Batch k is trained on in step k, and update k is made from it.
+Version j of the weights is the policy after update j; version 0 is the initial policy. With I = `sync_interval` and
+O = `sync_offset`, batch k is sampled with
+
+    version(k) = I · floor(max(0, k − 1 − O) / I)          lag(k) = (k − 1) − version(k)
+
+The lag says how many updates old the sampling policy is: 0 is on-policy. (I, O) = (1, 0) is ordinary synchronous
+training; (20, 0) hands weights to the sampler every 20 steps; (1, 1) is one-step off-policy, where batch k + 1 can be
+sampled while batch k is trained on (Pan et al., Trinity-RFT, arXiv 2505.17826).
+
+**Randomness.** Batch k follows from (seed, k) and the weights alone. Nothing depends on timing, and no generator's
+state has to be saved to resume a run: the problems of batch k are a piece of a shuffled pass over the data, and every
+prompt has a random stream of its own.
+"""
+
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+ORDER, SAMPLE = range(2)  # what a random stream is for
+
+
+@dataclass
+class Batch:
+    """What was sampled for one step: P prompts, G responses each; B = P·G sequences in prompt order."""
+
+    number: int  # k: the step that trains on it
+    version: int  # of the weights it was sampled with
+    problems: list[int]  # B indices into the training problems (a group's problem G times)
+    prompts: list[list[int]]  # B lists of token ids
+    responses: list[list[int]]  # B lists of token ids, EOS included where there was one
+    logprobs: list[list[float]]  # B lists: log-prob of each response token under the policy that sampled it
+    truncated: list[bool]  # B: cut at the token limit
+    metrics: dict[str, float] = field(default_factory=dict)  # measured on the way, to be logged with its step
+
+    @property
+    def lengths(self):
+        """Tokens of each sequence, prompt and response."""
+        return [len(prompt) + len(response) for prompt, response in zip(self.prompts, self.responses, strict=True)]
+
+
+@dataclass
+class Samples:
+    """Responses to prompts, in the order prompt 0's G responses, prompt 1's, …; fields as in `Batch`."""
+
+    responses: list[list[int]]
+    logprobs: list[list[float]]
+    truncated: list[bool]
+
+
+class Sampler:
+    """Samples responses and records the log-probability of every token as it was sampled.
+
+    Sampling is from the policy's own distribution, softmax(logits / temperature). Top-p, top-k and repetition penalties
+    do not exist here, and a checkpoint's `generation_config` is ignored but for its EOS ids: the log-probs of a
+    truncated distribution are not the policy's.
+
+    Attributes:
+        heartbeat: int64 [1], grows while the sampler works, so that another process can tell slow from stuck.
+    """
+
+    heartbeat: torch.Tensor
+
+    def use_weights(self, tensors):
+        """Sample with these weights from now on: tensors by parameter name, which may be kept and must not change."""
+        raise NotImplementedError
+
+    def sample(self, prompts, group_size, seeds):
+        """Sample `group_size` responses to each prompt (token ids); `seeds` has one number below 2⁶³ per prompt.
+
+        The seeds of two prompts differ by at least `group_size`. Returns `Samples`, which depend on the weights and the
+        arguments alone. Raises `RunStopped` where weights or logits are not finite.
+        """
+        raise NotImplementedError
+
+    def sample_many(self, requests, group_size):
+        """`sample` for several (prompts, seeds); yields their `Samples` in order, each as soon as it is complete."""
+        for prompts, seeds in requests:
+            yield self.sample(prompts, group_size, seeds)
+
+    def greedy(self, prompts):
+        """The most likely token at every position, one response per prompt. Returns `Samples`."""
+        raise NotImplementedError
+
+    def sleep(self):
+        """Free the GPU until the next `use_weights`, if this sampler shares one with the trainer."""
+
+
+def version_of_batch(k, sync_interval, sync_offset):
+    """Version of the weights that batch `k` (≥ 1) is sampled with."""
+    return sync_interval * (max(0, k - 1 - sync_offset) // sync_interval)
+
+
+def batches_of_version(version, sync_interval, sync_offset):
+    """Numbers of the batches sampled with weights `version`, a multiple of `sync_interval`; a range.
+
+    version(k) = j  ⇔  j + O + 1 ≤ k ≤ j + O + I, and from k = 1 for j = 0.
+    """
+    first = version + sync_offset + 1 if version else 1
+    return range(first, version + sync_offset + sync_interval + 1)
+
+
+def problems_of_batch(k, num_problems, prompts_per_step, seed):
+    """Indices of the P problems of batch `k` (from 1): consecutive pieces of one shuffled pass after another."""
+    places = range((k - 1) * prompts_per_step, k * prompts_per_step)
+    orders = {
+        epoch: np.random.default_rng([seed, ORDER, epoch]).permutation(num_problems)
+        for epoch in {place // num_problems for place in places}
+    }
+    return [int(orders[place // num_problems][place % num_problems]) for place in places]
+
+
+@dataclass
+class Plan:
+    """Everything about the batches but the weights: prompts, group size, schedule, seed."""
+
+    prompts: list[list[int]]  # per training problem, its prompt as token ids
+    prompts_per_step: int  # P
+    group_size: int  # G
+    sync_interval: int  # I
+    sync_offset: int  # O
+    seed: int
+
+    def version(self, k):
+        return version_of_batch(k, self.sync_interval, self.sync_offset)
+
+    def batches_of(self, version):
+        """Also those past the last step of this run: a run that is extended later must not differ from a long one."""
+        return batches_of_version(version, self.sync_interval, self.sync_offset)
+
+    def shows_mismatch_only_now(self, k):
+        """Whether batch k is the first of its version, and no batch of that version has lag 0.
+
+        Sampler and trainer must agree on log-probs where both hold the same weights. A batch with lag 0 shows it in
+        training; where there is none, it has to be measured before the trainer moves on.
+        """
+        return self.version(k) < k - 1 and k == self.batches_of(self.version(k))[0]
+
+    def seeds(self, k):
+        """One seed per prompt of batch k, G apart (vLLM seeds a group's i-th response with seed + i)."""
+        first = int(np.random.default_rng([self.seed, SAMPLE, k]).integers(2**62))
+        return [first + p * self.group_size for p in range(self.prompts_per_step)]
+
+    def sample(self, sampler, numbers):
+        """Sample the batches `numbers`, all of one version, whose weights `sampler` must hold.
+
+        Yields each `Batch` as soon as it is complete; to be read to the end.
+        """
+        G = self.group_size
+        problems_of = {k: problems_of_batch(k, len(self.prompts), self.prompts_per_step, self.seed) for k in numbers}
+        requests = [([self.prompts[problem] for problem in problems_of[k]], self.seeds(k)) for k in numbers]
+        started, started_at = time.perf_counter(), time.time()
+        for k, samples in zip(numbers, sampler.sample_many(requests, G), strict=True):
+            problems = [problem for problem in problems_of[k] for _ in range(G)]
+            metrics = {"time/sample": time.perf_counter() - started, "time/sample_started_at": started_at}
+            started, started_at = time.perf_counter(), time.time()
+            prompts = [self.prompts[problem] for problem in problems]
+            yield Batch(k, self.version(k), problems, prompts, **vars(samples), metrics=metrics)

@@ -1,0 +1,292 @@
+"""Sampling beside training: the sampler in a process of its own, while the trainer trains on earlier batches.
+
+The trainer's side is `OverlappedRollouts`, the sampler's `run_sampler`. Between them pass
+
+    trainer → sampler    weights, in shared memory, and orders: sample these batches, or answer these prompts greedily
+    sampler → trainer    the batches and answers, in the order they were asked for, each as soon as it is complete
+    sampler → trainer    a heartbeat: a counter in shared memory, one up per decoded token
+
+The sampler works off its orders one after another. Which batches a version of the weights samples is a matter of the
+schedule alone, so an overlapped run trains on the very batches of a serial one; only the waiting differs.
+"""
+
+import contextlib
+import os
+import queue
+import shutil
+import signal
+import threading
+import traceback
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
+from unittest.mock import patch
+
+import torch
+
+from common.commandline import BadInput, RunStopped
+from common.sampling import Batch
+from common.sampling.verify import deliver, describe, sampler_mismatch
+
+START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before the first token
+
+
+class OverlappedRollouts:
+    """Delivers the batches of `rollouts.SerialRollouts` from a process that samples while the trainer trains.
+
+    A context manager: the process lives inside the context, and no longer than the trainer, however that ends.
+
+    Args:
+        model: the trainer's, whose weights are handed over.
+        make_sampler: called without arguments in the new process, returns its `Sampler`; picklable.
+        plan: a `Plan`. `temperature` and `precision` are the sampler's.
+        timeout: seconds without a decoded token, while the trainer waits, after which the sampler counts as hung.
+        verified: whether the sampler copies weights and must show that it uses them (`verify.deliver`). One whose
+            parameters are views of the shared memory has nothing to verify.
+        environment: variables that the new process gets besides the trainer's.
+
+    Its methods raise `RunStopped` where the process has died or hangs, `BadInput` where its sampler cannot start.
+    """
+
+    def __init__(self, model, make_sampler, plan, temperature, precision, timeout, verified=False, environment=None):
+        self.model, self.make_sampler, self.plan = model, make_sampler, plan
+        self.temperature, self.precision = temperature, precision
+        self.timeout, self.verified, self.environment = timeout, verified, environment or {}
+        # Version v is needed until its last batch, v + O + I, has been trained on. After update j, those are the
+        # multiples of I above j − O − I and up to j: at most ceil(O / I) + 1. One more slot is for evaluation.
+        self.evaluation_slot = -(-plan.sync_offset // plan.sync_interval) + 1
+        self.weights = SharedWeights(model, self.evaluation_slot + 1)
+        self.slot_of = {}  # version: its slot, for the versions still needed
+        self.published = -1  # the newest version the sampler has been told of
+        self.last_arrived = 0
+        self.waiting = {}  # batches that have arrived but not been trained on, by number
+
+    def __enter__(self):
+        context = torch.multiprocessing.get_context("spawn")  # a fork would inherit thread pools and locks in any state
+        self.connection, its_end = context.Pipe()
+        arguments = (its_end, self.weights, self.make_sampler, self.plan)
+        self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
+        # Ctrl-C reaches every process of the terminal. It is for the trainer: the sampler starts with it ignored.
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with patch.dict(os.environ, self.environment):
+            self.process.start()
+        signal.signal(signal.SIGINT, previous)
+        its_end.close()
+        # A thread empties the pipe, so that the sampler need not wait while the trainer is busy.
+        self.inbox = queue.SimpleQueue()
+        threading.Thread(target=_read_into, args=(self.inbox, self.connection), daemon=True).start()
+        for version in sorted(self.slot_of):  # of a resumed run
+            if self.plan.batches_of(version)[-1] > self.last_arrived:
+                with parameters_from(self.model, self.weights.tensors(self.slot_of[version])):
+                    self._order_batches(version)
+        return self
+
+    def __exit__(self, *exception):
+        self.process.kill()  # what it is sampling now can be sampled again
+        self.process.join()
+        self.connection.close()
+
+    def next(self, step):
+        """The batch of step `step`, sampled with weights version(step). Blocks until it is there."""
+        if self.published < 0:  # not before: an evaluation of the initial weights comes first
+            self.publish(0)
+        version = self.plan.version(step)
+        if version > self.published:
+            raise RuntimeError(f"batch {step} needs version {version}, but the newest is {self.published}")
+        while step not in self.waiting or not self.inbox.empty():  # a failure counts, though batches may be waiting
+            self._accept(self._receive())
+        batch = self.waiting.pop(step)
+        if self.plan.shows_mismatch_only_now(step):
+            with parameters_from(self.model, self.weights.tensors(self.slot_of[version])):
+                batch.metrics |= sampler_mismatch(self.model, self.temperature, self.precision, batch)
+        return batch
+
+    def publish(self, update):
+        """The model's weights are now those after `update`: hand them over if that is a version of the schedule."""
+        for version in [v for v in self.slot_of if self.plan.batches_of(v)[-1] <= update]:
+            del self.slot_of[version]  # all its batches have been trained on
+        if update % self.plan.sync_interval == 0:
+            slot = min(set(range(self.evaluation_slot)) - set(self.slot_of.values()))
+            self.weights.write(slot, update, self.model)
+            self.slot_of[update], self.published = slot, update
+            self._order_batches(update)
+
+    def greedy(self, prompts):
+        """`Sampler.greedy` with the model's present weights, after the batches that have been ordered."""
+        self.weights.write(self.evaluation_slot, -1, self.model)
+        self._order(self.evaluation_slot, -1, prompts=prompts)
+        while isinstance(message := self._receive(), Batch):
+            self._accept(message)
+        return message
+
+    def state(self):
+        """What a checkpoint needs besides the live weights: batches not yet trained on, weights of those to come."""
+        while not self.inbox.empty():
+            message = self.inbox.get()
+            if not isinstance(message, Batch):  # a failure, which a checkpoint can do without: `next` reports it
+                self.inbox.put(message)
+                break
+            self._accept(message)
+        return {
+            "waiting": [vars(batch) for batch in self.waiting.values()],
+            "last_arrived": self.last_arrived,
+            "published": self.published,
+            # Cloned one by one: of a view, torch.save would write the whole memory it lies in.
+            "weights": {
+                version: {name: tensor.clone() for name, tensor in self.weights.tensors(slot).items()}
+                for version, slot in self.slot_of.items()
+            },
+        }
+
+    def load_state(self, state):
+        if "published" not in state:
+            raise BadInput("--resume: this run sampled in turns with training and has to go on like that (--serial).")
+        self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
+        self.last_arrived, self.published = state["last_arrived"], state["published"]
+        for slot, (version, tensors) in enumerate(state["weights"].items()):
+            for name, tensor in self.weights.tensors(slot).items():
+                tensor.copy_(tensors[name])
+            self.weights.versions[slot] = version
+            self.slot_of[version] = slot
+
+    def _order_batches(self, version):
+        numbers = [k for k in self.plan.batches_of(version) if k > self.last_arrived]
+        self._order(self.slot_of[version], version, numbers=numbers)
+
+    def _order(self, slot, version, **work):
+        manifest = describe(self.model, version, self.precision) if self.verified else None
+        with contextlib.suppress(OSError):  # it has died; that is reported where its answer is missed
+            self.connection.send((slot, version, manifest, work))
+
+    def _receive(self):
+        """The sampler's next message; waits for it as long as the heart beats."""
+        beat, silent = self.weights.heartbeat.item(), 0.0
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._checked(self.inbox.get(timeout=1.0))
+            before, beat = beat, self.weights.heartbeat.item()
+            silent = silent + 1.0 if beat == before else 0.0
+            if silent >= (self.timeout if beat else max(self.timeout, START_UP_SECONDS)):
+                raise RunStopped(
+                    f"The sampler's process has not decoded a token for {silent:g} s while {self._its_work()}: find "
+                    "what blocks it, and continue with --resume (and more --sampler-timeout, if it is only slow)."
+                )
+
+    def _checked(self, message):
+        """The message, unless it says that the sampler has failed."""
+        if isinstance(message, Exception):
+            raise message
+        if message is None:
+            self.process.join(timeout=5)
+            raise RunStopped(
+                f"The sampler's process died (exit code {self.process.exitcode}; -9 is what running out of memory "
+                f"looks like) while {self._its_work()}: continue with --resume, from the last checkpoint."
+            )
+        if isinstance(message, str):
+            raise RunStopped(f"The sampler's process failed while {self._its_work()}: {message}")
+        return message
+
+    def _accept(self, batch):
+        expected = self.last_arrived + 1
+        if (batch.number, batch.version) != (expected, self.plan.version(expected)):
+            raise RuntimeError(f"batch {batch.number} of version {batch.version} came, but {expected} is next")
+        self.waiting[batch.number] = batch
+        self.last_arrived = batch.number
+
+    def _its_work(self):
+        k = self.last_arrived + 1
+        if self.plan.version(k) <= self.published:
+            return f"sampling batch {k} with weights of version {self.plan.version(k)}"
+        return f"waiting for weights of version {self.plan.version(k)} for batch {k}"
+
+
+def run_sampler(connection, weights, make_sampler, plan):
+    """The sampler's process: work off the trainer's orders until the trainer is gone."""
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    try:
+        sampler = make_sampler()
+        sampler.heartbeat = weights.heartbeat
+        while True:
+            slot, version, manifest, work = connection.recv()
+            metrics, tensors = {}, weights.tensors(slot)
+            if manifest:
+                metrics = deliver(sampler, tensors, manifest)
+            else:
+                sampler.use_weights(tensors)
+            if "prompts" in work:
+                connection.send(sampler.greedy(work["prompts"]))
+                continue
+            for batch in plan.sample(sampler, work["numbers"]):
+                if not batch.version == version == (held := weights.versions[slot].item()):
+                    raise RuntimeError(f"batch {batch.number} needs version {batch.version}, not {version}, {held}")
+                batch.metrics |= metrics
+                metrics = {}  # the sync's metrics go with the first batch of a version
+                connection.send(batch)
+    except (EOFError, ConnectionError):
+        return  # the trainer is gone
+    except (BadInput, RunStopped) as error:
+        connection.send(error)
+    except Exception as error:
+        traceback.print_exc()
+        connection.send(f"{type(error).__name__}: {error}")
+    _leave_with_parent()  # not before: the trainer should find the message, not a dead process
+
+
+class SharedWeights:
+    """`num_slots` copies of a model's parameters, float32, in memory that trainer and sampler share.
+
+    Raises `BadInput` where the machine has too little shared memory: writing to it would end in a bus error.
+    """
+
+    def __init__(self, model, num_slots):
+        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        # Every tensor starts at a multiple of 64 bytes, as PyTorch's own do: elsewhere vector code may round
+        # differently, and this sampler would not sample what one in the trainer's process does.
+        self.sizes = [-(-shape.numel() // 16) * 16 for shape in self.shapes.values()]
+        needed, free = 4 * num_slots * sum(self.sizes), shutil.disk_usage("/dev/shm").free
+        if needed > free:
+            raise BadInput(
+                f"Sampling in its own process takes {needed / 2**20:.0f} MiB of shared memory for the weights, but "
+                f"/dev/shm has {free / 2**20:.0f} MiB: make room (docker run --shm-size), or give --serial."
+            )
+        self.memory = [torch.empty(sum(self.sizes)).share_memory_() for _ in range(num_slots)]
+        self.versions = torch.full((num_slots,), -1).share_memory_()  # that each slot holds
+        self.heartbeat = torch.zeros(1, dtype=torch.int64).share_memory_()  # counts what the sampler has decoded
+
+    def tensors(self, slot):
+        """The slot's tensors by parameter name: views of the shared memory."""
+        parts = zip(self.shapes.items(), self.memory[slot].split(self.sizes), strict=True)
+        return {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}
+
+    @torch.no_grad()
+    def write(self, slot, version, model):
+        """Copy the model's parameters into a slot that nobody reads."""
+        tensors = self.tensors(slot)
+        for name, parameter in model.named_parameters():
+            tensors[name].copy_(parameter)
+        self.versions[slot] = version
+
+
+@contextlib.contextmanager
+def parameters_from(model, tensors):
+    """Inside, the parameters of `model` have these values; then again their own."""
+    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    try:
+        for name, parameter in model.named_parameters():
+            parameter.data = tensors[name].to(parameter.device)
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data = own[name]
+
+
+def _read_into(inbox, connection):
+    """Put every message into the queue, and None when there can be no more."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            inbox.put(connection.recv())
+    inbox.put(None)
+
+
+def _leave_with_parent():
+    wait([parent_process().sentinel])
+    os._exit(1)

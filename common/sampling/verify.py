@@ -1,0 +1,189 @@
+"""Is the sampler using the weights that the trainer sent? A sync that is not verified is not a sync.
+
+Three checks of an engine that holds its own copy of the weights, because none of them sees everything:
+
+- Every delivery carries its version and a checksum per tensor. They notice a skipped sync, a lost tensor and changed
+  bits, at any learning rate; not what the engine then does with the tensors.
+- The canary, once at start-up: strongly perturbed weights are synced, and the engine's log-probs must equal those that
+  the trainer computes with the same weights. It notices tensors that never reach the engine's arithmetic.
+- Probes, at every sync: log-probs of a few fixed tokens. They notice an engine that only sometimes goes wrong; but at a
+  learning rate of 1e-6 one update moves them by less than bfloat16 rounds, so they cannot replace the checksums.
+
+Such an engine has `use_weights(tensors)` and `score(sequences)`.
+"""
+
+import time
+import types
+import zlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from common.batching import collate
+from common.commandline import RunStopped
+from common.logprobs import token_logprobs
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
+"""largest mean difference (nats per probe token) of trainer and engine with equal weights. Small models differ by up to
+3e-6 in float32 and 0.1 in bfloat16. A weight matrix that does not arrive costs 0.04 to 2, a bias 0.01: float32 reveals
+every tensor, bfloat16 the coarse failures"""
+
+
+@dataclass
+class Manifest:
+    """What the trainer states about one version of its weights; small, and can be pickled."""
+
+    version: int
+    checksums: dict[str, int]  # by parameter name
+    probe: list[list[int]]  # sequences of token ids
+    logprobs: list[float]  # of all their tokens but the first ones, by the trainer's own forward pass
+    tolerance: float
+    seconds: float  # time it took the trainer to compute this
+
+
+def describe(model, version, precision):
+    """The `Manifest` of the model's present weights, called `version`. Raises `RunStopped` if they are not finite."""
+    started = time.perf_counter()
+    # Random tokens touch more of the embeddings than real text would.
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
+    checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
+    logprobs = logprobs_of(model, probe, precision)
+    if not logprobs.isfinite().all():
+        raise RunStopped(
+            f"The policy's weights or logits are no longer finite (version {version}): look at loss and grad_norm in "
+            "the run's metrics.jsonl, and start a new run with a lower --learning-rate."
+        )
+    seconds = time.perf_counter() - started
+    return Manifest(version, checksums, probe, logprobs.tolist(), TOLERANCE[precision], seconds)
+
+
+def checksum(tensor):
+    """A number that depends on every bit of a tensor and on the order of its elements (row by row): `int`.
+
+    The bytes are laid out as rows of 1,024 integers and summed along rows and columns, on the tensor's own device, and
+    a CRC-32 is taken of the sums and of the bytes left over. A changed element changes a row's sum and a column's;
+    exchanged elements change one of the two, and exchanged rows the order of the sums.
+    """
+    bytes_N = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    if bytes_N.data_ptr() % 8:
+        bytes_N = bytes_N.clone()  # eight of them can be read as an integer only where eight-byte words begin
+    end = len(bytes_N) // 8192 * 8192
+    integers_RC = bytes_N[:end].view(torch.int64).view(-1, 1024)
+    code = 0
+    for part in (integers_RC.sum(dim=1), integers_RC.sum(dim=0), bytes_N[end:]):
+        code = zlib.crc32(part.cpu().view(torch.uint8).numpy(), code)
+    return code
+
+
+@torch.no_grad()
+def logprobs_of(model, sequences, precision):
+    """The trainer's log-probs, at temperature 1, of every token of the sequences but the first, concatenated."""
+    batch = types.SimpleNamespace(
+        prompts=[tokens[:1] for tokens in sequences],
+        responses=[tokens[1:] for tokens in sequences],
+        logprobs=[[0.0] * (len(tokens) - 1) for tokens in sequences],
+    )
+    micro = collate(batch, range(len(sequences)), model.device)
+    return token_logprobs(model, micro, 1.0, precision)[0][micro.mask_BT].cpu()
+
+
+@torch.no_grad()
+def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
+    """|log-prob of the trainer − log-prob of the sampler| over the tokens of a batch's first few sequences.
+
+    To be called while `model` holds the weights that the batch was sampled with.
+    """
+    micro = collate(batch, range(min(num_sequences, len(batch.responses))), model.device)
+    logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
+    difference_N = (logprobs_BT - micro.sampler_logprobs_BT)[micro.mask_BT].double().abs()
+    return {"sampler_mismatch/mean": difference_N.mean().item(), "sampler_mismatch/max": difference_N.max().item()}
+
+
+def deliver(sampler, tensors, manifest):
+    """Give `tensors`, a dict by parameter name, to the sampler and verify them; called in the sampler's process.
+
+    Raises `RunStopped`, naming the version and, where known, the tensors, unless they are what the manifest says and
+    the sampler computes with them. Returns metrics: seconds of describing (the trainer's), loading and verifying, and
+    GB/s of loading.
+    """
+    started = time.perf_counter()
+    missing = manifest.checksums.keys() - tensors.keys()
+    changed = [name for name, tensor in tensors.items() if checksum(tensor) != manifest.checksums.get(name)]
+    if missing or changed:
+        which = _listed("missing", missing) + _listed("changed", changed)
+        raise RunStopped(
+            f"Weights of version {manifest.version} did not reach the sampler as they were sent ({which}the rest "
+            "arrived): continue from the last checkpoint with --resume."
+        )
+    checked = time.perf_counter()
+    sampler.use_weights(tensors)
+    loaded = time.perf_counter()
+    gap = _gap(sampler, manifest)
+    if not gap <= manifest.tolerance:  # so that NaN fails as well
+        raise RunStopped(
+            f"The sampler does not compute with weights {manifest.version} although it received all of them: its "
+            f"log-probs are {gap:.3g} nats per token off the trainer's, {manifest.tolerance:g} are allowed; continue "
+            "from the last checkpoint with --resume, or use --engine transformers."
+        )
+    return {
+        "time/sync_describe": manifest.seconds,
+        "time/sync_load": loaded - checked,
+        "time/sync_verify": time.perf_counter() - loaded + checked - started,
+        "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values()) / 1e9 / (loaded - checked),
+    }
+
+
+def canary(sampler, model, precision):
+    """Sync strongly perturbed weights of `model` into the sampler, compare log-probs, and sync the true ones back.
+
+    Raises `RunStopped` naming the tensors that the sampler computes without. The model is left as it was.
+    """
+    names = [name for name, _ in model.named_parameters()]
+
+    def follows(changed):
+        with perturbed(model, changed):
+            manifest = describe(model, 0, precision)
+            sampler.use_weights(dict(model.named_parameters()))
+            return _gap(sampler, manifest) <= manifest.tolerance
+
+    if not follows(names):
+        stale = [name for name in names if not follows([name])]  # one by one, only now, to name them
+        raise RunStopped(
+            "The sampler does not follow the weights it is given: with them changed for a test, its log-probs are not "
+            f"the trainer's ({_listed('not followed', stale)}tolerance {TOLERANCE[precision]:g} nats per token); use "
+            "--engine transformers for this model."
+        )
+    if not follows([]):
+        raise RunStopped("After its start-up test the sampler kept changed weights: use --engine transformers.")
+
+
+@contextmanager
+def perturbed(model, names, strength=0.5):
+    """Inside, the named parameters are off by random numbers of `strength` times their own size; then as before."""
+    parameters = dict(model.named_parameters())
+    saved = {name: parameters[name].detach().clone() for name in names}
+    generator = torch.Generator().manual_seed(1)
+    try:
+        for name in names:
+            noise = torch.randn(saved[name].shape, generator=generator).to(saved[name])
+            # Biases may be all zero; matrices are not.
+            size = saved[name].square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)
+            parameters[name].data.add_(noise * strength * size)
+        yield
+    finally:
+        for name in names:
+            parameters[name].data.copy_(saved[name])
+
+
+def _gap(sampler, manifest):
+    """Mean absolute difference of the sampler's log-probs of the probe from the trainer's."""
+    found = torch.tensor(sampler.score(manifest.probe), dtype=torch.float64).flatten()
+    return (found - torch.tensor(manifest.logprobs, dtype=torch.float64)).abs().mean().item()
+
+
+def _listed(word, names):
+    names = sorted(names)
+    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{word}: {shown}; " if names else ""

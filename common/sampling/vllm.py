@@ -1,0 +1,259 @@
+"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that samples.
+
+Identical to `TransformersSampler`: token ids in and out, the log-prob of each token at the policy's temperature, what
+ends a response (EOS included in it), the length limit, and that the checkpoint's `generation_config` does not count.
+Different: the random streams, and that the engine decodes rows in whatever batches it forms, so that repeating a call
+repeats its distribution, but not every token.
+
+On a CPU, vLLM keeps PyTorch's number of threads as it finds it; whoever computes in the same process sets it before.
+"""
+
+import os
+
+import torch
+
+from common.commandline import BadInput, RunStopped
+from common.kernels.cpu import use_threads
+from common.models import load_model, location
+from common.sampling import Sampler, Samples
+from common.sampling.verify import canary
+
+# Environment of an engine's process on a CPU. Every sync frees all packed weights and allocates as many again; Linux
+# would take and zero these pages each time, which takes longer than filling them.
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+
+
+def make_vllm_sampler(model, revision, threads, *options, beside=None):
+    """A `VllmSampler` that has been shown to follow its weights (`verify.canary`); `options` as there.
+
+    Called in the engine's process; `beside` is the trainer's model if it computes there, too. Raises `BadInput` where
+    the engine cannot start, `RunStopped` where its log-probs are not the trainer's.
+    """
+    use_threads(threads)
+    sampler = VllmSampler(location(model), revision, *options, beside=beside)
+    if beside is None:
+        # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full by now.
+        beside = load_model(model, revision, torch.device("cpu"), sampler.precision)
+    canary(sampler, beside, sampler.precision)
+    sampler.sleep()
+    return sampler
+
+
+def share_of_gpu(free, total, parameter_bytes):
+    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer. Raises `BadInput`.
+
+    While the engine is awake the trainer computes nothing, but its tensors stay: the weights and the reference, which
+    are there already, gradients and AdamW's two moments, which come later.
+    """
+    margin = 2**30  # what both sides' libraries allocate later, and the trainer's side of a probe
+    needed = 3 * parameter_bytes + margin
+    if free <= needed:
+        raise BadInput(
+            f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free beside the trainer, which will need "
+            f"{needed / 2**30:.1f} GiB more for gradients and optimizer: give a smaller model, --no-reference-kl, or "
+            "leave --engine out."
+        )
+    return (free - needed) / total
+
+
+class VllmSampler(Sampler):
+    """Continuous batching by an in-process vLLM engine.
+
+    Args:
+        model, revision: directory or hub name, and revision there or "", of the architecture and the first weights.
+        eos_ids, max_tokens, temperature: as in `TransformersSampler`.
+        precision: "float32" or "bfloat16", of the engine's weights, cache and products.
+        longest_prompt: in tokens; the engine reserves room for this and `max_tokens` per sequence.
+        beside: the trainer's model, where it computes in this process. If it does so on a GPU, the engine takes the
+            memory that the trainer does not need, and `sleep` gives it back.
+
+    Raises `BadInput` where the engine cannot start. On a CPU the environment variable VLLM_CPU_KVCACHE_SPACE sets the
+    room for keys and values in GiB; 1 by default.
+    """
+
+    def __init__(self, model, revision, eos_ids, max_tokens, temperature, precision, longest_prompt, beside=None):
+        self.eos_ids = set(eos_ids)
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.precision = precision
+        self.can_sleep, self.asleep = beside is not None and beside.device.type == "cuda", False
+        self.room = max(longest_prompt + max_tokens, 64)  # `verify`'s probe needs some in any case
+        self.heartbeat = torch.zeros(1, dtype=torch.int64)  # one up per engine step and per tensor loaded
+
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights need not be pickled
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # else most of the machine's memory
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine unasked
+        sharing = {}
+        if self.can_sleep:
+            torch.cuda.empty_cache()
+            parameter_bytes = sum(parameter.nbytes for parameter in beside.parameters())
+            share = share_of_gpu(*torch.cuda.mem_get_info(beside.device), parameter_bytes)
+            sharing = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+            self.llm = LLM(
+                model=model,
+                revision=revision or None,
+                skip_tokenizer_init=True,
+                dtype=precision,
+                max_model_len=self.room,
+                use_tqdm_on_load=False,
+                generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
+                logprobs_mode="processed_logprobs",  # after the temperature
+                async_scheduling=False,  # (no CPU engine does) no step is under way when its weights are exchanged
+                enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
+                # Where a step ends within a prompt, a request's random generator is turned back, which a CPU's cannot.
+                enable_chunked_prefill=not current_platform.is_cpu(),
+                **sharing,
+            )
+            self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
+        except (Exception, RunStopped) as error:  # as varied as models, memories and machines
+            raise BadInput(
+                f"--engine vllm cannot start with this model ({_reason(error)}): give one that vLLM supports and that "
+                "fits in memory with its cache (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out."
+            ) from error
+
+    def sample(self, prompts, group_size, seeds):
+        (samples,) = self.sample_many([(prompts, seeds)], group_size)
+        return samples
+
+    def greedy(self, prompts):
+        """As the base class says; log-probs are those at temperature 1, greedy decoding in vLLM has no other."""
+        outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
+        return self._samples([outputs[p] for p in range(len(prompts))])
+
+    def sample_many(self, requests, group_size):
+        """All requests at once: the engine fills the tail of one batch with the next. To be read to the end."""
+        everything, ends = [], []
+        for prompts, seeds in requests:
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                everything.append((prompt, self._params(group_size, self.temperature, seed)))
+            ends.append(len(everything))
+        done, start = {}, 0
+        for number, output in self._run(everything):
+            done[number] = output
+            while ends and all(i in done for i in range(start, ends[0])):
+                end = ends.pop(0)
+                yield self._samples([done.pop(i) for i in range(start, end)])
+                start = end
+
+    def score(self, sequences):
+        """Log-probs, at temperature 1, of every token of each sequence but the first: a list of lists."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        outputs = dict(self._run([(sequence, params) for sequence in sequences]))
+        return [list(outputs[i].prompt_logprobs.logprobs) for i in range(len(sequences))]
+
+    def use_weights(self, tensors):
+        """Load new weights, a dict by parameter name as in `model.named_parameters()`; they are copied.
+
+        Wakes an engine that sleeps. Raises `RunStopped` where the engine does not take them. Nothing computed with the
+        old weights is kept.
+        """
+
+        def stream():
+            for name, tensor in tensors.items():
+                self.heartbeat += 1
+                yield name, tensor.detach()
+
+        def reload():
+            heads = self.llm.apply_model(_packed_head)
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
+            self.llm.apply_model(lambda model: _repack_tied_head(model, heads[0]))
+
+        if self.asleep:  # weights first: room for keys and values only when loading has freed its own
+            torch.cuda.empty_cache()  # PyTorch keeps memory of freed tensors, which the engine cannot have
+            _or_stop(lambda: self.llm.wake_up(["weights"]), "did not wake up")
+        unread = stream()
+        _or_stop(reload, "did not take new weights")
+        if left := [name for name, _ in unread]:
+            raise RunStopped(f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine.")
+        if self.asleep:
+            _or_stop(lambda: self.llm.wake_up(["kv_cache"]), "did not wake up")
+            self.asleep = False
+        if not self.llm.reset_prefix_cache():
+            raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
+
+    def sleep(self):
+        """Weights, keys and values are given up, not kept elsewhere: `use_weights` must come before anything else."""
+        if self.can_sleep:
+            _or_stop(lambda: self.llm.sleep(level=2), "did not fall asleep")
+            self.asleep = True
+
+    def _params(self, group_size, temperature, seed):
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
+        return SamplingParams(
+            n=group_size,
+            temperature=temperature,
+            seed=seed,  # the group's i-th response gets seed + i
+            max_tokens=self.max_tokens,
+            stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses ids that never come
+            ignore_eos=True,  # the ids above are all there are
+            logprobs=0,  # of the sampled token, and of no others: a flat list of them
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _run(self, requests):
+        """Put (prompt, parameters) into the engine; yields (position in `requests`, output), the first done first."""
+        engine = self.llm.llm_engine
+
+        def add():
+            for number, (prompt, params) in enumerate(requests):
+                if len(prompt) + params.max_tokens > self.room:  # vLLM would cut the response short without a word
+                    raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
+                engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+
+        _or_stop(add, "refused a prompt")
+        while engine.has_unfinished_requests():
+            outputs = _or_stop(engine.step, "failed")
+            self.heartbeat += 1
+            for output in outputs:
+                yield int(output.request_id), output
+
+    def _samples(self, outputs):
+        """`Samples` of one batch from the engine's outputs, one per prompt."""
+        sampled = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
+        return Samples(
+            responses=[list(one.token_ids) for one in sampled],
+            logprobs=[list(one.logprobs.logprobs) for one in sampled],
+            truncated=[one.token_ids[-1] not in self.eos_ids for one in sampled],
+        )
+
+
+# On a CPU vLLM computes a layer's products with a packed copy of its weights, made after loading. With tied embeddings
+# the output head owns no weights, so that reloading passes it over, and its packed copy silently stays the old one. The
+# head is packed again wherever a reload has left the very same copy in place.
+
+
+def _packed_head(model):
+    """What the output head multiplies with on a CPU; None on a GPU, which uses the weights themselves."""
+    return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
+
+
+def _repack_tied_head(model, before):
+    if before is not None and _packed_head(model) is before:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def _or_stop(action, what):
+    """`action()`; if it fails, `RunStopped` says so."""
+    try:
+        return action()
+    except Exception as error:
+        raise RunStopped(f"The vLLM engine {what} ({_reason(error)}): continue with --resume.") from error
+
+
+def _reason(error):
+    """The first cause, shortened: vLLM wraps exceptions several times, and quotes whole configurations."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,47 @@
+"""Chained additions, the default task: the embedded model was warm-started on it."""
+
+import random
+import re
+import zlib
+
+from common.commandline import BadInput
+from common.tasks import Task
+
+
+class Addition(Task):
+    """Chained additions with running totals: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."
+
+    The reward is 1 for a response that ends with the right answer, else 0. Training and held-out problems are disjoint
+    by construction: a checksum of the prompt decides which one it is.
+    """
+
+    def __init__(self, data="", eval_data="", eval_size=256):
+        super().__init__(data, eval_data, eval_size)
+        if data or eval_data:
+            option = f"--data {data}" if data else f"--eval-data {eval_data}"
+            raise BadInput(f"{option}: the task addition makes its own problems; give --task gsm8k, or leave it out.")
+
+    def problems(self, split):
+        wanted = {"train": 8192, "eval": self.eval_size}[split]
+        rng = random.Random(f"addition {split}")
+        found = {}
+        while len(found) < wanted:
+            terms, prompt = addition_problem(rng)
+            if is_held_out(prompt) == (split == "eval"):
+                found[prompt] = {"prompt": prompt, "answer": sum(terms)}
+        return list(found.values())
+
+    def reward(self, problem, response):
+        last_word = re.search(r"answer 0*(\d+)\.\Z", response)  # one that goes on rambling has not answered yet
+        return float(last_word is not None and last_word.group(1) == str(problem["answer"]))
+
+
+def addition_problem(rng):
+    """A random problem: its terms, and the prompt that poses it."""
+    terms = [rng.randint(1, 99) for _ in range(rng.randint(3, 4))]
+    return terms, f"Q: {'+'.join(map(str, terms))}\nA:"
+
+
+def is_held_out(prompt):
+    """Whether a problem belongs to the held-out set: one in eight, never seen by warm start or training."""
+    return zlib.crc32(prompt.encode()) % 8 == 0

@@ -1,0 +1,79 @@
+"""GSM8K: grade-school word problems, from a file, the hub or the sample in this repository."""
+
+import sys
+from pathlib import Path
+
+from common.commandline import BadInput
+from common.tasks import Task
+from common.tasks.grading import LONGEST_PART, MathGrader
+from common.tasks.rows import read_rows
+
+GSM8K_SAMPLE = Path(__file__).parent.parent / "data" / "gsm8k_sample.jsonl"
+SYSTEM_PROMPT = (
+    "Solve the problem. Work step by step, write your working out, and put the final number, alone, in \\boxed{}."
+)
+
+
+class GSM8K(Task):
+    """Grade-school word problems (Cobbe et al., arXiv 2110.14168), answered in free form, graded by math-verify.
+
+    `data` is a JSONL or Parquet file with columns `question` and `answer` (whose last line is `#### <number>`), a hub
+    dataset ("openai/gsm8k:main"), or empty for the sample of 256 rows in this repository. Held out are `eval_data`,
+    else the dataset's test split, else the last `eval_size` rows of `data` (of the sample: at most 64).
+
+    The reward is 1 for a right answer and 0 otherwise. `format` (did the response box its answer?) is logged only.
+    """
+
+    def __init__(self, data="", eval_data="", eval_size=256):
+        super().__init__(data, eval_data, eval_size)
+        self.grader = MathGrader()
+        train, test = _read(data or str(GSM8K_SAMPLE), "--data")
+        source = f"the test split of --data {data}"
+        if eval_data:
+            rows, test_split = _read(eval_data, "--eval-data")
+            test, source = test_split or rows, f"--eval-data {eval_data}"
+        elif not data and eval_size > 64:
+            print(f"Of the sample's {len(train)} rows, 64 are held out, not {eval_size}.", file=sys.stderr)
+            eval_size = 64
+        if not test:
+            first = max(1, len(train) - eval_size)
+            train, test, source = train[:first], train[first:], f"--data {data} that training can spare"
+        if len(test) < eval_size:
+            raise BadInput(
+                f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: give a smaller one, or more "
+                "rows with --eval-data."
+            )
+        self.rows = {"train": train, "eval": test[:eval_size]}
+
+    def problems(self, split):
+        return [
+            {
+                "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}],
+                "answer": _final_answer(row),
+            }
+            for row in self.rows[split]
+        ]
+
+    def rewards(self, problems, responses):
+        correct = self.grader.grade([problem["answer"] for problem in problems], responses)
+        return [
+            {"reward": float(right), "accuracy": float(right), "format": float("\\boxed{" in response)}
+            for right, response in zip(correct, responses, strict=True)
+        ]
+
+
+def _read(source, option):
+    splits = read_rows(source, option, ("question", "answer"))
+    for rows in splits:
+        for number, row in enumerate(rows, start=1):
+            if not 0 < len(_final_answer(row)) <= LONGEST_PART:
+                raise BadInput(
+                    f"{option} {source}, row {number}: there is no final answer of at most {LONGEST_PART} characters "
+                    "after the last ####; no response to this row could be right."
+                )
+    return splits
+
+
+def _final_answer(row):
+    """What follows the last ####; all of the answer where there is none."""
+    return row["answer"].rpartition("####")[2].strip()

@@ -1,0 +1,301 @@
+"""Tasks: the embedded additions, GSM8K, tasks of one's own, and their prompts."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+from conftest import REPOSITORY, build_model
+from helpers import dense_task, steps, train, write_task
+
+from common.commandline import BadInput, RunStopped
+from common.models import TINY_MODEL, load_tokenizer
+from common.tasks import ProblemSet, load_problems, load_task
+from common.tasks.addition import Addition
+from common.tasks.gsm8k import GSM8K, GSM8K_SAMPLE
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(TINY_MODEL)
+
+
+def copy_rows(source, target, first, last):
+    lines = source.read_text().splitlines(keepends=True)[first:last]
+    target.write_text("".join(lines))
+    return [json.loads(line) for line in lines]
+
+
+# Chained additions
+
+
+def test_training_and_held_out_additions_are_disjoint():
+    task = Addition(eval_size=2000)
+    training, held_out = task.problems("train"), task.problems("eval")
+    assert len(training) == 8192 and len(held_out) == 2000
+    prompts = [{problem["prompt"] for problem in problems} for problems in (training, held_out)]
+    assert [len(p) for p in prompts] == [8192, 2000]  # no prompt twice
+    assert not prompts[0] & prompts[1]
+    assert Addition(eval_size=9).problems("eval") == held_out[:9]  # a larger set contains the smaller ones
+
+
+def test_answers_of_additions_are_right():
+    for split in ("train", "eval"):
+        problems = Addition(eval_size=200).problems(split)[:200]
+        for problem in problems:
+            terms = problem["prompt"].removeprefix("Q: ").removesuffix("\nA:").split("+")
+            assert len(terms) in (3, 4) and all(1 <= int(term) <= 99 for term in terms)
+            assert problem["answer"] == sum(map(int, terms))
+        assert {len(problem["prompt"].split("+")) for problem in problems} == {3, 4}
+
+
+@pytest.mark.parametrize(
+    "response, reward",
+    [
+        (" 47+8=55 55+91=146 answer 146.", 1),
+        ("answer 146.", 1),
+        (" answer 145. wait, let me check. 47+8=55 55+91=146 answer 146.", 1),
+        (" answer 146. wait, let me check. answer 145.", 0),  # the last word counts
+        (" answer 0146.", 1),
+        (" answer 1460.", 0),
+        (" answer -146.", 0),
+        (" answer 14 6.", 0),
+        (" 47+8=55 55+91=146", 0),
+        (" 146.", 0),
+        (" Answer 146.", 0),
+        ("", 0),
+        (" answer .", 0),
+        (" answer " + "9" * 5000 + ".", 0),  # Python's int refuses more than 4300 digits
+    ],
+)
+def test_reward_of_an_addition(response, reward):
+    task = Addition()
+    problem = {"prompt": "Q: 47+8+91\nA:", "answer": 146}
+    assert task.rewards([problem] * 2, [response, " 47+8=55 55+91=146 answer 146."]) == [reward, 1]
+
+
+# GSM8K
+
+
+def test_gsm8k_files_have_the_published_numbers_of_problems(gsm8k):
+    task = GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=1319)
+    training, held_out = task.problems("train"), task.problems("eval")
+    assert (len(training), len(held_out)) == (7473, 1319)
+    assert len(GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=100).problems("eval")) == 100
+    rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text().splitlines()]
+    for problem, row in zip(held_out, rows, strict=True):
+        assert [message["role"] for message in problem["prompt"]] == ["system", "user"]
+        assert problem["prompt"][1]["content"] == row["question"]
+        assert (
+            row["answer"].endswith(f"#### {problem['answer']}")
+            and problem["answer"].replace(",", "").lstrip("-").isdigit()
+        )
+
+
+def test_gsm8k_solutions_are_graded_right_and_others_wrong(gsm8k):
+    task = GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"))
+    rows = [json.loads(line) for line in (gsm8k / "train.jsonl").read_text().splitlines()]
+    chosen = random.Random(0).sample(range(len(rows)), 40)
+    problems = [task.problems("train")[i] for i in chosen]
+    golds = [int(problem["answer"].replace(",", "")) for problem in problems]
+
+    def graded(responses):
+        grades = task.rewards(problems, responses)
+        assert all(g["reward"] == g["accuracy"] for g in grades)
+        return {(g["reward"], g["format"]) for g in grades}
+
+    assert graded([rows[i]["answer"] for i in chosen]) == {(1, 0)}  # ends with "#### 18": right, without a box
+    assert graded([f"So it is \\boxed{{{gold}}}." for gold in golds]) == {(1, 1)}
+    assert graded([f"So it is \\boxed{{{gold + 1}}}." for gold in golds]) == {(0, 1)}
+    assert graded([f"So it is {gold}." for gold in golds]) == {(0, 0)}  # no box, no ####: there is no answer to grade
+    assert graded([""] * len(golds)) == {(0, 0)}
+
+
+def test_the_sample_is_the_default_and_part_of_gsm8k(gsm8k):
+    sample = GSM8K_SAMPLE.read_text().splitlines()
+    assert len(sample) == 256 and len(set(sample)) == 256
+    published = (gsm8k / "train.jsonl").read_text() + (gsm8k / "test.jsonl").read_text()
+    assert set(sample) <= set(published.splitlines())
+    task = GSM8K(eval_size=56)
+    assert len(task.problems("train")) == 200 and len(task.problems("eval")) == 56
+
+
+def test_without_held_out_data_the_last_rows_are_held_out(tmp_path):
+    rows = copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 20)
+    task = GSM8K(str(tmp_path / "data.jsonl"), eval_size=6)
+    questions = {split: [p["prompt"][1]["content"] for p in task.problems(split)] for split in ("train", "eval")}
+    assert questions == {"train": [r["question"] for r in rows[:14]], "eval": [r["question"] for r in rows[14:]]}
+
+
+def test_of_the_sample_64_rows_are_held_out_by_default(capsys):
+    # Held-out data of one's own is used in full: that bound is the sample's.
+    task = GSM8K()
+    assert (len(task.problems("train")), len(task.problems("eval"))) == (192, 64)
+    assert "64 are held out, not 256" in capsys.readouterr().err
+    assert len(GSM8K(eval_size=64).problems("eval")) == 64
+    task = GSM8K(eval_data=str(GSM8K_SAMPLE), eval_size=100)
+    assert (len(task.problems("train")), len(task.problems("eval"))) == (256, 100)
+    assert capsys.readouterr().err == ""
+
+
+def test_directory_with_a_training_and_a_test_file(tmp_path):
+    directory = tmp_path / "data"
+    directory.mkdir()
+    training = copy_rows(GSM8K_SAMPLE, directory / "train.jsonl", 0, 12)
+    test = copy_rows(GSM8K_SAMPLE, directory / "test.jsonl", 12, 20)
+    assert GSM8K(str(directory), eval_size=5).rows == {"train": training, "eval": test[:5]}
+    # As held-out data, a dataset gives its test split.
+    other = copy_rows(GSM8K_SAMPLE, tmp_path / "other.jsonl", 20, 30)
+    assert GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=8).rows == {"train": other, "eval": test}
+    # Either way it has to have as many rows as an evaluation is to have.
+    with pytest.raises(
+        BadInput, match=f"--eval-size 9 is more than the 8 rows of the test split of --data {directory}"
+    ):
+        GSM8K(str(directory), eval_size=9)
+    with pytest.raises(BadInput, match=f"--eval-size 9 is more than the 8 rows of --eval-data {directory}"):
+        GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=9)
+
+
+def test_parquet_equals_jsonl(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 30)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
+    one, other = (GSM8K(str(tmp_path / f"data.{kind}"), eval_size=7) for kind in ("jsonl", "parquet"))
+    for split in ("train", "eval"):
+        assert one.problems(split) == other.problems(split)
+    assert len(one.problems("train")) == 23
+
+
+# Tasks of one's own
+
+OWN_TASK = """
+from common.tasks import Task
+
+
+class Echo(Task):
+    def problems(self, split):
+        return [{"prompt": f"{split} {self.data} {n}", "n": n} for n in range(self.eval_size)]
+
+    def reward(self, problem, response):
+        return {"reward": len(response) / 100 + problem["n"], "accuracy": 0.25, "words": len(response.split())}
+"""
+
+
+def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
+    path = write_task(tmp_path, OWN_TASK)
+    task = load_task(f"{path}:Echo", "some data", "", 3)
+    assert [problem["prompt"] for problem in task.problems("eval")] == [f"eval some data {n}" for n in range(3)]
+    problem_set = load_problems(task, "train", tokenizer, 100)
+    assert len(problem_set) == 3
+    responses = [tokenizer.encode(text) for text in ("one two", "", "three", "two")]
+    grades, texts = problem_set.grade([0, 1, 2, 1], responses)
+    assert texts == ["one two", "", "three", "two"]
+    assert grades == [
+        {"reward": 0.07, "accuracy": 0.25, "words": 2},
+        {"reward": 1, "accuracy": 0.25, "words": 0},
+        {"reward": 2.05, "accuracy": 0.25, "words": 1},
+        {"reward": 1.03, "accuracy": 0.25, "words": 1},
+    ]
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        "1 / 0", "None", "'good'", "'nan'", "float('nan')", "float('inf')", "10 ** 400", "[1]", "{}",
+        "{'accuracy': 1}", "{'reward': None}", "{'reward': float('-inf')}", "{'reward': 1, 'words': float('nan')}",
+    ],
+)  # fmt: skip
+def test_a_reward_that_is_no_finite_number_stops_the_run(reward, tmp_path, tokenizer):
+    text = OWN_TASK.replace('{"reward": len(response) / 100 + problem["n"], "accuracy": 0.25', reward + " #")
+    problem_set = load_problems(load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100)
+    with pytest.raises(RunStopped, match=r"^Echo.* the response 'seven' to {'prompt': 'train  7', 'n': 7}"):
+        problem_set.grade([7], [tokenizer.encode("seven")])
+
+
+def test_other_entries_of_a_reward_are_logged_as_means(tmp_path, monkeypatch):
+    monkeypatch.setattr("common.runlog.COMPLETIONS_PER_STEP", 16)
+    task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
+    run_dir = train(tmp_path, task=task, model=model, num_steps=1, max_response_tokens=6)
+    (record,) = steps(run_dir)
+    responses = [json.loads(line)["response"] for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    assert len(responses) == 16
+    assert record["words"] == pytest.approx(sum(len(response.split()) for response in responses) / 16)
+    assert record["accuracy"] == record["eval/accuracy"] == 0.25
+    # Each of the 4 problems, 0 to 3, has 4 of the 16 responses.
+    assert record["reward/mean"] == pytest.approx(1.5 + sum(map(len, responses)) / 1600)
+
+
+def test_special_tokens_are_not_part_of_the_text(tmp_path, tokenizer):
+    task = load_task(dense_task(tmp_path))
+    tokens = [*tokenizer.encode("12"), tokenizer.eos_token_id, tokenizer.pad_token_id]
+    grades, texts = ProblemSet(task, tokenizer, task.problems("train"), []).grade([0], [tokens])
+    assert texts == ["12"] and grades == [{"reward": 1.0}]
+
+
+# Prompts
+
+
+def test_plain_prompts_are_encoded_as_they_stand(tmp_path, tokenizer):
+    task = load_task(dense_task(tmp_path), eval_size=5)
+    problem_set = load_problems(task, "eval", tokenizer, 100)
+    assert problem_set.problems == task.problems("eval")
+    assert [tokenizer.decode(prompt) for prompt in problem_set.prompts] == [p["prompt"] for p in task.problems("eval")]
+
+
+def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
+    copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 8)
+    task = GSM8K(str(tmp_path / "data.jsonl"), eval_size=3)
+    problem_set = load_problems(task, "eval", tokenizer, 5000)
+    assert len(problem_set) == 3
+    for problem, prompt in zip(problem_set.problems, problem_set.prompts, strict=True):
+        system, user = (message["content"] for message in problem["prompt"])
+        assert tokenizer.decode(prompt) == f"system: {system}\nuser: {user}\nassistant:"
+
+
+class WithBos:
+    """The tokenizer, as if it put a BOS before every text, which a chat template of this kind writes by itself."""
+
+    def __init__(self, tokenizer):
+        self.wrapped, self.chat_template, self.bos = tokenizer, tokenizer.chat_template, tokenizer.pad_token_id
+
+    def __call__(self, texts, add_special_tokens=True):
+        ids = self.wrapped(texts, add_special_tokens=False)["input_ids"]
+        return {"input_ids": [[self.bos] * add_special_tokens + prompt for prompt in ids]}
+
+    def apply_chat_template(self, messages, **kwargs):
+        return "<|pad|>" + self.wrapped.apply_chat_template(messages, **kwargs)
+
+
+def test_a_prompt_begins_with_one_bos(tmp_path, tokenizer):
+    copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 8)
+    with_bos = WithBos(tokenizer)
+    for task in (GSM8K(str(tmp_path / "data.jsonl"), eval_size=3), load_task(dense_task(tmp_path), eval_size=3)):
+        prompts = load_problems(task, "eval", with_bos, 5000).prompts
+        assert all(prompt.count(with_bos.bos) == 1 and prompt[0] == with_bos.bos for prompt in prompts)
+
+
+def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsys):
+    # The long ones, of two digits, come first.
+    path = write_task(tmp_path, OWN_TASK.replace("range(self.eval_size)", "reversed(range(self.eval_size))"))
+    task = load_task(f"{path}:Echo", eval_size=12)
+    lengths = [len(tokenizer.encode(problem["prompt"])) for problem in task.problems("train")]
+    limit = min(lengths)
+    assert lengths[0] > limit and lengths[-1] == limit
+    problem_set = load_problems(task, "train", tokenizer, limit)
+    assert [problem["n"] for problem in problem_set.problems] == [11 - i for i in range(12) if lengths[i] <= limit]
+    assert [tokenizer.decode(prompt) for prompt in problem_set.prompts] == [p["prompt"] for p in problem_set.problems]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{12 - len(problem_set)} of 12 train prompts are longer than --max-prompt-tokens {limit}")
+    with pytest.raises(BadInput, match=f"12 of 12 train prompts are longer than .*: raise it to {limit}"):
+        load_problems(task, "train", tokenizer, limit - 1)
+    assert len(load_problems(task, "train", tokenizer, max(lengths))) == 12
+    assert not capsys.readouterr().err
+
+
+def test_the_default_task_does_not_wait_for_the_import_of_datasets():
+    script = "import sys\nfrom common.tasks import load_task\nload_task('addition')\nprint('datasets' in sys.modules)"
+    command = [sys.executable, "-c", script]
+    assert subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=60) == "False\n"

@@ -1,0 +1,261 @@
+"""From the command line to `main(args)`: what is refused before `main` is called, resuming, exit codes, and Ctrl-C."""
+
+import json
+import os
+import shutil
+import signal
+import sys
+
+import pytest
+from conftest import build_model
+from helpers import as_options, command, dense_task, options, resume, train
+
+import grpo
+from common.commandline import BadInput, RunStopped, finish_step_on_interrupt, parse, run
+from common.models import TINY_MODEL
+
+FLOATS = ("temperature", "learning_rate", "max_grad_norm", "sampler_timeout")
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """Replaces `grpo.main`: the list of the arguments that it was called with."""
+    calls = []
+    monkeypatch.setattr(grpo, "main", calls.append)
+    return calls
+
+
+def contents(directory):
+    return {path: path.read_bytes() if path.is_file() else None for path in directory.rglob("*")}
+
+
+@pytest.fixture
+def refused(main, tmp_path, capsys):
+    """A function that gives a command line and returns the message it was refused with, before `main` was called."""
+
+    def give(*argv, names, directory=None):
+        directory = directory or tmp_path
+        before = contents(directory)
+        capsys.readouterr()
+        assert command(*argv) == 2
+        output, error = capsys.readouterr()
+        (line,) = error.splitlines()
+        assert line.startswith("grpo.py: error: ") and line.endswith((".", ".)")) and not output
+        assert names in line.removeprefix("grpo.py: error: ")
+        assert contents(directory) == before
+        assert not main
+        return line
+
+    return give
+
+
+@pytest.fixture
+def given(tmp_path):
+    """A command line: small settings, an output directory that does not exist yet, and the settings given."""
+
+    def command_line(**settings):
+        return options(tmp_path / "output", **settings)
+
+    return command_line
+
+
+def test_a_good_command_line_calls_main(given, main):
+    assert command(*given(seed=0, sync_offset=0, warmup_steps=0, threads=0, group_size=2, temperature="inf")) == 0
+    (args,) = main
+    assert isinstance(args, grpo.Args)
+    assert (args.seed, args.group_size, args.temperature, args.serial) == (0, 2, float("inf"), True)
+
+
+# Numbers
+
+
+@pytest.mark.parametrize("value", [0, -3])
+@pytest.mark.parametrize(
+    "field",
+    [
+        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens", "max_response_tokens",
+        "max_tokens_per_microbatch", "eval_interval", "eval_size", "checkpoint_interval", *FLOATS,
+    ],
+)  # fmt: skip
+def test_a_number_that_must_be_positive(field, value, given, refused):
+    line = refused(*given(**{field: value}), names=f"--{field.replace('_', '-')} ")
+    assert f" {float(value) if field in FLOATS else value} " in line
+    assert ("above 0" if field in FLOATS else "at least 1") in line
+
+
+@pytest.mark.parametrize("field", ["clip_low", "clip_high"])
+def test_an_option_of_the_algorithm_that_must_be_positive(field, given, refused):
+    refused(*given(**{field: 0}), names=f"--{field.replace('_', '-')} 0.0 ")
+
+
+@pytest.mark.parametrize("field", ["sync_offset", "warmup_steps", "threads", "seed"])
+def test_a_number_that_must_not_be_negative(field, given, refused):
+    assert "at least 0" in refused(*given(**{field: -1}), names=f"--{field.replace('_', '-')} -1 ")
+
+
+@pytest.mark.parametrize("size", [1, 0, -2])
+def test_group_size_below_two(size, given, refused):
+    assert "at least 2" in refused(*given(group_size=size), names=f"--group-size {size} ")
+
+
+@pytest.mark.parametrize("field", FLOATS)
+def test_not_a_number(field, given, refused):
+    refused(*given(**{field: "nan"}), names=f"--{field.replace('_', '-')} nan ")
+
+
+def test_a_resumed_run_is_checked_as_well(run_dir, refused):
+    refused(*resume(run_dir, "--num-steps", 0), names="--num-steps 0 ", directory=run_dir)
+
+
+# Resuming
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resume")
+    model = build_model("qwen2", directory / "model")
+    return train(directory, model=model, task=dense_task(directory), num_steps=1, max_response_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "contradiction",
+    [
+        {"seed": 7}, {"learning_rate": 0.5}, {"group_size": 8}, {"clip_high": 0.3}, {"sync_interval": 2},
+        {"task": "addition"}, {"model": TINY_MODEL}, {"temperature": 0.7}, {"reference_kl": False},
+        {"max_response_tokens": 8}, {"precision": "bfloat16"}, {"eval_size": 3}, {"max_prompt_tokens": 9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_resume_with_contradicting_arguments(contradiction, refused, run_dir):
+    (option, *_) = as_options(contradiction)
+    argv = resume(run_dir, *as_options(contradiction))
+    assert "contradicts" in refused(*argv, names=option.replace("--no-", "--"), directory=run_dir)
+
+
+def test_resume_with_arguments_repeated(run_dir):
+    # The command line that began a run may be given again, in full.
+    saved = json.loads((run_dir / "args.json").read_text())
+    del saved["script"], saved["resume"]
+    args = parse(grpo.Args, grpo.__file__, resume(run_dir, *as_options(saved)))
+    assert args == grpo.Args(**{**saved, "resume": str(run_dir)})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_steps": 9}, {"eval_interval": 3}, {"checkpoint_interval": 3}, {"threads": 2}, {"sampler_timeout": 9.0},
+        {"track": True}, {"wandb_project": "p"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_resume_may_change_how_long_and_what_is_written(change, run_dir):
+    args = parse(grpo.Args, grpo.__file__, resume(run_dir, *as_options(change)))
+    saved = json.loads((run_dir / "args.json").read_text())
+    del saved["script"]
+    assert args == grpo.Args(**{**saved, "resume": str(run_dir), **change})
+
+
+@pytest.mark.parametrize("form", ["--resume {}", "--resume={}", "--num-steps 2 --resume {} --threads 1"])
+def test_resume_in_every_form_takes_the_saved_arguments(form, run_dir):
+    args = parse(grpo.Args, grpo.__file__, form.format(run_dir).split())
+    assert (args.group_size, args.max_response_tokens, args.resume) == (4, 2, str(run_dir))
+
+
+def test_resume_of_a_missing_directory(refused, tmp_path):
+    refused(*resume(tmp_path / "absent"), names=f"--resume {tmp_path / 'absent'}")
+    assert not (tmp_path / "absent").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", '{"script": "gr', "[]", "{}", "null", '"text"'])
+def test_resume_of_a_directory_that_is_no_run(content, refused, tmp_path):
+    (tmp_path / "other").mkdir()
+    if content is not None:
+        (tmp_path / "other" / "args.json").write_text(content)
+    refused(*resume(tmp_path / "other"), names=f"--resume {tmp_path / 'other'}")
+
+
+def copy_with(run_dir, copy, **changes):
+    """A copy of a run, with other values in its args.json; None takes an entry out."""
+    shutil.copytree(run_dir, copy)
+    saved = json.loads((run_dir / "args.json").read_text()) | changes
+    (copy / "args.json").write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
+    return copy
+
+
+def test_resume_by_another_script(refused, run_dir, tmp_path):
+    copy = copy_with(run_dir, tmp_path / "copy", script="another")
+    assert "another.py" in refused(*resume(copy), names=f"--resume {copy}")
+
+
+@pytest.mark.parametrize("change", [{"forgotten": 1}, {"clip_high": None}], ids=["more", "fewer"])
+def test_resume_by_another_version(change, refused, run_dir, tmp_path):
+    copy = copy_with(run_dir, tmp_path / "copy", **change)
+    assert f"({next(iter(change))})" in refused(*resume(copy), names=f"--resume {copy}")
+
+
+# How a run ends
+
+
+@pytest.mark.parametrize("error, code", [(BadInput, 2), (RunStopped, 1)])
+def test_an_error_of_ours_is_one_line_and_an_exit_code(error, code, monkeypatch, capsys):
+    def main(args):
+        raise error("--data x cannot be read (a library says:\n  no\n).")
+
+    monkeypatch.setattr(sys, "argv", ["anything"])
+    with pytest.raises(SystemExit) as ended:
+        run(main, grpo.Args, "somewhere/red_weight.py")
+    assert ended.value.code == code
+    assert capsys.readouterr() == ("", "red_weight.py: error: --data x cannot be read (a library says: no ).\n")
+
+
+def test_any_other_error_keeps_its_traceback(monkeypatch):
+    def main(args):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["anything"])
+    with pytest.raises(KeyError, match="a bug"):
+        run(main, grpo.Args, "grpo.py")
+
+
+# Ctrl-C; what it does to a whole run is in test_resume.py and test_overlap.py
+
+
+def press_ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
+def before(request):
+    """What SIGINT does before: raise KeyboardInterrupt, or nothing, where a shell started the run in the background."""
+    handler = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_nothing_is_requested_without_ctrl_c(before, capsys):
+    with finish_step_on_interrupt() as interrupt:
+        assert not interrupt.requested
+    assert not interrupt.requested and capsys.readouterr().out == ""
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_first_ctrl_c_only_asks(before, capsys):
+    with finish_step_on_interrupt() as interrupt:
+        press_ctrl_c()
+        assert interrupt.requested
+        assert "press Ctrl-C again to stop at once" in capsys.readouterr().out
+    assert interrupt.requested
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_second_ctrl_c_is_an_interrupt_as_usual(before):
+    with pytest.raises(KeyboardInterrupt), finish_step_on_interrupt():
+        press_ctrl_c()
+        press_ctrl_c()
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_the_handler_is_restored_after_an_error(before):
+    with pytest.raises(RunStopped), finish_step_on_interrupt():
+        raise RunStopped("no further.")
+    assert signal.getsignal(signal.SIGINT) == before

