@@ -32,7 +32,7 @@ from benchmarks.schedule_replay import MODES, shortest_step, times_of_steps
 from common.sampling.process import SharedWeights
 
 SCHEDULES = {label: mode for label, mode in MODES.items() if mode != (1, 0)}  # which has nothing to overlap
-WARM_UP = 10  # steps, in whole intervals; by then the sampler has lost the lead that it gains during evaluation
+WARM_UP = 10  # steps, in whole intervals, until caches are warm and the schedule has reached its rhythm
 LIMIT = 1.05  # of the shortest possible time
 COPY_LIMIT = 1.2  # of a plain copy
 COLUMNS = ["sample", "train", "sync", "shortest step", "measured step", "ratio"]

@@ -117,8 +117,7 @@ def read_run(run_dir):
 def seconds(records):
     """Measured seconds per step.
 
-    The first steps do not count: the evaluation before training lets a sampler's process finish the batches of
-    version 0 meanwhile, so that it has a lead.
+    The first steps do not count: caches are cold, and the schedule needs an interval to reach its rhythm.
     """
     return 60 * (records[-1]["minutes"] - records[WARM_UP - 1]["minutes"]) / (len(records) - WARM_UP)
 

@@ -57,13 +57,7 @@ class StepMetrics:
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
 
     def result(self, batch, rewards_PG, grades, device):
-        """All metrics of the step, a dict of numbers.
-
-        Args:
-            batch: the step's `Batch`.
-            rewards_PG: float64.
-            grades: per sequence, a dict with "reward" and whatever else the task reports.
-        """
+        """All metrics of the step, a dict of numbers, for its `Batch`, float64 rewards, and the B dicts of grades."""
         lengths = [len(response) for response in batch.responses]
         extra = {key for grade in grades for key in grade} - {"reward"}
         lag = batch.number - 1 - batch.version

@@ -30,9 +30,7 @@ def make_rollouts(
         eval_prompts: lists of token ids that `greedy` is going to be asked about.
         model, tokenizer: the trainer's, and `name`, `revision` to load the model once more in another process.
         max_tokens, temperature, precision: as in `TransformersSampler`.
-        engine: "transformers" or "vllm".
-        serial: True to take turns in any case.
-        timeout: as in `OverlappedRollouts`.
+        engine: "transformers" or "vllm". `serial`: take turns in any case. `timeout`: as in `OverlappedRollouts`.
         threads: CPU threads in each process; 0 for 2, or for 1 where two processes compute at the same time.
 
     Raises `BadInput` where an engine cannot start.

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import subprocess
 import sys
 from datetime import datetime
@@ -67,12 +68,10 @@ class RunLog:
 
     def __enter__(self):
         args_json = json.dumps({"script": self.script, **self.args}, indent=2) + "\n"
-        if not self.args["resume"]:
-            try:
-                self.dir.mkdir(parents=True)  # of two runs with one name, the second fails here
-            except OSError as error:
-                raise BadInput(f"--name {self.dir.name}: {self.dir} cannot be made ({error}).") from error
-        write_atomically(self.dir / "args.json", args_json)
+        if self.args["resume"]:
+            write_atomically(self.dir / "args.json", args_json)
+        else:
+            self._create(args_json)
         self.files = {}
         for name, offset in self.offsets.items():
             self.files[name] = open(self.dir / name, "a+b")
@@ -138,6 +137,17 @@ class RunLog:
             f"{last['eval/response_length']:.1f} tokens.\n"
             f"Everything is in {self.dir}/" + (", the trained model in its model/." if finished else ".")
         )
+
+    def _create(self, args_json):
+        """Make directory and args.json at once, by renaming: a killed run has taken no name, or can be resumed."""
+        unfinished = self.dir.with_name(f"{self.dir.name}.{secrets.token_hex(4)}.unfinished")
+        try:
+            unfinished.mkdir(parents=True)
+            (unfinished / "args.json").write_text(args_json)
+            os.rename(unfinished, self.dir)  # of two runs with one name, the second fails here
+        except OSError as error:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise BadInput(f"--name {self.dir.name}: {self.dir} cannot be made ({error}).") from error
 
     def _track(self):
         """Send every metric to Weights & Biases, too."""

@@ -44,4 +44,4 @@ END
     -r "$repository/requirements.txt" -r "$environment/vllm_dependencies.txt"
 "$python" -c "from vllm import LLM" # the engine's libraries are there and fit this machine
 echo "$asked" >"$environment/installed_for_vllm"
-echo "$environment is complete: $environment/bin/python -m pytest -n 0 tests/test_vllm_*.py"
+echo "$environment is complete: $environment/bin/python -m pytest -n 0 tests/sampling/test_vllm_*.py"

@@ -1,7 +1,7 @@
 """A run that was killed, interrupted or extended ends as if nothing had happened: bit for bit the same files.
 
 "The same" is what `helpers.assert_same_run` compares: `metrics.jsonl` without measured times, `completions.jsonl`, and
-the trained weights. Kills are SIGKILL to a real process, at moments drawn at random; a failing test prints its seed.
+the trained weights. Kills are SIGKILL to a real process, at random moments; a failing test prints its seed.
 """
 
 import contextlib
@@ -15,8 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
-from helpers import (
+
+import grpo
+from common import checkpoints
+from common.commandline import BadInput, parse
+from common.runlog import RunLog
+from tests.conftest import build_model
+from tests.helpers import (
     assert_same_run,
     checkpoint,
     command,
@@ -33,11 +38,6 @@ from helpers import (
     write_task,
 )
 
-import grpo
-from common.commandline import parse
-from common.errors import BadInput
-from common.runlog import RunLog, new_run_directory
-
 NUM_STEPS = 7  # with a sync every 3 steps, batches wait in most checkpoints and the last period is cut short
 
 
@@ -48,7 +48,7 @@ def place(tmp_path_factory):
     model, task = build_model("qwen2", directory / "model"), dense_task(directory)
     settings = {
         "model": model, "task": task, "num_steps": NUM_STEPS, "eval_interval": 3, "checkpoint_interval": 1,
-        "warmup_steps": 4, "completions_per_step": 3,
+        "warmup_steps": 4,
     }  # fmt: skip
     return directory, settings
 
@@ -106,16 +106,21 @@ class Killed(BaseException):
     """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL."""
 
 
-def begin(run_dir):
+def new_log(directory):
+    """The log of a run called "run", as a script makes it before it loads a model."""
+    return RunLog(grpo.__file__, {**dataclasses.asdict(grpo.Args()), "output": str(directory), "name": "run"})
+
+
+def begin(log):
     """Make a run's directory and its files, as a script does before its first step."""
-    with RunLog(run_dir, "grpo", dataclasses.asdict(grpo.Args()), 0, 2, {}):
+    with log:
         pass
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "owner, function",
-    [(Path, "mkdir"), (Path, "write_text"), (os, "rename"), (RunLog, "_open"), (RunLog, "_write_environment")],
+    [(Path, "mkdir"), (Path, "write_text"), (os, "rename"), (RunLog, "_create"), (RunLog, "_write_environment")],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_killed_while_it_begins_it_can_be_started_or_resumed(owner, function, when, tmp_path, monkeypatch):
@@ -128,23 +133,23 @@ def test_killed_while_it_begins_it_can_be_started_or_resumed(owner, function, wh
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, function, killed)
-        begin(new_run_directory(tmp_path / "runs", "run"))
+        begin(new_log(tmp_path / "runs"))
     run_dir = tmp_path / "runs" / "run"
     if run_dir.exists():
         assert parse(grpo.Args, grpo.__file__, resume(run_dir)).resume == str(run_dir)
     else:
-        begin(new_run_directory(tmp_path / "runs", "run"))
+        begin(new_log(tmp_path / "runs"))
         assert (run_dir / "args.json").exists()
 
 
 def test_of_two_runs_with_one_name_the_second_is_refused(tmp_path):
     # Both have looked whether the name is free, and have loaded their models, before one of them makes the directory.
-    one, other = new_run_directory(tmp_path / "runs", "run"), new_run_directory(tmp_path / "runs", "run")
+    one, other = new_log(tmp_path / "runs"), new_log(tmp_path / "runs")
     begin(one)
-    before = {path.name: path.read_bytes() for path in one.iterdir()}
+    before = {path.name: path.read_bytes() for path in one.dir.iterdir()}
     with pytest.raises(BadInput, match="--name run"):
         begin(other)
-    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in one.dir.iterdir()} == before
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
 
 
@@ -269,7 +274,7 @@ class Interrupting(Digits):
 '''
 
 
-@pytest.mark.parametrize("step, call", [(0, 2), (2, 4 + 16 + 9)], ids=["first_evaluation", "step_2"])
+@pytest.mark.parametrize("step, call", [(1, 2), (2, 4 + 16 + 9)], ids=["first_evaluation", "step_2"])
 def test_ctrl_c_at_any_stage_promises_only_what_it_did(step, call, place, uninterrupted, tmp_path, capsys, monkeypatch):
     directory, settings = place
     expected = uninterrupted((1, 0))
@@ -282,7 +287,7 @@ def test_ctrl_c_at_any_stage_promises_only_what_it_did(step, call, place, uninte
     assert not marker.exists()
     assert [record["step"] for record in metrics(run_dir)] == list(range(step + 1))
     assert f"python grpo.py --resume {run_dir}" in output
-    assert ("a checkpoint is written" in output) == (len(list(run_dir.glob("checkpoints/*.pt"))) == 1)
+    assert ("there is a checkpoint" in output) == (len(list(run_dir.glob("checkpoints/*.pt"))) == 1)
     assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, expected)
 
@@ -328,17 +333,19 @@ def test_resume_with_another_number_of_threads_warns(place, tmp_path, capsys):
     assert environment.count("threads: 1") == 2 and environment.count("threads: 2") == 1
 
 
-@pytest.mark.parametrize("keep, kept", [(1, [5]), (3, [3, 4, 5])])
-def test_the_newest_checkpoints_are_kept(keep, kept, place, tmp_path):
+@pytest.mark.parametrize("keep, kept", [(1, [5]), (2, [4, 5]), (3, [3, 4, 5])])
+def test_the_newest_checkpoints_are_kept(keep, kept, place, tmp_path, monkeypatch):
     _, settings = place
-    run_dir = train(tmp_path, **{**settings, "num_steps": 5, "keep_checkpoints": keep, "max_response_tokens": 2})
+    monkeypatch.setattr(checkpoints, "KEEP", keep)
+    run_dir = train(tmp_path, **{**settings, "num_steps": 5, "max_response_tokens": 2})
     assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == [f"step_{step:06d}.pt" for step in kept]
-    assert [checkpoint(run_dir, step)["step"] for step in kept] == kept
+    assert [checkpoint(run_dir, step)["log"]["step"] for step in kept] == kept
 
 
-def test_checkpoints_come_at_the_interval_and_at_the_end(place, tmp_path):
+def test_checkpoints_come_at_the_interval_and_at_the_end(place, tmp_path, monkeypatch):
     _, settings = place
-    more = {"num_steps": 5, "checkpoint_interval": 2, "keep_checkpoints": 9, "max_response_tokens": 2}
+    monkeypatch.setattr(checkpoints, "KEEP", 9)
+    more = {"num_steps": 5, "checkpoint_interval": 2, "max_response_tokens": 2}
     run_dir = train(tmp_path, **{**settings, **more})
     assert sorted(path.stem for path in run_dir.glob("checkpoints/*")) == ["step_000002", "step_000004", "step_000005"]
 

