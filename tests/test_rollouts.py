@@ -104,7 +104,7 @@ def test_beside_a_trainer_on_a_gpu_the_engine_gets_another_one(decide, monkeypat
     assert (visible_to_the_engine("cuda"), visible_to_the_engine("cuda:1")) == ("1", "0")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,5")
     assert (visible_to_the_engine("cuda", 3), visible_to_the_engine("cuda:1", 3)) == ("3", "7")
-    with pytest.raises(BadInput, match=r"--device cuda:1 .*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(BadInput, match=r"--device cuda:1: .*CUDA_VISIBLE_DEVICES"):
         decide((1, 0), "cuda:1", "vllm", gpus=2)
 
 
