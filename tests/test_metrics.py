@@ -224,7 +224,8 @@ def test_reward_statistics_by_hand():
         "response_length/max": 9.0,
         "response_length/truncated": 1 / 3,
     }
-    assert {key: result[key] for key in expected} == pytest.approx(expected, rel=1e-13)
+    found = {key: result[key] for key in result if key.startswith(("reward/", "response_length/")) or key == "accuracy"}
+    assert found == pytest.approx(expected, rel=1e-13)
 
 
 def test_any_entry_of_the_grades_is_averaged_over_those_that_have_it():

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,10 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
 
-FEWEST_NUMBERS = 20_481
-"""of inputs; with fewer, PyTorch does not choose oneDNN for a convolution"""
-FEWEST_PRODUCTS = 3_500_000
-"""of two numbers, for each thread; with fewer, MKL is the faster of the two (measured, for H and V from 64 to 896)"""
+MKL_IS_SLOW = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+FEWEST_NUMBERS = 20_481  # of inputs; with fewer, PyTorch does not choose oneDNN for a convolution
+FEWEST_PRODUCTS = 3_500_000  # of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
 SLICE = 4096
 """vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
 ATTENTION = "sdpa_or_one_token"  # the name under which `transformers` knows `attention`
@@ -49,19 +49,19 @@ def speed_up(model):
 
 
 def linear(inputs, weight, bias=None):
-    """x Wᵀ + b on a CPU, differentiable; in float32 as a convolution.
+    """x Wᵀ + b on a CPU, differentiable; in float32 on an AMD processor as a convolution.
 
-    PyTorch leaves float32 matrix products to MKL, which gets half of what an AMD processor can do, and convolutions to
-    oneDNN, which gets nearly all of it. And a linear layer is a convolution with a kernel of 1 × 1: rows are pixels,
-    features are channels, and they lie in memory as "channels last" wants them, so that nothing is copied.
+    PyTorch leaves float32 products to MKL, which gets half of what an AMD processor can do (and is the fastest on an
+    Intel one), and convolutions to oneDNN. A linear layer is a convolution with a kernel of 1 × 1: rows are pixels,
+    features are channels, which lie in memory as "channels last" wants them, so that nothing is copied.
 
     Inputs are [..., H], the weight is [V, H] and the bias [V] or None. Returns [..., V].
     """
     as_convolution = (
-        inputs.dtype == torch.float32
+        MKL_IS_SLOW
+        and inputs.dtype == torch.float32
         and inputs.numel() >= FEWEST_NUMBERS
         and inputs.numel() * len(weight) >= FEWEST_PRODUCTS * torch.get_num_threads()
-        and torch.backends.mkldnn.is_available()  # oneDNN, by its former name
     )
     if not as_convolution:
         return F.linear(inputs, weight, bias)

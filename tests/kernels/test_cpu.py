@@ -19,6 +19,12 @@ from tests import logprob_truth
 from tests.conftest import build_model
 from tests.logprob_truth import BF16, F32, UPSTREAM, assert_close, leaves, problem, seed, truth
 
+
+@pytest.fixture(autouse=True)
+def products_as_on_an_amd_processor(monkeypatch):
+    monkeypatch.setattr(cpu, "MKL_IS_SLOW", True)  # on others, products are left to MKL
+
+
 # Linear layers
 
 
@@ -73,6 +79,13 @@ def test_inputs_that_are_not_contiguous(monkeypatch):
 def test_everything_else_is_left_to_pytorch(inputs, weight, monkeypatch):
     monkeypatch.setattr(cpu, "FEWEST_PRODUCTS", 0)
     assert torch.equal(cpu.linear(inputs, weight), F.linear(inputs, weight))
+
+
+def test_where_mkl_is_fast_it_computes(monkeypatch):
+    monkeypatch.setattr(cpu, "MKL_IS_SLOW", False)
+    monkeypatch.setattr(F, "conv2d", None)
+    inputs, weight = torch.randn(500, 96), torch.randn(256, 96)
+    assert torch.equal(linear(inputs, weight), F.linear(inputs, weight))
 
 
 @pytest.mark.parametrize(("rows", "threads", "by_convolution"), [(300, 1, False), (500, 1, True), (500, 2, False)])
