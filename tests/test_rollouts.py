@@ -10,8 +10,6 @@ import types
 
 import pytest
 import torch
-from conftest import build_model
-from helpers import dense_task, train
 
 from common import rollouts as module
 from common.commandline import BadInput
@@ -22,6 +20,8 @@ from common.sampling.process import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import KEEP_FREED_MEMORY, share_of_gpu
 from common.tasks import load_problems, load_task
+from tests.conftest import build_model
+from tests.helpers import dense_task, train
 
 CPU = torch.device("cpu")
 

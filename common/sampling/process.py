@@ -65,9 +65,9 @@ class OverlappedRollouts:
         self.connection, its_end = context.Pipe()
         arguments = (its_end, self.weights, self.make_sampler, self.plan)
         self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
-        # Ctrl-C reaches every process of the terminal. It is for the trainer: the sampler starts with it ignored.
+        # Ctrl-C reaches both; it is for the trainer alone. And that a killed engine has semaphores needs no warning.
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with patch.dict(os.environ, self.environment):
+        with patch.dict(os.environ, {"PYTHONWARNINGS": "ignore:resource_tracker", **self.environment}):
             self.process.start()
         signal.signal(signal.SIGINT, previous)
         its_end.close()

@@ -18,8 +18,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_model
-from helpers import (
+
+from common.commandline import BadInput, RunStopped
+from common.models import load_model
+from common.rollouts import SerialRollouts, load_sampler
+from common.sampling import Plan, Sampler, Samples, version_of_batch
+from common.sampling import process as module
+from common.sampling.process import OverlappedRollouts, SharedWeights, parameters_from
+from common.sampling.transformers import TransformersSampler
+from common.sampling.verify import Manifest, checksum, logprobs_of
+from tests.conftest import build_model
+from tests.helpers import (
     Run,
     assert_same_run,
     command,
@@ -33,15 +42,6 @@ from helpers import (
     wait_for,
     write_task,
 )
-
-from common.commandline import BadInput, RunStopped
-from common.models import load_model
-from common.rollouts import SerialRollouts, load_sampler
-from common.sampling import Plan, Sampler, Samples, version_of_batch
-from common.sampling import process as module
-from common.sampling.process import OverlappedRollouts, SharedWeights, parameters_from
-from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import Manifest, checksum, logprobs_of
 
 NUM_STEPS = 7
 
@@ -148,39 +148,44 @@ from dense import Digits
 
 
 class Slow(Digits):
-    """Grading of step 3 lasts until a file is there."""
+    """Grading the {call}th response begins with one file and lasts until another one is there."""
     calls = 0
 
     def reward(self, problem, response):
         self.calls += 1
-        while self.calls > 4 + 2 * 16 and not os.path.exists({file!r}):
-            time.sleep(0.01)
+        if self.calls == {call}:
+            open({begun!r}, "w").close()
+            while not os.path.exists({go_on!r}):
+                time.sleep(0.01)
         return super().reward(problem, response)
 '''
 
 
-def test_a_dead_sampler_ends_the_run_within_a_step_whose_checkpoint_is_complete(place, serial, tmp_path, monkeypatch):
+# While step 3 is graded, at whose end is an evaluation; and step 4, which can be completed without a sampler.
+@pytest.mark.parametrize("call, last_step", [(4 + 2 * 16 + 1, 2), (4 + 3 * 16 + 4 + 1, 4)])
+def test_a_dead_sampler_ends_the_run_within_a_step(call, last_step, place, serial, tmp_path, monkeypatch):
     directory, settings = place
     monkeypatch.setenv("PYTHONPATH", str(directory))  # the task's file imports another
-    task = f"{write_task(tmp_path, SLOW_TASK.format(file=str(tmp_path / 'go')))}:Slow"
+    begun, go_on = tmp_path / "begun", tmp_path / "go_on"
+    task = f"{write_task(tmp_path, SLOW_TASK.format(call=call, begun=str(begun), go_on=str(go_on)))}:Slow"
     run_dir = tmp_path / "run"
     argv = options(tmp_path, **{**settings, "task": task}, sync_interval=10, serial=False)
     run = Run(argv, tmp_path / "log")
     sampler = run.sampler()
-    wait_for(lambda: (run_dir / "checkpoints" / "step_000002.pt").exists() or run.trainer.poll() is not None)
-    time.sleep(0.5)  # it is grading step 3 now
+    wait_for(lambda: begun.exists() or run.trainer.poll() is not None)
     assert kill(sampler)
-    time.sleep(0.5)
-    (tmp_path / "go").touch()
+    time.sleep(0.5)  # until the trainer's end of the pipe knows
+    go_on.touch()
     started = time.monotonic()
     assert run.end(30) == 1
     assert time.monotonic() - started < 5
     last_line = run.log.read_text().splitlines()[-1]
     assert re.match(r"grpo\.py: error: The sampler's process died \(exit code -9.* while ", last_line)
     assert re.search(r"batch \d+ with weights of version 0|for weights of version 10 for batch 11", last_line)
-    # Batches were waiting, but no step was made from them; the step that was under way is whole.
-    assert [record["step"] for record in metrics(run_dir)] == [0, 1, 2, 3]
-    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == ["step_000002.pt", "step_000003.pt"]
+    # Batches were waiting, but no step was made from them. Every checkpoint is whole.
+    assert [record["step"] for record in metrics(run_dir)] == list(range(last_step + 1))
+    checkpoints = [f"step_{step:06d}.pt" for step in (last_step - 1, last_step)]
+    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == checkpoints
     run = Run(resume(run_dir), tmp_path / "log")
     assert run.end() == 0, run.log.read_text()
     assert_same_run(run_dir, serial((10, 0)))
@@ -216,7 +221,7 @@ def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     run = Run(options(tmp_path, **settings, sync_offset=1, serial=False), tmp_path / "log")
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
-    progress = re.compile(r"(Loading weights: )? *\d+%\||Held-out accuracy|Everything is in |$")
+    progress = re.compile(r"(Loading weights: |Writing model shards: )? *\d+%\||Held-out accuracy|Everything is in |$")
     assert [line for line in lines if not progress.match(line)] == []
     assert len(lines) > NUM_STEPS
 
@@ -412,7 +417,9 @@ def test_a_resumed_sampler_may_start_later_than_the_next_weights_come(monkeypatc
 def test_a_run_goes_on_in_the_way_it_began():
     model, beside = make_rollouts(2, 0)
     in_turns = SerialRollouts(model, NotingSampler(), beside.plan)
-    state = beside.state()
+    with beside:
+        beside.next(1)
+        state = beside.state()
     with pytest.raises(BadInput, match=r"--resume: .* in a process of its own"):
         in_turns.load_state(state)
     with pytest.raises(BadInput, match=r"--resume: .* in turns with training .*--serial"):
@@ -434,7 +441,7 @@ def test_weights_that_are_not_the_announced_ones_are_not_trained_on():
         write = rollouts.weights.write
         rollouts.weights.write = lambda slot, version, model: write(slot, version - 1, model)  # one too old
         rollouts.publish(1)
-        with pytest.raises(RunStopped, match=r"batch 2 with weights of version 1: .*slot 0 holds version 0"):
+        with pytest.raises(RunStopped, match=r"batch 2 with weights of version 1: .*batch 2 needs version 1, not 1, 0"):
             rollouts.next(2)
 
 
@@ -554,6 +561,37 @@ def test_evaluation_is_the_serial_one_bit_for_bit(verified, model_name):
     assert len({str(answer["responses"]) for answer in answers}) == 5
 
 
+def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved_on(model_name):
+    def begin():
+        model = load_model(model_name, "", torch.device("cpu"), "float32")
+        make_sampler = partial(CopyingSampler, model_name)
+        return model, OverlappedRollouts(model, make_sampler, a_plan(3, 2), 1.0, "float32", 60.0, verified=True)
+
+    model, rollouts = begin()
+    torch.manual_seed(0)
+    with rollouts:
+        for step in range(1, 5):
+            rollouts.next(step)
+            change(model)
+            rollouts.publish(step)
+        wait_for(lambda: rollouts.state()["last_arrived"] == 8)
+        state = copy.deepcopy(rollouts.state())
+    expected = {fields["number"]: fields for fields in state["waiting"]}
+    assert sorted(expected) == [5, 6, 7, 8]
+    # As if it had been killed while the sampler was at batch 6, the first of version 3; the trainer holds version 4.
+    state |= {"waiting": [expected[5]], "last_arrived": 5}
+    resumed, continued = begin()
+    resumed.load_state_dict(model.state_dict())
+    continued.load_state(state)
+    with continued:
+        for step in (5, 6, 7, 8):
+            batch = continued.next(step)
+            assert (batch.responses, batch.logprobs) == (expected[step]["responses"], expected[step]["logprobs"])
+            continued.publish(step)
+    for name, parameter in resumed.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name))
+
+
 @pytest.mark.parametrize("serial", [False, True])
 def test_weights_for_evaluation_are_verified(serial, model_name):
     model = load_model(model_name, "", torch.device("cpu"), "float32")
@@ -616,7 +654,7 @@ def test_parameters_are_exchanged_and_put_back_whatever_happens():
     assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
 
 
-def test_too_little_shared_memory_is_one_sentence(place, tmp_path, capfd, monkeypatch):
+def test_too_little_shared_memory_is_one_line(place, tmp_path, capfd, monkeypatch):
     with pytest.raises(BadInput, match=r"takes \d{8,} MiB of shared memory .*--shm-size.*--serial"):
         SharedWeights(torch.nn.Linear(2**24, 2**22, bias=False, device="meta"), num_slots=2)
     _, settings = place

@@ -17,7 +17,6 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import FAMILIES, build_model
 
 from common.batching import collate
 from common.commandline import RunStopped
@@ -26,6 +25,7 @@ from common.models import load_model, load_tokenizer, save_model
 from common.sampling import Samples
 from common.sampling import transformers as module
 from common.sampling.transformers import TransformersSampler, inverse_cdf
+from tests.conftest import FAMILIES, build_model
 
 CPU = torch.device("cpu")
 VOCABULARY = 299

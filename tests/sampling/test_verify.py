@@ -8,13 +8,13 @@ import time
 
 import pytest
 import torch
-from conftest import build_model
 
 from common.commandline import RunStopped
 from common.models import load_model
 from common.sampling import Batch, Sampler
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import canary, checksum, deliver, describe, logprobs_of, perturbed, sampler_mismatch
+from tests.conftest import build_model
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """`--engine vllm` end to end: `python grpo.py` with a real engine, beside training or in turns, and its failures."""
 
+import copy
+import itertools
 import os
 import signal
 import time
@@ -7,16 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-import vllm_engines  # noqa: F401 (skips this file where there is no vLLM)
-from conftest import build_model
-from helpers import Run, dense_task, kill, metrics, num_logged, options, steps, wait_for
 
-from common.errors import RunStopped
+from common.commandline import RunStopped
 from common.models import load_model
-from common.rollouts import RolloutPlan
-from common.sampler_process import OverlappedRollouts
-from common.vllm_sampler import make_vllm_sampler
-from common.weight_sync import describe
+from common.sampling import Plan
+from common.sampling.process import OverlappedRollouts
+from common.sampling.transformers import TransformersSampler
+from common.sampling.vllm import make_vllm_sampler
+from tests.conftest import build_model
+from tests.helpers import Run, dense_task, kill, metrics, num_logged, options, resume, steps, wait_for
+from tests.sampling import vllm_engines  # noqa: F401 (skips this file where there is no vLLM)
+from tests.sampling.test_transformers import trainer_logprobs
+from tests.sampling.test_vllm_sampler import differences
 
 
 @pytest.fixture(scope="module")
@@ -30,17 +34,18 @@ def settings(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "serial, schedule, versions",
-    [(False, (2, 1), [0, 0, 0, 2, 2, 4, 4]), (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6]), (True, (1, 0), [0, 1, 2])],
+    [(False, (2, 1), [0, 0, 0, 2, 2, 4, 4]), (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6]), (False, (1, 0), [0, 1, 2])],
 )
 def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(serial, schedule, versions, settings, tmp_path):
     sync = {"serial": serial, "sync_interval": schedule[0], "sync_offset": schedule[1], "num_steps": len(versions)}
     run = Run(options(tmp_path, **{**settings, **sync}), tmp_path / "log")
     assert run.end(240) == 0, run.log.read_text()
+    assert run.log.read_text().splitlines()[-1].startswith("Everything is in ")  # and no warning below
     records = steps(tmp_path / "run")
     assert [record["weights_version"] for record in records] == versions
     assert [record["lag"] for record in records] == [step - version for step, version in enumerate(versions)]
-    # On the first batch of each version, with the weights that drew it: what the delivery took, that it was verified,
-    # and whether both sides agree.
+    # On the first batch of each version, with the weights that sampled it: what the delivery took, that it was
+    # verified, and whether both sides agree.
     first = [record for record in records if versions.index(record["weights_version"]) == record["step"] - 1]
     assert [record["step"] for record in records if "sampler_mismatch/max" in record] == [r["step"] for r in first]
     assert [record["step"] for record in records if "time/sync_verify" in record] == [r["step"] for r in first]
@@ -60,13 +65,13 @@ def test_a_resumed_run_trains_on_the_batches_it_had_stored(serial, settings, tmp
     run.end(30, grace=30)
     latest = max(run_dir.glob("checkpoints/step_*.pt"), key=lambda path: int(path.stem[5:]))
     stored = torch.load(latest, weights_only=True)
-    batch = stored["rollouts"]["waiting"][0]  # version 0 draws eleven batches, at once
-    number = stored["step"] + 1
+    batch = stored["rollouts"]["waiting"][0]  # version 0 samples eleven batches, at once
+    number = stored["log"]["step"] + 1
     assert batch["number"] == number
-    for part in ("responses", "logprobs"):  # nobody would draw this again
+    for part in ("responses", "logprobs"):  # nobody would sample this again
         batch[part] = [values[:3] for values in batch[part]]
     torch.save(stored, latest)
-    again = Run(["--resume", str(run_dir), "--num-steps", str(number)], tmp_path / "log")
+    again = Run(resume(run_dir, "--num-steps", number), tmp_path / "log")
     assert again.end(240) == 0, again.log.read_text()
     assert metrics(run_dir)[number]["response_length/mean"] == 3
 
@@ -88,7 +93,7 @@ def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(blow, s
 
 
 @pytest.mark.parametrize("serial", [False, True])
-def test_an_engine_that_cannot_start_is_one_sentence_naming_the_option(serial, settings, tmp_path, monkeypatch):
+def test_an_engine_that_cannot_start_is_one_line_naming_the_option(serial, settings, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")  # GiB
     run = Run(options(tmp_path, **{**settings, "serial": serial}), tmp_path / "log")
     assert run.end(120) == 2, run.log.read_text()
@@ -99,48 +104,86 @@ def test_an_engine_that_cannot_start_is_one_sentence_naming_the_option(serial, s
     assert not serial or not (tmp_path / "run").exists()  # in turns, nothing has been begun by then
 
 
-# Faults on the way from trainer to engine, in the rollouts as the scripts use them
+# The rollouts as the scripts use them beside training
 
 
-def make_rollouts(model_directory):
-    model = load_model(model_directory, "", torch.device("cpu"), gradient_checkpointing=False)
+def make_rollouts(model_directory, interval=1, offset=0):
+    model = load_model(model_directory, "", torch.device("cpu"), "float32")
     eos = {model.generation_config.eos_token_id}
-    plan = RolloutPlan([[5, 6, 7], [8, 9], [10]], 2, 2, 1, 0, seed=1)
-    factory = partial(make_vllm_sampler, model_directory, "", 1, eos, 3, 8, 1.0, "float32")
-    return OverlappedRollouts(model, factory, plan, lambda batch: {}, 60.0, partial(describe, precision="float32"))
+    plan = Plan([[5, 6, 7], [8, 9], [10]], 2, 2, interval, offset, seed=1)
+    factory = partial(make_vllm_sampler, model_directory, "", 1, eos, 8, 1.0, "float32", 30)
+    return OverlappedRollouts(model, factory, plan, 1.0, "float32", 60.0, verified=True)
 
 
 @torch.no_grad()
-def skip_one(slot):
-    slot["model.norm.weight"] -= 0.01  # as if it had kept an older value
+def change(model):
+    for parameter in model.parameters():
+        parameter += 0.1 * torch.randn_like(parameter)
+
+
+def test_evaluation_is_the_engines_with_the_present_weights(settings):
+    rollouts = make_rollouts(settings["model"], 2, 1)
+    model, prompts = rollouts.model, [list(range(first, first + 9)) for first in range(1, 80, 5)]
+    reference = TransformersSampler(model, {model.generation_config.eos_token_id}, 8, 1.0)
+    torch.manual_seed(0)
+    versions, seen = {}, []
+    with rollouts:
+        for step in range(1, 7):
+            versions[step - 1] = copy.deepcopy(model)
+            batch = rollouts.next(step)  # of the weights of its version, whatever was evaluated in between
+            assert batch.version == [0, 0, 0, 2, 2, 4][step - 1]
+            expected = trainer_logprobs(versions[batch.version], batch.prompts, batch, 1, 1.0)
+            assert max(differences(batch.logprobs, expected)) < 1e-4
+            change(model)
+            found, expected = rollouts.greedy(prompts), reference.greedy(prompts)
+            assert (found.responses, found.truncated) == (expected.responses, expected.truncated)
+            assert max(differences(found.logprobs, expected.logprobs)) < 1e-4
+            seen.append(found.responses)
+            rollouts.publish(step)
+    assert all(before != after for before, after in itertools.pairwise(seen))
+
+
+# Faults on the way from trainer to engine
 
 
 @torch.no_grad()
-def transpose_one(slot):
+def skip_one(tensors):
+    tensors["model.norm.weight"] -= 0.01  # as if it had kept an older value
+
+
+@torch.no_grad()
+def transpose_one(tensors):
     name = "model.layers.1.self_attn.q_proj.weight"
-    slot[name].copy_(slot[name].T.clone())
+    tensors[name].copy_(tensors[name].T.clone())
 
 
 @torch.no_grad()
-def flip_a_bit(slot):
-    slot["model.layers.0.mlp.up_proj.weight"].view(torch.int32)[3, 4] ^= 1
+def flip_a_bit(tensors):
+    tensors["model.layers.0.mlp.up_proj.weight"].view(torch.int32)[3, 4] ^= 1
 
 
-@pytest.mark.parametrize("fault", [skip_one, transpose_one, flip_a_bit], ids=lambda fault: fault.__name__)
-def test_a_faulty_delivery_stops_the_run_before_a_batch_is_drawn_from_it(fault, settings):
+@pytest.mark.parametrize(
+    "fault, work",
+    [(skip_one, "batch"), (transpose_one, "batch"), (flip_a_bit, "batch"), (flip_a_bit, "evaluation")],
+)
+def test_a_faulty_delivery_stops_the_run_before_anything_is_sampled_from_it(fault, work, settings):
     rollouts = make_rollouts(settings["model"])
     write = rollouts.weights.write
 
     def faulty_write(slot, version, model):
         write(slot, version, model)
-        if version == 1:
-            fault(rollouts.weights.slots[slot])
+        if version == {"batch": 1, "evaluation": -1}[work]:
+            fault(rollouts.weights.tensors(slot))
 
-    rollouts.weights.write = faulty_write
     with rollouts:
+        rollouts.weights.write = faulty_write
         assert rollouts.next(1).version == 0
+        if work == "evaluation":
+            with pytest.raises(RunStopped, match=r"Weights of version -1 did not reach .*changed: model\.\w+"):
+                rollouts.greedy([[5, 6]])
+            return
         rollouts.publish(1)
-        with pytest.raises(RunStopped, match=r"batch 2 with weights of version 1: .*changed: model\.\w+"):
+        with pytest.raises(RunStopped, match=r"Weights of version 1 did not reach .*changed: model\.\w+"):
             rollouts.next(2)
 
 
@@ -149,8 +192,10 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
     with rollouts:
         rollouts.next(1)
         beat = rollouts.weights.heartbeat.item()
-        with pytest.raises(RunStopped, match=r"died .* while drawing batch 2 with weights of version 1"):
-            rollouts.publish(1)
-            wait_for(lambda: rollouts.weights.heartbeat.item() > beat)  # one beat per tensor loaded: this is the first
-            rollouts.process.kill()
-            time.sleep(5)  # the signal that a child has died ends this
+        rollouts.publish(1)
+        wait_for(lambda: rollouts.weights.heartbeat.item() > beat)  # one beat per tensor loaded: this is the first
+        rollouts.process.kill()
+        started = time.monotonic()
+        with pytest.raises(RunStopped, match=r"died .* while sampling batch 2 with weights of version 1"):
+            rollouts.next(2)
+        assert time.monotonic() - started < 5

@@ -5,6 +5,7 @@ into the engine's own loading (`tamper`, behind everything this repository does)
 """
 
 import copy
+import itertools
 import time
 
 import pytest
@@ -247,12 +248,12 @@ def test_tolerances_tell_rounding_from_a_missing_matrix():
 # In turns with training, on the trainer's live weights
 
 
-def take_turns(interval, offset, describe=describe):
+def take_turns(interval, offset):
     """Rollouts of the scripts' kind, the trainer's model, and a list that notes what the engine is asked to do."""
     model, sampler = engine("qwen2", "float32", max_tokens=8)
-    plan = RolloutPlan([[5, 6, 7], [8, 9], [10]], 2, 2, interval, offset, seed=1)
+    plan = Plan([[5, 6, 7], [8, 9], [10]], 2, 2, interval, offset, seed=1)
     asked = []
-    for name in ("use_weights", "sample_many", "sleep"):
+    for name in ("use_weights", "sample_many", "greedy", "sleep"):
         action = getattr(sampler, name)
 
         def noted(*arguments, name=name, action=action):
@@ -260,29 +261,61 @@ def take_turns(interval, offset, describe=describe):
             return action(*arguments)
 
         setattr(sampler, name, noted)
-    describe = partial(describe, precision="float32")
-    return SerialRollouts(sampler, plan, lambda batch: {}, 60.0, model, describe), model, asked
+    return SerialRollouts(model, sampler, plan, verified=True), model, asked
 
 
-def test_in_turns_every_version_is_delivered_drawn_from_at_once_and_slept_on():
+def test_in_turns_every_version_is_delivered_sampled_at_once_and_slept_on():
     rollouts, model, asked = take_turns(3, 2)
     torch.manual_seed(0)
     for step in range(1, 10):
         batch = rollouts.next(step)
         assert batch.version == [0, 0, 0, 0, 0, 3, 3, 3, 6][step - 1]
-        assert ("time/sync_verify" in batch.measured) == (step in (1, 6, 9))
-        # What was drawn just now has the log-probs of the live weights.
-        now = [drawn for drawn in (batch, *rollouts.waiting.values()) if drawn.version == step - 1]
+        assert ("time/sync_verify" in batch.metrics) == (step in (1, 6, 9))
+        assert ("sampler_mismatch/max" in batch.metrics) == (step in (6, 9))  # batch 1 is trained on with lag 0
+        assert batch.metrics.get("sampler_mismatch/max", 0) < 1e-4
+        # What was sampled just now has the log-probs of the live weights.
+        now = [sampled for sampled in (batch, *rollouts.waiting.values()) if sampled.version == step - 1]
         assert len(now) == {1: 5, 4: 3, 7: 3}.get(step, 0)
-        for drawn in now:
-            expected = trainer_logprobs(model, drawn.prompts, drawn, 1, 1.0)
-            assert max(differences(drawn.logprobs, expected)) < 1e-4
+        for sampled in now:
+            expected = trainer_logprobs(model, sampled.prompts, sampled, 1, 1.0)
+            assert max(differences(sampled.logprobs, expected)) < 1e-4
         change(model, 0.3)
         rollouts.publish(step)
     assert asked == [
         (name, number) for count in (5, 3, 3) for name, number in
         [("use_weights", None), ("sample_many", count), ("sleep", None)]
     ]  # fmt: skip
+
+
+def test_in_turns_evaluation_is_the_engines_with_the_present_weights():
+    rollouts, model, asked = take_turns(3, 2)
+    prompts = make_prompts(lengths=range(1, 40))
+    torch.manual_seed(0)
+    seen = []
+    for step in range(1, 5):
+        asked.clear()
+        found = rollouts.greedy(prompts)
+        assert asked == [("use_weights", None), ("greedy", None), ("sleep", None)]
+        expected = TransformersSampler(model, EOS, 8, 1.0).greedy(prompts)
+        assert (found.responses, found.truncated) == (expected.responses, expected.truncated)
+        assert max(differences(found.logprobs, expected.logprobs)) < 1e-4
+        seen.append(found.responses)
+        batch = rollouts.next(step)  # in between, as if there had been no evaluation
+        assert batch.version == 0 and len(rollouts.waiting) == [4, 3, 2, 4][step - 1]
+        change(model, 0.3)
+        rollouts.publish(step)
+    assert all(before != after for before, after in itertools.pairwise(seen))
+
+
+@pytest.mark.parametrize("fault", ENGINE_FAULTS)
+def test_in_turns_an_engine_that_does_not_follow_is_not_evaluated(fault, monkeypatch):
+    rollouts, model, asked = take_turns(1, 0)
+    rollouts.greedy(SEQUENCES)
+    change(model)
+    tamper(monkeypatch, rollouts.sampler, ENGINE_FAULTS[fault])
+    with pytest.raises(RunStopped, match="does not compute with weights 0 although"):
+        rollouts.greedy(SEQUENCES)
+    assert [name for name, _ in asked].count("greedy") == 1
 
 
 @torch.no_grad()
@@ -301,14 +334,15 @@ def corrupt_one(tensors):
 
 
 @pytest.mark.parametrize("fault", [keep_one_stale, transpose_one, corrupt_one], ids=lambda fault: fault.__name__)
-def test_in_turns_a_faulty_delivery_stops_the_run_before_a_batch_is_drawn_from_it(fault):
+def test_in_turns_a_faulty_delivery_stops_the_run_before_a_batch_is_sampled_from_it(fault, monkeypatch):
     def then_spoil(model, version, precision):
         manifest = describe(model, version, precision)
         if version == 1:
             fault(tensors_of(model))
         return manifest
 
-    rollouts, model, asked = take_turns(1, 0, then_spoil)
+    rollouts, model, asked = take_turns(1, 0)
+    monkeypatch.setattr(rollouts_module, "describe", then_spoil)
     rollouts.next(1)
     change(model, 0.1)
     rollouts.publish(1)
@@ -327,19 +361,3 @@ def test_in_turns_an_engine_that_does_not_follow_stops_the_run(fault, monkeypatc
     with pytest.raises(RunStopped, match="does not compute with weights 1 although"):
         rollouts.next(2)
     assert [name for name, _ in asked].count("sample_many") == 1 and not rollouts.waiting
-
-
-@pytest.mark.parametrize("part", ["sync", "draw"])
-def test_in_turns_an_engine_that_hangs_stops_the_run(part, monkeypatch):
-    rollouts, model, _ = take_turns(1, 0)
-    rollouts.next(1)
-    change(model)
-    rollouts.publish(1)
-    rollouts.timeout = 2.0
-    llm = rollouts.sampler.llm
-    owner, name = (llm, "collective_rpc") if part == "sync" else (llm.llm_engine, "step")
-    monkeypatch.setattr(owner, name, lambda *_, **__: time.sleep(60))
-    started = time.monotonic()
-    with pytest.raises(RunStopped, match="has not decoded a token for 2 s"):
-        rollouts.next(2)
-    assert time.monotonic() - started < 10 and not rollouts.waiting
