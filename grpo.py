@@ -22,7 +22,7 @@ Differences from the paper:
 - ε_low and ε_high are separate; the paper has one ε for both.
 
 Usage:
-    # The embedded model and task, two minutes on a CPU.
+    # The embedded model and task, a few minutes on a CPU.
     python grpo.py
     # A pretrained model on GSM8K, on a GPU.
     python grpo.py --task gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B-Instruct --learning-rate 1e-6 \

@@ -27,7 +27,7 @@ Differences from the paper and the authors' code (Trinity-RFT, `rec_policy_loss.
 - Each batch gives one update. No KL penalty, as in their runs.
 
 Usage:
-    # The embedded model and task, two minutes on a CPU.
+    # The embedded model and task, a few minutes on a CPU.
     python red_weight.py
     # A pretrained model on GSM8K, on a GPU.
     python red_weight.py --task gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B-Instruct \
