@@ -36,7 +36,8 @@ Usage:
 # --- end algorithm ---
 
 # Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences in a batch or
-# micro-batch, T predicted tokens of a padded sequence, 1 broadcast. Outside the "algorithm" fences all scripts agree.
+# micro-batch, T predicted tokens of a padded sequence, 1 broadcast. Outside the regions marked "algorithm", the three
+# scripts are identical.
 
 import copy
 import math
@@ -86,18 +87,18 @@ class Args:
     sync_interval: int = 1
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
-    """O: minimum age of the sampling weights, in updates; (I, O) = (1, 1) is one-step off-policy"""
+    """O: sampling is O batches ahead, with weights O to O + I − 1 updates old; (1, 1) is one-step off-policy"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
     serial: bool = False
-    """sample and train in turns in one process, even if overlapping them would be faster"""
+    """sample and train in turns in one process, also where a second one could sample during training"""
     sampler_timeout: float = 300.0
     """stop if the sampler's process decodes no token for this many seconds"""
 
     max_prompt_tokens: int = 1024
     """problems with longer prompts are left out"""
     max_response_tokens: int = 64
-    """responses are cut at this length and graded as they are"""
+    """longer responses are cut off here, and graded as they are"""
     temperature: float = 1.0
     """softmax temperature in sampler, trainer, reference and entropy"""
 
@@ -117,9 +118,9 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
+    """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
     threads: int = 0
-    """CPU threads per process (affects rounding); 0 for 2, or for 1 if two processes compute"""
+    """CPU threads per process (affects rounding); 0 for 2, or for 1 each in two processes"""
 
     eval_interval: int = 25
     """evaluate on held-out problems before training, every so many steps and at the end"""
@@ -182,12 +183,10 @@ def main(args):
         timeout=args.sampler_timeout, threads=args.threads, name=args.model, revision=args.revision,
     )  # fmt: skip
 
-    if args.resume and (checkpoint := load_checkpoint(log.dir)):
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        rollouts.load_state(checkpoint["rollouts"])
-        log.load_state(checkpoint["log"])
-        del checkpoint  # it holds a copy of all weights
+    log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
+    checkpointed = {"log": log, "model": model, "optimizer": optimizer, "rollouts": rollouts}
+    if args.resume:
+        load_checkpoint(log.dir, checkpointed)
 
     with rollouts, log, finish_step_on_interrupt() as interrupt:
         if log.step == 0:
@@ -197,8 +196,8 @@ def main(args):
             metrics = StepMetrics()
 
             # Sample G responses to each of P prompts; each token carries its sampling log-prob. By default this happens
-            # here and now, with the current weights. With --sync-interval or --sync-offset, the batch was sampled with
-            # weights from some updates ago, by a second process while this one trained (see common/sampling).
+            # here and now, with the current weights. With --sync-interval or --sync-offset they may be older, and a
+            # second process samples while this one trains, unless --serial is given (see common/sampling).
             batch = rollouts.next(step)
             metrics.lap("wait")
 
@@ -209,11 +208,12 @@ def main(args):
             metrics.lap("grade")
 
             # Loss and gradient, in micro-batches. N counts the whole batch, so the split does not change the gradient.
-            # Responses with advantage 0 have none: they get micro-batches of their own and skip the backward pass.
+            # Where the advantage is 0, so is the gradient: these responses get micro-batches of their own, which make
+            # a forward pass only, for the metrics.
             num_tokens = sum(len(response) for response in batch.responses)
             has_gradient = (advantages_B != 0).tolist()
             for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # not None, at which AdamW would skip the parameter
+                parameter.grad = torch.zeros_like(parameter)  # not None: AdamW would skip the parameter
             total_loss = 0.0
             for rows in split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient):
                 micro = collate(batch, rows, device)
@@ -225,7 +225,7 @@ def main(args):
                     )
                     loss = losses_BT[micro.mask_BT].sum() / num_tokens  # 1/N Σ over response tokens
                 if loss.requires_grad:
-                    logprobs_BT.retain_grad()  # for the metrics: gradient 0 marks a clipped token
+                    logprobs_BT.retain_grad()  # for the metrics: a response token with gradient 0 was clipped
                     loss.backward()  # gradients accumulate over micro-batches
                 with torch.no_grad():
                     ref_logprobs_BT = reference and token_logprobs(reference, micro, args.temperature, precision)[0]
@@ -235,11 +235,11 @@ def main(args):
             # Update.
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
             lr = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / max(1, args.warmup_steps))
-            if finite := math.isfinite(total_loss + grad_norm):
+            if finite := math.isfinite(total_loss + grad_norm):  # else skip the update; the log stops after a few
                 optimizer.step()
             metrics.lap("train")
 
-            # Evaluate the new weights, and hand them to the sampler if the schedule says so.
+            # Evaluate the weights as they are now, then hand them to the sampler if the schedule says so.
             evaluation = {}
             if step % args.eval_interval == 0 or step == args.num_steps:
                 evaluation = eval_set.evaluate(rollouts)
@@ -249,13 +249,12 @@ def main(args):
 
             # Log, and write a checkpoint.
             measured = {"loss": total_loss, "grad_norm": grad_norm, "lr": lr, "update_skipped": float(not finite)}
-            log.write(step, measured | evaluation | metrics.result(batch, rewards_PG, grades, device))
+            log.write(step, measured | evaluation | metrics.result(batch, rewards_PG, grades, device, precision))
             problems = [train_set.problems[number] for number in batch.problems]
             log.write_completions(step, problems, texts, rewards_PG.flatten(), advantages_B)
             last = step == args.num_steps or interrupt.requested
             if last or step % args.checkpoint_interval == 0:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                save_checkpoint(log.dir, step, state | {"rollouts": rollouts.state(), "log": log.state()})
+                save_checkpoint(log.dir, step, checkpointed)
             if last:
                 break
 

@@ -1,7 +1,7 @@
 """Padding, shifting, masks and micro-batches. This is the only module that shifts by one.
 
 A causal language model's output at position t predicts the token at t + 1. `collate` makes that shift once: in what it
-returns, column t of every tensor belongs to the same predicted token, so nothing downstream ever writes `[:, 1:]`.
+returns, column t of every tensor belongs to the same predicted token.
 """
 
 from dataclasses import dataclass
@@ -60,12 +60,9 @@ def split_by_token_budget(lengths, max_tokens, group_by):
     Sequences are sorted by length, so that those of one micro-batch are nearly as long as each other and little is
     padding; the longest come first, so that running out of memory shows in the first seconds.
 
-    Args:
-        lengths: tokens of each sequence (prompt + response).
-        max_tokens: budget for rows × longest row. A single longer sequence gets a micro-batch of its own.
-        group_by: per sequence, any sortable value; a micro-batch holds sequences of one value only.
-
-    Returns a list of lists of row numbers, each row in exactly one.
+    `lengths` are tokens of each sequence, prompt and response; rows × longest row is at most `max_tokens`, but for a
+    single longer sequence. A micro-batch holds sequences of one value of `group_by` only, any sortable value. Returns a
+    list of lists of row numbers, each row in exactly one.
     """
     splits = []
     for row in sorted(range(len(lengths)), key=lambda row: (group_by[row], -lengths[row], row)):

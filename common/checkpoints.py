@@ -1,29 +1,39 @@
 """Checkpoints that survive a crash at any instant.
 
 A checkpoint is one file, `checkpoints/step_000040.pt`. It is written under another name, flushed to disk and then
-renamed, which a file system does completely or not at all: a file with the final name is complete.
+renamed, which a file system does completely or not at all. It is a zip archive with a CRC-32 of every tensor, so that
+later damage is noticed when a run is resumed.
 """
 
 import os
-import re
+import zipfile
 from pathlib import Path
 
 import torch
 
+from common.commandline import BadInput, RunStopped
+
 KEEP = 2  # how many of the newest checkpoints stay
 
 
-def save_checkpoint(run_dir, step, state):
-    """Write `state` (tensors, numbers, strings, lists, dicts) as of after `step`; delete all but the newest `KEEP`."""
+def save_checkpoint(run_dir, step, parts):
+    """Write the `state_dict()` of each of `parts`, a dict by name; delete all but the newest `KEEP` checkpoints.
+
+    Raises `RunStopped` where it cannot be written; the checkpoints before are still there.
+    """
     directory = Path(run_dir) / "checkpoints"
-    directory.mkdir(exist_ok=True)
     final = directory / f"step_{step:06d}.pt"
     unfinished = final.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, final)
+    try:
+        directory.mkdir(exist_ok=True)
+        with open(unfinished, "wb") as file:
+            torch.save({name: part.state_dict() for name, part in parts.items()}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, final)
+    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
+        unfinished.unlink(missing_ok=True)
+        raise RunStopped(f"{final} cannot be written ({error}): make room, and go on with --resume.") from error
     directory_handle = os.open(directory, os.O_RDONLY)
     os.fsync(directory_handle)  # the renaming itself, too
     os.close(directory_handle)
@@ -33,12 +43,23 @@ def save_checkpoint(run_dir, step, state):
         leftover.unlink()
 
 
-def load_checkpoint(run_dir):
-    """The state in the newest complete checkpoint of a run, on the CPU; None where there is none."""
-    paths = _checkpoints(run_dir)
-    return torch.load(paths[-1], map_location="cpu", weights_only=True) if paths else None
+def load_checkpoint(run_dir, parts):
+    """Give each of `parts` its state in the newest checkpoint of a run, if there is one. Raises `BadInput`."""
+    if not (paths := _checkpoints(run_dir)):
+        return
+    *older, path = paths
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():
+                raise zipfile.BadZipFile("a checksum is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # as varied as the kinds of damage
+        where = f"from {older[-1].name}" if older else "from the start"
+        how = f"if it is damaged, delete it to continue {where}"
+        raise BadInput(f"--resume: {path} cannot be read ({str(error)[:200]}); {how}.") from error
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
 
 
 def _checkpoints(run_dir):
-    found = [path for path in Path(run_dir).glob("checkpoints/step_*.pt") if re.fullmatch(r"step_\d+\.pt", path.name)]
-    return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")))
+    return sorted(Path(run_dir).glob("checkpoints/step_" + "[0-9]" * 6 + ".pt"))

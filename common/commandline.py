@@ -4,20 +4,31 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
 import signal
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import tyro
+from safetensors import SafetensorError
 
 # What a resumed run may change: none of these changes what an update is.
 CHANGEABLE = {"resume", "num_steps", "eval_interval", "checkpoint_interval", "threads", "sampler_timeout"}
-CHANGEABLE |= {"track", "wandb_project"}
+CHANGEABLE |= {"track", "wandb_project", "data", "eval_data"}  # (data may have moved; checksums tell if it differs)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that is closed
+BUILT_IN = ("tiny", "addition", "gsm8k")  # a model and two tasks, also where a file happens to be called so
 
 
 class BadInput(Exception):
     """Something the user gave cannot work. The message is one sentence: it names the option and says what to do."""
+
+
+NOT_FINITE = (
+    "The policy's weights or log-probs are no longer finite: look at loss and grad_norm in the run's metrics.jsonl, "
+    "and start a new run with a lower --learning-rate."
+)
 
 
 class RunStopped(Exception):
@@ -27,14 +38,19 @@ class RunStopped(Exception):
 def run(main, Args, script):
     """Parse the command line into `Args` and call `main(args)`.
 
-    `BadInput` ends in a one-line message and exit code 2, `RunStopped` in one and exit code 1.
+    `BadInput` ends in a one-line message and exit code 2, `RunStopped` and OSError (a full disk) in one and code 1.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that knows no arrows should not end a run
     try:
         args = parse(Args, script, sys.argv[1:])
         check(args)
         main(args)
-    except (BadInput, RunStopped) as error:
-        message = " ".join(str(error).split())  # messages of libraries, quoted in ours, may have several lines
+    except (BadInput, RunStopped, OSError, SafetensorError) as error:
+        message = " ".join(
+            (str(error) or repr(error)).split()
+        )  # messages of libraries, quoted in ours, may have several lines
         print(f"{Path(script).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
@@ -47,8 +63,11 @@ def parse(Args, script, argv):
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--resume")
     run_dir = early.parse_known_args(argv)[0].resume
+    about, _, usage = (sys.modules[Args.__module__].__doc__ or "").partition("Usage:")
+    description = about.split("\n")[0] + f"\n\nUsage:{usage}"
+    cli = partial(tyro.cli, Args, args=argv, prog=Path(script).name, description=description)
     if run_dir is None:
-        return tyro.cli(Args, args=argv)
+        return _with_absolute_paths(cli())
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -57,17 +76,25 @@ def parse(Args, script, argv):
         raise BadInput(f"--resume {run_dir}: {path} holds no run ({error!r}); give the directory of a run.") from error
     if started_by != Path(script).stem:
         raise BadInput(f"--resume {run_dir} is a run of {started_by}.py: resume it with that script.")
-    known = {field.name for field in dataclasses.fields(Args)}
-    if set(saved) != known:
-        raise BadInput(
-            f"--resume {run_dir} was written by another version of {Path(script).name}, whose options differ "
-            f"({', '.join(sorted(set(saved) ^ known))}): resume it with that version."
-        )
-    args = tyro.cli(Args, args=argv, default=Args(**saved))
+    defaults = dataclasses.asdict(Args())
+    if differ := [name for name in {**saved, **defaults} if type(saved.get(name)) is not type(defaults.get(name))]:
+        names = ", ".join(sorted(differ))
+        raise BadInput(f"--resume {run_dir} was written by another version of this script ({names}): resume with that.")
+    saved = dataclasses.asdict(_with_absolute_paths(Args(**saved)))
+    args = _with_absolute_paths(cli(default=Args(**saved)))
     for name, value in saved.items():
         if name not in CHANGEABLE and (now := getattr(args, name)) != value:
             option = _option(name)
             raise BadInput(f"{option} {now} contradicts the run's {option} {value}: leave it out, or start a new run.")
+    return args
+
+
+def _with_absolute_paths(args):
+    """The same arguments, where files and directories are named so that a run can be resumed from anywhere."""
+    for name in ("model", "task", "data", "eval_data"):
+        value = getattr(args, name)  # a class of a task's file, or a configuration of data, may follow after a colon
+        if value not in BUILT_IN and any(map(os.path.exists, (value, value.rpartition(":")[0]))):
+            setattr(args, name, os.path.abspath(value))
     return args
 
 
@@ -88,20 +115,22 @@ def check(args):
 
 @contextlib.contextmanager
 def finish_step_on_interrupt():
-    """Inside, the first Ctrl-C only sets `requested` of the object returned; the second one stops at once, as usual."""
+    """Inside, `STOP_SIGNALS` only set `requested` of the object returned; a second Ctrl-C stops at once."""
     interrupt = types.SimpleNamespace(requested=False)
+    ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else []  # under nohup
+    caught = [number for number in STOP_SIGNALS if number not in ignored]
 
     def on_interrupt(signal_number, frame):
         interrupt.requested = True
-        # Not `previous`: a shell tells processes in the background to ignore SIGINT.
+        # Not the handler from before: a shell tells processes in the background to ignore SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        print("\nFinishing this step; press Ctrl-C again to stop at once.", flush=True)
+        with contextlib.suppress(OSError):  # the terminal, or a pipe's other end, may be gone
+            print("\nFinishing this step; press Ctrl-C again to stop at once.", flush=True)
 
-    previous = signal.signal(signal.SIGINT, on_interrupt)
-    try:
+    with contextlib.ExitStack() as before:
+        for number in caught:
+            before.callback(signal.signal, number, signal.signal(number, on_interrupt))
         yield interrupt
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _option(name):

@@ -1,8 +1,7 @@
 """Log-probabilities and entropies of response tokens under a causal language model.
 
-`token_logprobs` goes from a micro-batch to log-probs. It applies the head to response tokens only (prompt and padding
-never cost a row), and the temperature to their hidden states. `logprobs_and_entropy` goes from hidden states to
-log-probs, by the fastest way for their device and sizes; `kernels/__init__.py` explains how they do it.
+`token_logprobs` goes from a micro-batch to log-probs, and applies the head to response tokens only. It calls
+`logprobs_and_entropy`, which takes the fastest way for a device and sizes; `kernels/__init__.py` explains them.
 """
 
 import torch
@@ -24,12 +23,9 @@ def token_logprobs(model, micro, temperature, precision="float32"):
 
     Equation: logprob = log softmax(z / τ)_y and entropy = −Σ_v p_v log p_v with p = softmax(z / τ), z = head(backbone).
 
-    Args:
-        model: a Hugging Face causal language model, whose logits are `head(backbone(inputs))`.
-        micro: `inputs_BT` and `targets_BT` (int64), the tokens read and those predicted, and `mask_BT` (bool), true
-            where the target is a response token. Padding is on the right, where causal attention does not look.
-        temperature: τ > 0.
-        precision: "float32", or "bfloat16" for autocast.
+    `model` is a Hugging Face causal language model. `micro` has `inputs_BT` and `targets_BT` (int64), the tokens read
+    and those predicted, and `mask_BT` (bool), true where the target is a response token; padding is on the right, where
+    causal attention does not look. `precision` is "float32", or "bfloat16" for autocast.
 
     Returns `logprobs_BT` (differentiable) and `entropy_BT` (detached), float32, exactly 0 outside the mask. Raises
     ValueError for a model of another dtype than float32 or bfloat16.

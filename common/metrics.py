@@ -6,9 +6,13 @@ that the split into micro-batches does not show.
 
 import resource
 import time
+import warnings
 
 import numpy as np
 import torch
+
+from common.sampling.verify import TOLERANCE
+from common.tasks import means
 
 
 class StepMetrics:
@@ -29,15 +33,12 @@ class StepMetrics:
         """Add one micro-batch, after its backward pass.
 
         A token whose log-prob has gradient 0 although its advantage is not 0 was clipped by the loss. (`logprobs_BT`
-        has a `grad` where `retain_grad` was called.)
-
-        With lp and ref the log-probs of policy and reference, the estimators of Schulman's "Approximating KL
-        Divergence" (2020) are
+        has a `grad` where `retain_grad` was called.) With lp and ref the log-probs of policy and reference, the
+        estimators of KL(policy ‖ reference) in Schulman's "Approximating KL Divergence" (2020) are
 
             k1 = lp − ref      k2 = (lp − ref)² / 2      k3 = exp(ref − lp) − (ref − lp) − 1
 
-        They estimate KL(policy ‖ reference) if the sampler's policy is the trainer's. With a lag, tokens are slightly
-        off-policy and so are the estimates.
+        With a lag, tokens are slightly off-policy and so are the estimates.
         """
         mask_BT = micro.mask_BT
         if logprobs_BT.requires_grad:
@@ -56,20 +57,25 @@ class StepMetrics:
             self._sum("kl/ref_k2", difference.square() / 2)
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
 
-    def result(self, batch, rewards_PG, grades, device):
-        """All metrics of the step, a dict of numbers, for its `Batch`, float64 rewards, and the B dicts of grades."""
+    def result(self, batch, rewards_PG, grades, device, precision):
+        """All metrics of the step, a dict of numbers, for its `Batch`, float64 rewards, and the B dicts of grades.
+
+        Warns, once, where sampler and trainer with equal weights differ by more than `verify.TOLERANCE`.
+        """
         lengths = [len(response) for response in batch.responses]
-        extra = {key for grade in grades for key in grade} - {"reward"}
         lag = batch.number - 1 - batch.version
         tokens = {key: value / sum(lengths) for key, value in self.sums.items()} | self.maxima
         if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
             tokens = {key: value for key, value in tokens.items() if not key.startswith("sampler_mismatch")}
+        if (tokens | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:
+            what = "sampler_mismatch/mean is larger than rounding explains"
+            warnings.warn(f"{what}: do not trust this run before you know why.", stacklevel=2)
         steps = [value for key, value in self.times.items() if key not in ("time/step_started_at", "time/eval")]
         return {
             "reward/mean": rewards_PG.mean().item(),
             "reward/std": rewards_PG.std(correction=0).item(),
             "reward/zero_std_groups": (rewards_PG == rewards_PG[:, :1]).all(dim=1).double().mean().item(),
-            **{key: float(np.mean([grade[key] for grade in grades if key in grade])) for key in sorted(extra)},
+            **{key: value for key, value in means(grades).items() if key != "reward"},
             "response_length/mean": float(np.mean(lengths)),
             "response_length/max": float(max(lengths)),
             "response_length/truncated": float(np.mean(batch.truncated)),

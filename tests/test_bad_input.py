@@ -4,6 +4,7 @@ It does so before a model is loaded, and creates no file or directory. `refused`
 `test_a_good_start_*` shows that its checks can fail. Numbers, and arguments of resumed runs: test_commandline.py.
 """
 
+import io
 import json
 import shutil
 
@@ -135,7 +136,7 @@ ROW = '{"question": "What is 1 + 1?", "answer": "#### 2"}'
     "bad_row",
     [
         "{'question': 1}", ROW[:-1], "not JSON", '{"question": "What is 1 + 1?"}',
-        '{"question": "What is 1 + 1?", "answer": 2}', '{"question": "What is 1 + 1?", "answer": null}',
+        '{"question": "What is 1 + 1?", "answer": null}', '{"question": "1 + 1?", "answer": "The answer is 2"}',
         '{"question": "", "answer": "#### 2"}', '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
         '["What is 1 + 1?", "#### 2"]', "3", "null",
     ],
@@ -155,12 +156,12 @@ def test_trailing_blank_lines_are_no_rows(given, model, tmp_path):
     assert command(*given(num_steps=1, task="gsm8k", data=data, model=model, max_response_tokens=2)) == 0
 
 
-def test_lines_that_are_not_one_row_each_are_accepted_as_datasets_does(given, refused, tmp_path):
-    long_number = ROW[:-1] + ', "id": ' + "9" * 5000 + "}"
-    held_out = write_rows(tmp_path / "held_out.jsonl", [ROW, "", "   ", ROW + ROW, long_number, ROW, ""])
+def test_a_bom_blank_lines_and_numbers_are_accepted(given, refused, tmp_path):
+    number = '{"question": "What is 1 + 1?", "answer": 2}'
+    held_out = write_rows(tmp_path / "held_out.jsonl", ["\ufeff" + ROW, "", "   ", number, ROW, ""])
     data = write_rows(tmp_path / "good.jsonl", [ROW] * 20)
     argv = given(task="gsm8k", data=data, eval_data=held_out, eval_size=6)
-    assert " 5 rows" in refused(*argv, names=f"--eval-data {held_out}")
+    assert " 3 rows" in refused(*argv, names=f"--eval-data {held_out}")
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet", "absent.json", "absent"])
@@ -298,15 +299,15 @@ def test_weights_are_broken(damage, given, model, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "key, row, value, said",
+    "key, row, value",
     [
-        ("model.layers.1.mlp.up_proj.weight", -1, float("nan"), "model.layers.1.mlp.up_proj.weight"),
-        ("model.layers.0.self_attn.q_proj.bias", 3, float("-inf"), "model.layers.0.self_attn.q_proj.bias"),
-        ("model.embed_tokens.weight", -1, float("inf"), "model.embed_tokens.weight"),
-        ("model.norm.weight", slice(None), 3e38, "its logits"),  # finite, unlike what comes of it
+        ("model.layers.1.mlp.up_proj.weight", -1, float("nan")),
+        ("model.layers.0.self_attn.q_proj.bias", 3, float("-inf")),
+        ("model.embed_tokens.weight", -1, float("inf")),
+        ("model.norm.weight", slice(None), 3e38),  # finite, unlike what comes of it
     ],
 )
-def test_weights_are_not_finite(key, row, value, said, given, model, tmp_path, capsys):
+def test_weights_are_not_finite(key, row, value, given, model, tmp_path, capsys):
     # As saved after an update that ruined the weights.
     from safetensors.torch import load_file, save_file
 
@@ -317,7 +318,7 @@ def test_weights_are_not_finite(key, row, value, said, given, model, tmp_path, c
     assert command(*given(model=directory, task=dense_task(tmp_path))) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    assert f"--model {directory} " in error.splitlines()[-1] and f"first in {said})" in error.splitlines()[-1]
+    assert f"--model {directory} " in error.splitlines()[-1] and "NaN" in error.splitlines()[-1]
     assert not (tmp_path / "output").exists()
 
 
@@ -346,6 +347,41 @@ def test_chat_template_is_missing_where_it_is_not_needed(given, model, tmp_path)
     directory = broken_model(model, tmp_path / "model", remove=["chat_template.jinja"])
     argv = given(model=directory, task=dense_task(tmp_path), num_steps=1, max_response_tokens=2)
     assert command(*argv) == 0
+
+
+def test_a_models_own_code_is_never_run(given, refused, model, tmp_path, monkeypatch):
+    directory = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))  # what transformers would ask for
+    refused(*given(model=directory, task=dense_task(tmp_path)), names=f"--model {directory}")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_positions_that_would_change_in_the_middle_of_a_response(given, refused, model, tmp_path):
+    # "longrope", of Phi-3, scales all positions otherwise once a text is longer than so many tokens.
+    directory = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    config["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 24,
+        "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "factor": 4.0,
+    }  # fmt: skip
+    (directory / "config.json").write_text(json.dumps(config))
+    settings = {"model": directory, "task": dense_task(tmp_path), "num_steps": 1}  # its prompts have up to 12 tokens
+    assert "prompt of 12" in refused(*given(**settings, max_response_tokens=13), names="--max-response-tokens 13")
+    assert command(*given(**settings, max_response_tokens=12)) == 0
+
+
+def test_wandb_without_a_login(given, model, tmp_path, capsys, monkeypatch):
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command(*given(model=model, task=dense_task(tmp_path), track=True)) == 2
+    error = capsys.readouterr().err
+    assert "error: --track: wandb does not start" in error.splitlines()[-1] and "Traceback" not in error
+    assert not list((tmp_path / "output").iterdir())  # the name is free
 
 
 def test_revision_of_a_directory(given, refused, model):

@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import build_model
-from helpers import as_options, command, dense_task, options, resume, train
+from helpers import REPOSITORY, as_options, command, dense_task, options, resume, train
 
 import grpo
 from common.commandline import BadInput, RunStopped, finish_step_on_interrupt, parse, run
@@ -193,6 +195,32 @@ def test_resume_by_another_version(change, refused, run_dir, tmp_path):
     assert f"({next(iter(change))})" in refused(*resume(copy), names=f"--resume {copy}")
 
 
+@pytest.mark.parametrize("change", [{"num_steps": "many"}, {"temperature": None}, {"serial": 1}, {"model": 3}], ids=str)
+def test_resume_with_saved_arguments_of_another_type(change, refused, run_dir, tmp_path):
+    copy = copy_with(run_dir, tmp_path / "copy", **change)
+    assert f"({next(iter(change))})" in refused(*resume(copy), names=f"--resume {copy}")
+
+
+def test_files_are_remembered_by_their_absolute_paths(tmp_path, monkeypatch):
+    for name in ("task.py", "rows.jsonl", "gsm8k", "tiny"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    argv = ["--task", "task.py:Mine", "--data", "rows.jsonl", "--eval-data", "absent.jsonl", "--model", "model"]
+    args = parse(grpo.Args, grpo.__file__, argv)
+    assert (args.task, args.data) == (f"{tmp_path}/task.py:Mine", f"{tmp_path}/rows.jsonl")
+    assert (args.eval_data, args.model) == ("absent.jsonl", f"{tmp_path}/model")
+    args = parse(grpo.Args, grpo.__file__, ["--task", "gsm8k", "--data", "openai/gsm8k:main"])
+    assert (args.task, args.data, args.model) == ("gsm8k", "openai/gsm8k:main", "tiny")
+
+
+def test_help_has_a_description_and_an_example_and_no_path_of_this_machine(capsys):
+    assert command("--help") == 0
+    text = capsys.readouterr().out
+    assert "Group Relative Policy Optimization" in text and "--task gsm8k" in text and "usage: grpo.py" in text
+    assert str(REPOSITORY) not in text
+
+
 # How a run ends
 
 
@@ -206,6 +234,29 @@ def test_an_error_of_ours_is_one_line_and_an_exit_code(error, code, monkeypatch,
         run(main, grpo.Args, "somewhere/red_weight.py")
     assert ended.value.code == code
     assert capsys.readouterr() == ("", "red_weight.py: error: --data x cannot be read (a library says: no ).\n")
+
+
+def test_a_system_error_is_one_line(monkeypatch, capsys):
+    def main(args):
+        Path("/dev/full").write_text("x" * 100_000)
+
+    monkeypatch.setattr(sys, "argv", ["anything"])
+    with pytest.raises(SystemExit) as ended:
+        run(main, grpo.Args, "grpo.py")
+    assert ended.value.code == 1
+    assert capsys.readouterr() == ("", "grpo.py: error: [Errno 28] No space left on device\n")
+
+
+def test_a_terminal_that_knows_ascii_only(run_dir):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    code = (
+        "import sys, grpo\nfrom common.commandline import run\nsys.argv = ['x']\n"
+        "run(lambda args: print('→ é'), grpo.Args, 'x')"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout) == (0, "\\u2192 \\xe9\n")
 
 
 def test_any_other_error_keeps_its_traceback(monkeypatch):

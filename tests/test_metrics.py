@@ -47,7 +47,7 @@ def result_of(metrics, lengths, version=0, rewards_PG=None, grades=None, truncat
     batch = Batch(1, version, [0] * B, [[1]] * B, [[2] * n for n in lengths], [[]] * B, truncated or [False] * B)
     batch.metrics["time/sample"] = 1.0
     rewards_PG = torch.zeros(1, B, dtype=torch.float64) if rewards_PG is None else rewards_PG
-    return metrics.result(batch, rewards_PG, grades or [{"reward": 0.0}] * B, CPU)
+    return metrics.result(batch, rewards_PG, grades or [{"reward": 0.0}] * B, CPU, "float32")
 
 
 def statistics_of(*micro_batches, num_tokens=None, lag=0):
@@ -243,6 +243,15 @@ def test_equal_rewards_count_as_equal_at_any_value(reward):
     assert result["reward/zero_std_groups"] == 0.5
 
 
+@pytest.mark.parametrize(
+    "gap, lag, warned", [(2e-3, 0, True), (5e-5, 0, False), (float("nan"), 0, False), (1.0, 2, False)]
+)
+def test_sampler_and_trainer_that_disagree_are_mentioned(gap, lag, warned, recwarn):
+    # Only with equal weights: with a lag, the policy has learned in between. Where NaN is, the update is skipped.
+    statistics_of(one_row([-1.0, -2.0], [-1.0 + gap, -2.0 + gap], [0.0, 0.0]), lag=lag)
+    assert any("sampler_mismatch/mean" in str(warning.message) for warning in recwarn) == warned
+
+
 # Times
 
 
@@ -253,7 +262,7 @@ def test_a_step_is_the_sum_of_its_laps_without_evaluation(monkeypatch):
     for name in ("wait", "grade", "train", "eval", "sync"):
         metrics.lap(name)
     batch = Batch(7, 4, [0], [[1, 2, 3]], [[4, 5]], [[-1.0, -1.0]], [False], {"time/sample": 0.5})
-    result = metrics.result(batch, torch.zeros(1, 1, dtype=torch.float64), [{"reward": 0.0}], CPU)
+    result = metrics.result(batch, torch.zeros(1, 1, dtype=torch.float64), [{"reward": 0.0}], CPU, "float32")
     laps = {"wait": 1.0, "grade": 2.0, "train": 4.0, "eval": 8.0, "sync": 16.0, "step": 23.0, "sample": 0.5}
     assert {name: result[f"time/{name}"] for name in laps} == laps
     assert (result["lag"], result["weights_version"]) == (2, 4)

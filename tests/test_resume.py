@@ -6,10 +6,15 @@ the trained weights. Kills are SIGKILL to a real process, at random moments; a f
 
 import contextlib
 import dataclasses
+import json
 import os
+import pty
 import random
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -18,10 +23,11 @@ import torch
 
 import grpo
 from common import checkpoints
-from common.commandline import BadInput, parse
+from common.commandline import STOP_SIGNALS, BadInput, parse
 from common.runlog import RunLog
 from tests.conftest import build_model
 from tests.helpers import (
+    REPOSITORY,
     assert_same_run,
     checkpoint,
     command,
@@ -234,14 +240,15 @@ def test_what_was_logged_after_the_last_checkpoint_is_written_again(place, unint
     assert_same_run(run_dir, expected)
 
 
-def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(place, uninterrupted, tmp_path):
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(number, place, uninterrupted, tmp_path):
     _, settings = place
     expected = uninterrupted((3, 2))
-    run_dir, log = tmp_path / "interrupted", tmp_path / "log"
+    run_dir, log = tmp_path / "a run that's interrupted", tmp_path / "log"
     never = {"checkpoint_interval": 50, "sync_interval": 3, "sync_offset": 2}
-    process = start(options(tmp_path, "interrupted", **{**settings, **never}), log)
+    process = start(options(tmp_path, run_dir.name, **{**settings, **never}), log)
     wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     process.join(120)
     output = log.read_text()
     assert process.exitcode == 0, output
@@ -249,10 +256,38 @@ def test_ctrl_c_ends_with_a_checkpoint_and_says_how_to_go_on(place, uninterrupte
     last_step = metrics(run_dir)[-1]["step"]
     assert 2 <= last_step < NUM_STEPS, "it came too late to interrupt anything"
     assert f"Stopped after step {last_step} of {NUM_STEPS}" in output
-    assert f"python grpo.py --resume {run_dir}" in output
+    (hint,) = [line for line in output.splitlines() if "--resume" in line]
+    assert shlex.split(hint) == ["python", "grpo.py", "--resume", str(run_dir)]  # as a shell understands it
     assert [path.name for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}.pt"]
     assert not (run_dir / "model").exists()
     assert finish(resume(run_dir), log) == 0, log.read_text()
+    assert_same_run(run_dir, expected)
+
+
+@pytest.mark.parametrize("reader", ["terminal", "pipe"])
+def test_when_nobody_can_read_its_output_a_run_still_writes_its_checkpoint(reader, place, uninterrupted, tmp_path):
+    # A closed terminal sends SIGHUP, perhaps twice. Ctrl-C ends the "tee" of "2>&1 | tee log", too. From then on,
+    # whatever is printed is an error.
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    run_dir = tmp_path / "run"
+    argv = [sys.executable, grpo.__file__, *options(tmp_path, **{**settings, "checkpoint_interval": 50})]
+    if reader == "terminal":
+        pid, terminal = pty.fork()
+        if pid == 0:
+            os.execv(sys.executable, argv)
+        wait_for(lambda: num_logged(run_dir) >= 3)
+        os.close(terminal)
+    else:
+        run = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        wait_for(lambda: num_logged(run_dir) >= 3)
+        pid = run.pid
+        run.stdout.close()
+        run.send_signal(signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, 1, 120)
+    last_step = metrics(run_dir)[-1]["step"]
+    assert last_step < NUM_STEPS and [path.stem for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}"]
+    assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, expected)
 
 
@@ -305,6 +340,146 @@ def test_second_ctrl_c_stops_at_once(place, tmp_path):
     process.join(120)
     assert process.exitcode not in (0, None)
     assert num_logged(run_dir) == 1 and not list(run_dir.glob("checkpoints/*"))
+
+
+# Not the run that it was
+
+
+def test_a_run_that_is_alive_is_not_resumed(place, tmp_path, capsys):
+    _, settings = place
+    run_dir, log = tmp_path / "alive", tmp_path / "log"
+    process = start(options(tmp_path, "alive", **{**settings, "num_steps": 10_000}), log)
+    wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
+    assert command(*resume(run_dir)) == 2
+    assert f"--resume {run_dir}: another process" in capsys.readouterr().err
+    assert kill(process)
+    assert [record["step"] for record in metrics(run_dir)] == list(range(num_logged(run_dir)))
+    assert command(*resume(run_dir, "--num-steps", 1)) == 0  # kill -9 has released it
+
+
+@pytest.fixture
+def short_run(place, tmp_path):
+    """A run of three steps, with checkpoints after the second and the third."""
+    return train(tmp_path, **{**place[1], "num_steps": 3})
+
+
+def flip_a_bit(content):
+    place = content.index(b"PK\x03\x04", len(content) // 2) - 5000  # within a tensor
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: content[:-1], flip_a_bit],
+    ids=["empty", "half", "last_byte", "one_bit"],
+)
+def test_a_damaged_checkpoint_is_named(damage, short_run, uninterrupted, capsys):
+    newest = short_run / "checkpoints" / "step_000003.pt"
+    newest.write_bytes(damage(newest.read_bytes()))
+    before = (short_run / "metrics.jsonl").read_bytes()
+    assert command(*resume(short_run, "--num-steps", NUM_STEPS)) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"--resume: {newest} cannot be read (" in line and line.endswith("to continue from step_000002.pt.")
+    assert (short_run / "metrics.jsonl").read_bytes() == before
+    newest.unlink()
+    assert command(*resume(short_run, "--num-steps", NUM_STEPS)) == 0
+    assert_same_run(short_run, uninterrupted((1, 0)))
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_a_log_that_was_cut_is_not_filled_up(damage, name, short_run, capsys):
+    lines = (short_run / name).read_bytes().splitlines(keepends=True)
+    kept = b"" if damage == "deleted" else lines[0]
+    (short_run / name).write_bytes(kept if damage == "deleted" else kept + lines[1][:-9])
+    if damage == "deleted":
+        (short_run / name).unlink()
+    assert command(*resume(short_run, "--num-steps", 4)) == 0
+    assert f"{short_run / name} is shorter than at the checkpoint" in capsys.readouterr().err
+    content = (short_run / name).read_bytes()
+    assert content.startswith(kept) and b"\0" not in content
+    assert {json.loads(line)["step"] for line in content[len(kept) :].splitlines()} == {4}
+
+
+def refused_resume(run_dir, capsys):
+    capsys.readouterr()
+    assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", ["fewer problems", "other prompts", "other answers"])
+def test_other_problems_are_refused(change, place, tmp_path, capsys):
+    _, settings = place
+    task = write_task(tmp_path, (Path(settings["task"].rpartition(":")[0])).read_text())
+    run_dir = train(tmp_path, **{**settings, "task": f"{task}:Digits", "num_steps": 3, "sync_interval": 4})
+    new = {"fewer problems": ("(10, 40)", "(10, 12)"), "other prompts": ("(10, 40)", "(11, 40)")}
+    old_text, new_text = new.get(change, ('A:"}', 'A:", "answer": n}'))
+    assert old_text in task.read_text()
+    task.write_text(task.read_text().replace(old_text, new_text))
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    assert "the training problems differ" in refused_resume(run_dir, capsys)
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_model_under_the_same_path_is_refused(place, tmp_path, capsys):
+    _, settings = place
+    model = build_model("qwen2", tmp_path / "model")
+    run_dir = train(tmp_path, **{**settings, "model": model, "num_steps": 1})
+    build_model("qwen2", tmp_path / "model", seed=1)
+    assert "the model differ" in refused_resume(run_dir, capsys)
+    build_model("qwen2", tmp_path / "model", intermediate_size=96)
+    assert "the model differ" in refused_resume(run_dir, capsys)
+
+
+def test_relative_paths_are_those_of_the_start(place, uninterrupted, tmp_path, monkeypatch):
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    task, model = Path(settings["task"].rpartition(":")[0]), Path(settings["model"])
+    shutil.copy(task, tmp_path / "task.py")
+    shutil.copytree(model, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    argv = options("runs", **{**settings, "task": "task.py:Digits", "model": "model", "num_steps": 3})
+    assert command(*argv) == 0
+    monkeypatch.chdir(tmp_path / "runs")
+    assert command(*resume("run", "--num-steps", NUM_STEPS)) == 0
+    assert_same_run("run", expected)
+
+
+# Files that cannot be written
+
+FULL_DISK = '''
+import os
+import resource
+from dense import Digits
+
+
+class Full(Digits):
+    """After {calls} rewards no file may grow beyond {limit} bytes, as if the disk were full."""
+    calls = 0
+
+    def reward(self, problem, response):
+        Full.calls += 1
+        if Full.calls == {calls} and not os.environ.get("ROOM"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+        return super().reward(problem, response)
+'''
+
+
+@pytest.mark.parametrize("limit, what", [(30_000, "checkpoints/step_000003.pt"), (200, "File too large")])
+def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_path, monkeypatch):
+    directory, settings = place
+    expected = uninterrupted((1, 0))
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{directory}")
+    task = write_task(tmp_path, FULL_DISK.format(calls=4 + 2 * 16 + 1, limit=limit))  # within the third step
+    argv = options(tmp_path, **{**settings, "task": f"{task}:Full"})
+    run_dir, run = tmp_path / "run", [sys.executable, grpo.__file__]
+    ended = subprocess.run([*run, *argv], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "grpo.py: error: " in ended.stderr.splitlines()[-1] and what in ended.stderr.splitlines()[-1]
+    assert {path.name for path in run_dir.glob("checkpoints/*")} == {"step_000001.pt", "step_000002.pt"}
+    monkeypatch.setenv("ROOM", "1")
+    subprocess.run([*run, *resume(run_dir)], check=True, capture_output=True, timeout=120)
+    assert_same_run(run_dir, expected)
 
 
 def test_moved_run_can_be_resumed(place, uninterrupted, tmp_path):

@@ -41,7 +41,8 @@ def decide(monkeypatch):
 
         return make
 
-    for name in ("SerialRollouts", "OverlappedRollouts", "TransformersSampler", "make_vllm_sampler", "use_threads"):
+    names = ["SerialRollouts", "OverlappedRollouts", "TransformersSampler", "make_vllm_sampler", "use_threads"]
+    for name in [*names, "check_decoding"]:
         monkeypatch.setattr(module, name, note(name))
 
     def decide(schedule, device="cpu", engine="transformers", serial=False, threads=0, gpus=1):
@@ -174,7 +175,7 @@ def test_evaluation_is_with_the_present_weights(place):
         expected = TransformersSampler(model, {tokenizer.eos_token_id}, 8, 1.0).greedy(eval_set.prompts)
         grades, _ = eval_set.grade(range(len(eval_set)), expected.responses)
         assert len(expected.responses) == 6
-        assert found["eval/accuracy"] == pytest.approx(sum(grade["reward"] for grade in grades) / 6)
+        assert found["eval/reward"] == pytest.approx(sum(grade["reward"] for grade in grades) / 6)
         assert found["eval/response_length"] == pytest.approx(sum(map(len, expected.responses)) / 6)
         assert found["time/eval"] > 0
         seen.append(expected.responses)

@@ -1,18 +1,14 @@
 """What is sampled, with which weights, by whom: the schedule, the batches, and the interface of a sampler.
 
-**Schedule.** Steps, batches and updates count from 1. Batch k is trained on in step k, and update k is made from it.
-Version j of the weights is the policy after update j; version 0 is the initial policy. With I = `sync_interval` and
-O = `sync_offset`, batch k is sampled with
+Batch k, from 1, is trained on in step k, and update k is made from it. Version j of the weights is the policy after
+update j. With I = `sync_interval` and O = `sync_offset`, batch k is sampled with
 
     version(k) = I · floor(max(0, k − 1 − O) / I)          lag(k) = (k − 1) − version(k)
 
-The lag says how many updates old the sampling policy is: 0 is on-policy. (I, O) = (1, 0) is ordinary synchronous
-training; (20, 0) hands weights to the sampler every 20 steps; (1, 1) is one-step off-policy, where batch k + 1 can be
-sampled while batch k is trained on (Pan et al., Trinity-RFT, arXiv 2505.17826).
+(I, O) = (1, 0) is on-policy training; with (1, 1), one step off-policy, batch k + 1 can be sampled while batch k is
+trained on (Pan et al., Trinity-RFT, arXiv 2505.17826).
 
-**Randomness.** Batch k follows from (seed, k) and the weights alone. Nothing depends on timing, and no generator's
-state has to be saved to resume a run: the problems of batch k are a piece of a shuffled pass over the data, and every
-prompt has a random stream of its own.
+Batch k follows from (seed, k) and the weights alone, so resuming a run needs no generator's state.
 """
 
 import time
@@ -53,27 +49,22 @@ class Samples:
 
 
 class Sampler:
-    """Samples responses and records the log-probability of every token as it was sampled.
+    """Samples from softmax(logits / temperature), and records the log-prob of every token as it was sampled.
 
-    Sampling is from the policy's own distribution, softmax(logits / temperature). Top-p, top-k and repetition penalties
-    do not exist here, and a checkpoint's `generation_config` is ignored but for its EOS ids: the log-probs of a
-    truncated distribution are not the policy's.
-
-    Attributes:
-        heartbeat: int64 [1], grows while the sampler works, so that another process can tell slow from stuck.
+    There is no top-p, top-k or penalty: the log-probs of a truncated distribution are not the policy's.
     """
 
-    heartbeat: torch.Tensor
+    heartbeat: torch.Tensor  # int64 [1], grows while the sampler works: tells another process slow from stuck
 
     def use_weights(self, tensors):
         """Sample with these weights from now on: tensors by parameter name, which may be kept and must not change."""
         raise NotImplementedError
 
     def sample(self, prompts, group_size, seeds):
-        """Sample `group_size` responses to each prompt (token ids); `seeds` has one number below 2⁶³ per prompt.
+        """Sample `group_size` responses to each prompt (token ids), which depend on weights and arguments alone.
 
-        The seeds of two prompts differ by at least `group_size`. Returns `Samples`, which depend on the weights and the
-        arguments alone. Raises `RunStopped` where weights or logits are not finite.
+        `seeds` has one number below 2⁶³ per prompt, at least `group_size` apart. Returns `Samples`; raises `RunStopped`
+        where weights or logits are not finite.
         """
         raise NotImplementedError
 
@@ -96,21 +87,16 @@ def version_of_batch(k, sync_interval, sync_offset):
 
 
 def batches_of_version(version, sync_interval, sync_offset):
-    """Numbers of the batches sampled with weights `version`, a multiple of `sync_interval`; a range.
-
-    version(k) = j  ⇔  j + O + 1 ≤ k ≤ j + O + I, and from k = 1 for j = 0.
-    """
-    first = version + sync_offset + 1 if version else 1
+    """Numbers of the batches sampled with weights `version`, a multiple of `sync_interval`; a range."""
+    first = version + sync_offset + 1 if version else 1  # the initial weights sample the first O batches as well
     return range(first, version + sync_offset + sync_interval + 1)
 
 
 def problems_of_batch(k, num_problems, prompts_per_step, seed):
     """Indices of the P problems of batch `k` (from 1): consecutive pieces of one shuffled pass after another."""
     places = range((k - 1) * prompts_per_step, k * prompts_per_step)
-    orders = {
-        epoch: np.random.default_rng([seed, ORDER, epoch]).permutation(num_problems)
-        for epoch in {place // num_problems for place in places}
-    }
+    epochs = {place // num_problems for place in places}
+    orders = {epoch: np.random.default_rng([seed, ORDER, epoch]).permutation(num_problems) for epoch in epochs}
     return [int(orders[place // num_problems][place % num_problems]) for place in places]
 
 
@@ -133,11 +119,7 @@ class Plan:
         return batches_of_version(version, self.sync_interval, self.sync_offset)
 
     def shows_mismatch_only_now(self, k):
-        """Whether batch k is the first of its version, and no batch of that version has lag 0.
-
-        Sampler and trainer must agree on log-probs where both hold the same weights. A batch with lag 0 shows it in
-        training; where there is none, it has to be measured before the trainer moves on.
-        """
+        """Whether batch k is the first of a version that has none with lag 0; with lag 0, training shows a mismatch."""
         return self.version(k) < k - 1 and k == self.batches_of(self.version(k))[0]
 
     def seeds(self, k):
@@ -146,10 +128,7 @@ class Plan:
         return [first + p * self.group_size for p in range(self.prompts_per_step)]
 
     def sample(self, sampler, numbers):
-        """Sample the batches `numbers`, all of one version, whose weights `sampler` must hold.
-
-        Yields each `Batch` as soon as it is complete; to be read to the end.
-        """
+        """Sample batches `numbers`, all of the version `sampler` holds; yields each when complete. Read to the end."""
         G = self.group_size
         problems_of = {k: problems_of_batch(k, len(self.prompts), self.prompts_per_step, self.seed) for k in numbers}
         requests = [([self.prompts[problem] for problem in problems_of[k]], self.seeds(k)) for k in numbers]

@@ -1,13 +1,8 @@
 """Sampling beside training: the sampler in a process of its own, while the trainer trains on earlier batches.
 
-The trainer's side is `OverlappedRollouts`, the sampler's `run_sampler`. Between them pass
-
-    trainer → sampler    weights, in shared memory, and orders: sample these batches, or answer these prompts greedily
-    sampler → trainer    the batches and answers, in the order they were asked for, each as soon as it is complete
-    sampler → trainer    a heartbeat: a counter in shared memory, one up per decoded token
-
-The sampler works off its orders one after another. Which batches a version of the weights samples is a matter of the
-schedule alone, so an overlapped run trains on the very batches of a serial one; only the waiting differs.
+trainer → sampler    weights, in shared memory, and orders: sample batches, or answer prompts greedily
+sampler → trainer    the batches and answers, in the order they were asked for, each as soon as it is complete
+sampler → trainer    a heartbeat: a counter in shared memory, one up per decoded token
 """
 
 import contextlib
@@ -23,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 
-from common.commandline import BadInput, RunStopped
+from common.commandline import STOP_SIGNALS, BadInput, RunStopped
 from common.sampling import Batch
 from common.sampling.verify import deliver, describe, sampler_mismatch
 
@@ -33,18 +28,11 @@ START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before th
 class OverlappedRollouts:
     """Delivers the batches of `rollouts.SerialRollouts` from a process that samples while the trainer trains.
 
-    A context manager: the process lives inside the context, and no longer than the trainer, however that ends.
-
-    Args:
-        model: the trainer's, whose weights are handed over.
-        make_sampler: called without arguments in the new process, returns its `Sampler`; picklable.
-        plan: a `Plan`. `temperature` and `precision` are the sampler's.
-        timeout: seconds without a decoded token, while the trainer waits, after which the sampler counts as hung.
-        verified: whether the sampler copies weights and must show that it uses them (`verify.deliver`). One whose
-            parameters are views of the shared memory has nothing to verify.
-        environment: variables that the new process gets besides the trainer's.
-
-    Its methods raise `RunStopped` where the process has died or hangs, `BadInput` where its sampler cannot start.
+    A context manager: the process lives inside the context, and no longer than the trainer, however that ends. There,
+    `make_sampler`, which can be pickled, is called and returns a `Sampler` with this `temperature` and `precision`. If
+    `verified`, it copies the weights of `model` and must show that it uses them (`verify.deliver`). It counts as hung
+    after `timeout` seconds without a decoded token while the trainer waits. `environment` has further variables for it.
+    Methods raise `RunStopped` where it has died or hangs, `BadInput` where its sampler cannot start.
     """
 
     def __init__(self, model, make_sampler, plan, temperature, precision, timeout, verified=False, environment=None):
@@ -65,11 +53,12 @@ class OverlappedRollouts:
         self.connection, its_end = context.Pipe()
         arguments = (its_end, self.weights, self.make_sampler, self.plan)
         self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
-        # Ctrl-C reaches both; it is for the trainer alone. And that a killed engine has semaphores needs no warning.
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with patch.dict(os.environ, {"PYTHONWARNINGS": "ignore:resource_tracker", **self.environment}):
+        # That a killed engine has semaphores needs no warning. And Ctrl-C reaches both; it is for the trainer alone.
+        environment = {"PYTHONWARNINGS": "ignore:resource_tracker", **self.environment}
+        with contextlib.ExitStack() as restored, patch.dict(os.environ, environment):
+            for number in STOP_SIGNALS:
+                restored.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
             self.process.start()
-        signal.signal(signal.SIGINT, previous)
         its_end.close()
         # A thread empties the pipe, so that the sampler need not wait while the trainer is busy.
         self.inbox = queue.SimpleQueue()
@@ -118,7 +107,7 @@ class OverlappedRollouts:
             self._accept(message)
         return message
 
-    def state(self):
+    def state_dict(self):
         """What a checkpoint needs besides the live weights: batches not yet trained on, weights of those to come."""
         while not self.inbox.empty():
             message = self.inbox.get()
@@ -126,18 +115,13 @@ class OverlappedRollouts:
                 self.inbox.put(message)
                 break
             self._accept(message)
-        return {
-            "waiting": [vars(batch) for batch in self.waiting.values()],
-            "last_arrived": self.last_arrived,
-            "published": self.published,
-            # Cloned one by one: of a view, torch.save would write the whole memory it lies in.
-            "weights": {
-                version: {name: tensor.clone() for name, tensor in self.weights.tensors(slot).items()}
-                for version, slot in self.slot_of.items()
-            },
-        }
+        weights = {}
+        for version, slot in self.slot_of.items():  # cloned: with a view, torch.save would write all memory it lies in
+            weights[version] = {name: tensor.clone() for name, tensor in self.weights.tensors(slot).items()}
+        waiting = [vars(batch) for batch in self.waiting.values()]
+        return {"waiting": waiting, "last_arrived": self.last_arrived, "published": self.published, "weights": weights}
 
-    def load_state(self, state):
+    def load_state_dict(self, state):
         if "published" not in state:
             raise BadInput("--resume: this run sampled in turns with training and has to go on like that (--serial).")
         self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
@@ -145,8 +129,7 @@ class OverlappedRollouts:
         for slot, (version, tensors) in enumerate(state["weights"].items()):
             for name, tensor in self.weights.tensors(slot).items():
                 tensor.copy_(tensors[name])
-            self.weights.versions[slot] = version
-            self.slot_of[version] = slot
+            self.weights.versions[slot], self.slot_of[version] = version, slot
 
     def _order_batches(self, version):
         numbers = [k for k in self.plan.batches_of(version) if k > self.last_arrived]
@@ -166,10 +149,8 @@ class OverlappedRollouts:
             before, beat = beat, self.weights.heartbeat.item()
             silent = silent + 1.0 if beat == before else 0.0
             if silent >= (self.timeout if beat else max(self.timeout, START_UP_SECONDS)):
-                raise RunStopped(
-                    f"The sampler's process has not decoded a token for {silent:g} s while {self._its_work()}: find "
-                    "what blocks it, and continue with --resume (and more --sampler-timeout, if it is only slow)."
-                )
+                what = f"The sampler's process has not decoded a token for {silent:g} s while {self._its_work()}"
+                raise RunStopped(f"{what}: continue with --resume, and more --sampler-timeout if it is only slow.")
 
     def _checked(self, message):
         """The message, unless it says that the sampler has failed."""
@@ -177,10 +158,8 @@ class OverlappedRollouts:
             raise message
         if message is None:
             self.process.join(timeout=5)
-            raise RunStopped(
-                f"The sampler's process died (exit code {self.process.exitcode}; -9 is what running out of memory "
-                f"looks like) while {self._its_work()}: continue with --resume, from the last checkpoint."
-            )
+            code = f"exit code {self.process.exitcode}; -9 is what running out of memory looks like"
+            raise RunStopped(f"The sampler's process died ({code}) while {self._its_work()}: continue with --resume.")
         if isinstance(message, str):
             raise RunStopped(f"The sampler's process failed while {self._its_work()}: {message}")
         return message
@@ -189,8 +168,7 @@ class OverlappedRollouts:
         expected = self.last_arrived + 1
         if (batch.number, batch.version) != (expected, self.plan.version(expected)):
             raise RuntimeError(f"batch {batch.number} of version {batch.version} came, but {expected} is next")
-        self.waiting[batch.number] = batch
-        self.last_arrived = batch.number
+        self.waiting[expected], self.last_arrived = batch, expected
 
     def _its_work(self):
         k = self.last_arrived + 1
@@ -232,22 +210,16 @@ def run_sampler(connection, weights, make_sampler, plan):
 
 
 class SharedWeights:
-    """`num_slots` copies of a model's parameters, float32, in memory that trainer and sampler share.
-
-    Raises `BadInput` where the machine has too little shared memory: writing to it would end in a bus error.
-    """
+    """`num_slots` copies of a model's parameters, float32, in shared memory. Raises `BadInput` if that is too small."""
 
     def __init__(self, model, num_slots):
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        # Every tensor starts at a multiple of 64 bytes, as PyTorch's own do: elsewhere vector code may round
-        # differently, and this sampler would not sample what one in the trainer's process does.
+        # Tensors start at multiples of 64 bytes, as PyTorch's own do: elsewhere vector code may round differently.
         self.sizes = [-(-shape.numel() // 16) * 16 for shape in self.shapes.values()]
         needed, free = 4 * num_slots * sum(self.sizes), shutil.disk_usage("/dev/shm").free
-        if needed > free:
-            raise BadInput(
-                f"Sampling in its own process takes {needed / 2**20:.0f} MiB of shared memory for the weights, but "
-                f"/dev/shm has {free / 2**20:.0f} MiB: make room (docker run --shm-size), or give --serial."
-            )
+        if needed > free:  # writing to memory that is not there would end in a bus error
+            sizes = f"{needed / 2**20:.0f} MiB of shared memory for weights, but /dev/shm has {free / 2**20:.0f} MiB"
+            raise BadInput(f"The sampler's process takes {sizes}: make room (docker run --shm-size), or give --serial.")
         self.memory = [torch.empty(sum(self.sizes)).share_memory_() for _ in range(num_slots)]
         self.versions = torch.full((num_slots,), -1).share_memory_()  # that each slot holds
         self.heartbeat = torch.zeros(1, dtype=torch.int64).share_memory_()  # counts what the sampler has decoded

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common.commandline import RunStopped
+from common.commandline import NOT_FINITE, RunStopped
 from common.logprobs import autocast
 from common.sampling import Sampler, Samples
 
@@ -17,36 +17,29 @@ MOST_SEQUENCES = 256  # decoded at a time, to bound the cache: 256 × 1,170 toke
 def inverse_cdf(logprobs_BV, uniform_B1):
     """The ids that uniform numbers in [0, 1), float64, stand for under exp(logprobs_BV), one per row: int64 [B, 1].
 
-    An id's share of [0, 1) is its probability, and an id of probability 0 has none. Faster than `torch.multinomial`,
-    which needs a random number for every entry of the vocabulary.
+    An id's share of [0, 1) is its probability. Faster than `torch.multinomial`, which needs one number per id and row.
     """
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     total_B1 = cumulative_BV[:, -1:].contiguous()  # 1, but for rounding
     # The first id whose cumulative probability is above the number: it must have added something itself.
     token_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True)
-    # The product may round up to the total, which no id is above: then the last id that added something. Where the
-    # log-probs are NaN, nothing is above or equal to anything; any id will do, as long as it is one.
+    # The product may round up to the total, which no id is above: then the last id that added something. Nothing is
+    # above or equal to NaN either; any id will do there, as long as it is one.
     last_B1 = torch.searchsorted(cumulative_BV, total_B1).clamp(max=logprobs_BV.shape[-1] - 1)
     return torch.minimum(token_B1, last_B1)
 
 
 class TransformersSampler(Sampler):
-    """Batched decoding with a key-value cache.
+    """Batched decoding with a key-value cache. `model` is not copied: its weights during a call are the policy.
 
-    Args:
-        model: a Hugging Face causal language model, not copied: its weights at the moment of the call are the policy.
-        eos_ids: ids that end a response; several are allowed.
-        max_tokens: longest response; sequences still open then are `truncated`, and no EOS is invented for them.
-        temperature: divides the logits.
-        precision: "float32" or "bfloat16" (autocast).
+    `eos_ids` end a response; one still open after `max_tokens` is `truncated`, and no EOS is invented for it.
+    `temperature` divides the logits; `precision` is "float32" or "bfloat16" (autocast).
     """
 
     def __init__(self, model, eos_ids, max_tokens, temperature, precision="float32"):
-        self.model = model
+        self.model, self.max_tokens = model, max_tokens
+        self.temperature, self.precision = temperature, precision
         self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.precision = precision
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
 
     def use_weights(self, tensors):
@@ -54,24 +47,18 @@ class TransformersSampler(Sampler):
             parameter.data = tensors[name]
 
     def sample(self, prompts, group_size, seeds):
-        def uniforms(seeds):  # one stream per prompt, so that what is sampled does not depend on how prompts are split
-            return np.concatenate([np.random.default_rng(seed).random((group_size, self.max_tokens)) for seed in seeds])
-
-        samples = self._decode_all(prompts, group_size, lambda part: torch.from_numpy(uniforms(seeds[part])))
+        samples = self._decode_all(prompts, group_size, seeds)
         # Checked once for all tokens: a check of every token would make the CPU wait for the GPU each time.
         if not all(map(math.isfinite, itertools.chain.from_iterable(samples.logprobs))):
-            raise RunStopped(
-                "The policy's weights or logits are no longer finite, so nothing can be sampled from it: look at loss "
-                "and grad_norm in the run's metrics.jsonl, and start a new run with a lower --learning-rate."
-            )
+            raise RunStopped(NOT_FINITE)
         return samples
 
     def greedy(self, prompts):
-        return self._decode_all(prompts, 1, lambda part: None)
+        return self._decode_all(prompts, 1, None)
 
     @torch.inference_mode()
-    def _decode_all(self, prompts, group_size, uniforms_of):
-        responses, logprobs, truncated = [], [], []
+    def _decode_all(self, prompts, group_size, seeds):
+        samples = Samples([], [], [])
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing, active in training mode only, would switch the cache off
         width = max(1, MOST_SEQUENCES // group_size)
@@ -79,16 +66,15 @@ class TransformersSampler(Sampler):
             part = slice(start, start + width)
             # One autocast context for all tokens: it keeps the weights it has cast to bf16 until it is left.
             with autocast(self.model.device.type, self.precision):
-                decoded = self._decode(prompts[part], group_size, uniforms_of(part))
-            for everything, new in zip((responses, logprobs, truncated), decoded, strict=True):
+                decoded = self._decode(prompts[part], group_size, None if seeds is None else seeds[part])
+            for everything, new in zip(vars(samples).values(), decoded, strict=True):
                 everything += new
         self.model.train(was_training)
-        return Samples(responses, logprobs, truncated)
+        return samples
 
-    def _decode(self, prompts, group_size, uniforms_BT):
-        """Decode one response per row of `uniforms_BT`, or greedily if that is None."""
+    def _decode(self, prompts, group_size, seeds):
+        """Responses, log-probs and what is truncated of one batch; greedy if `seeds` is None."""
         device = self.model.device
-
         # Prompts are padded on the left, so that the next token of every sequence goes into the same column.
         width = max(len(prompt) for prompt in prompts)
         inputs_PT = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
@@ -98,10 +84,9 @@ class TransformersSampler(Sampler):
         # Each prompt is read once; its cache is then repeated for the G responses of the group.
         cache = DynamicCache(config=self.model.config)
         logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
-        cache.batch_repeat_interleave(group_size)
-        logits_BV = logits_PV.repeat_interleave(group_size, dim=0)
-        attention_BT = attention_PT.repeat_interleave(group_size, dim=0)
-        positions_B1 = positions_PT[:, -1:].repeat_interleave(group_size, dim=0)
+        prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+        cache.reorder_cache(prompt_B)  # as every kind of layer can: attention, sliding windows, recurrent states
+        logits_BV, attention_BT, positions_B1 = logits_PV[prompt_B], attention_PT[prompt_B], positions_PT[prompt_B, -1:]
 
         B = len(prompts) * group_size
         tokens_BT = torch.zeros(B, self.max_tokens, dtype=torch.int64, device=device)
@@ -109,19 +94,19 @@ class TransformersSampler(Sampler):
         lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
         ended_B = torch.zeros(B, dtype=torch.bool, device=device)
         rows = torch.arange(B, device=device)  # the sequence that each row of the cache belongs to
-        if uniforms_BT is not None:
-            uniforms_BT = uniforms_BT.to(device)
+        if seeds is not None:  # one stream per prompt, so that what is sampled does not depend on how prompts are split
+            streams = [np.random.default_rng(seed).random((group_size, self.max_tokens)) for seed in seeds]
+            uniforms_BT = torch.from_numpy(np.concatenate(streams)).to(device)
 
         for t in range(self.max_tokens):
             step_logprobs_BV = torch.log_softmax(logits_BV.float() / self.temperature, dim=-1)
-            if uniforms_BT is None:
+            if seeds is None:
                 token_B1 = step_logprobs_BV.argmax(dim=-1, keepdim=True)
             else:
                 token_B1 = inverse_cdf(step_logprobs_BV, uniforms_BT[rows, t, None])
-            open_B = ~ended_B[rows]
             tokens_BT[rows, t] = token_B1.squeeze(1)
             logprobs_BT[rows, t] = step_logprobs_BV.gather(1, token_B1).squeeze(1)
-            lengths_B[rows] += open_B
+            lengths_B[rows] += ~ended_B[rows]
             ended_B[rows] |= torch.isin(token_B1.squeeze(1), self.eos_ids)
             open_B = ~ended_B[rows]
             num_open = int(open_B.sum())
@@ -131,7 +116,7 @@ class TransformersSampler(Sampler):
             # Finished sequences leave the batch. Leaving copies the whole cache, so it waits until an eighth can go.
             if num_open <= 0.875 * len(rows):
                 keep = open_B.nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
+                cache.reorder_cache(keep)
                 rows, token_B1 = rows[keep], token_B1[keep]
                 attention_BT, positions_B1 = attention_BT[keep], positions_B1[keep]
             attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(rows), 1)], dim=1)
@@ -145,12 +130,5 @@ class TransformersSampler(Sampler):
 
     def _next_logits(self, inputs_BT, attention_BT, positions_BT, cache):
         """Logits of the token after the last column, for every row; the cache grows by the columns read."""
-        output = self.model(
-            input_ids=inputs_BT,
-            attention_mask=attention_BT,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1]
+        columns = {"input_ids": inputs_BT, "attention_mask": attention_BT, "position_ids": positions_BT}
+        return self.model(**columns, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]

@@ -1,15 +1,12 @@
 """Is the sampler using the weights that the trainer sent? A sync that is not verified is not a sync.
 
-Three checks of an engine that holds its own copy of the weights, because none of them sees everything:
+Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copies the weights; none notices everything:
 
-- Every delivery carries its version and a checksum per tensor. They notice a skipped sync, a lost tensor and changed
-  bits, at any learning rate; not what the engine then does with the tensors.
-- The canary, once at start-up: strongly perturbed weights are synced, and the engine's log-probs must equal those that
-  the trainer computes with the same weights. It notices tensors that never reach the engine's arithmetic.
-- Probes, at every sync: log-probs of a few fixed tokens. They notice an engine that only sometimes goes wrong; but at a
-  learning rate of 1e-6 one update moves them by less than bfloat16 rounds, so they cannot replace the checksums.
-
-Such an engine has `use_weights(tensors)` and `score(sequences)`.
+- Checksums, at every sync, notice tensors that are old, lost or changed; not what the engine then does with them.
+- The canary, at start-up, notices tensors that never reach the engine's arithmetic: with strongly perturbed weights its
+  log-probs must equal the trainer's.
+- Probes, at every sync, notice an engine that only sometimes goes wrong. They are log-probs of a few fixed tokens; one
+  update at a learning rate of 1e-6 moves them by less than bfloat16 rounds.
 """
 
 import time
@@ -21,13 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from common.batching import collate
-from common.commandline import RunStopped
+from common.commandline import NOT_FINITE, RunStopped
 from common.logprobs import token_logprobs
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
-"""largest mean difference (nats per probe token) of trainer and engine with equal weights. Small models differ by up to
-3e-6 in float32 and 0.1 in bfloat16. A weight matrix that does not arrive costs 0.04 to 2, a bias 0.01: float32 reveals
-every tensor, bfloat16 the coarse failures"""
+"""largest mean difference (nats per probe token) with equal weights. Small models: 3e-6 in float32, 0.1 in bfloat16. A
+matrix that does not arrive costs 0.04 to 2, a bias 0.01: float32 reveals every tensor, bfloat16 the coarse failures"""
 
 
 @dataclass
@@ -45,26 +41,21 @@ class Manifest:
 def describe(model, version, precision):
     """The `Manifest` of the model's present weights, called `version`. Raises `RunStopped` if they are not finite."""
     started = time.perf_counter()
-    # Random tokens touch more of the embeddings than real text would.
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randint(model.config.vocab_size, (4, 24), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(0)  # random tokens touch more of the embeddings than real text would
+    probe = torch.randint(model.config.get_text_config().vocab_size, (4, 24), generator=generator).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     logprobs = logprobs_of(model, probe, precision)
     if not logprobs.isfinite().all():
-        raise RunStopped(
-            f"The policy's weights or logits are no longer finite (version {version}): look at loss and grad_norm in "
-            "the run's metrics.jsonl, and start a new run with a lower --learning-rate."
-        )
-    seconds = time.perf_counter() - started
-    return Manifest(version, checksums, probe, logprobs.tolist(), TOLERANCE[precision], seconds)
+        raise RunStopped(NOT_FINITE)
+    return Manifest(version, checksums, probe, logprobs.tolist(), TOLERANCE[precision], time.perf_counter() - started)
 
 
 def checksum(tensor):
-    """A number that depends on every bit of a tensor and on the order of its elements (row by row): `int`.
+    """An `int` that depends on every bit of a tensor and on the order of its elements (row by row).
 
-    The bytes are laid out as rows of 1,024 integers and summed along rows and columns, on the tensor's own device, and
-    a CRC-32 is taken of the sums and of the bytes left over. A changed element changes a row's sum and a column's;
-    exchanged elements change one of the two, and exchanged rows the order of the sums.
+    The bytes, as rows of 1,024 integers, are summed along rows and columns on the tensor's own device; a CRC-32 is
+    taken of the sums and of the bytes left over. A changed element changes a row's sum and a column's; exchanged
+    elements change one of the two, and exchanged rows the order of the sums.
     """
     bytes_N = tensor.detach().contiguous().view(-1).view(torch.uint8)
     if bytes_N.data_ptr() % 8:
@@ -80,21 +71,16 @@ def checksum(tensor):
 @torch.no_grad()
 def logprobs_of(model, sequences, precision):
     """The trainer's log-probs, at temperature 1, of every token of the sequences but the first, concatenated."""
-    batch = types.SimpleNamespace(
-        prompts=[tokens[:1] for tokens in sequences],
-        responses=[tokens[1:] for tokens in sequences],
-        logprobs=[[0.0] * (len(tokens) - 1) for tokens in sequences],
-    )
+    prompts, responses = [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
+    zeros = [[0.0] * len(response) for response in responses]
+    batch = types.SimpleNamespace(prompts=prompts, responses=responses, logprobs=zeros)
     micro = collate(batch, range(len(sequences)), model.device)
     return token_logprobs(model, micro, 1.0, precision)[0][micro.mask_BT].cpu()
 
 
 @torch.no_grad()
 def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
-    """|log-prob of the trainer − log-prob of the sampler| over the tokens of a batch's first few sequences.
-
-    To be called while `model` holds the weights that the batch was sampled with.
-    """
+    """|log-prob of trainer − sampler| over the first few sequences of a `Batch`, whose weights `model` must hold."""
     micro = collate(batch, range(min(num_sequences, len(batch.responses))), model.device)
     logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
     difference_N = (logprobs_BT - micro.sampler_logprobs_BT)[micro.mask_BT].double().abs()
@@ -105,28 +91,22 @@ def deliver(sampler, tensors, manifest):
     """Give `tensors`, a dict by parameter name, to the sampler and verify them; called in the sampler's process.
 
     Raises `RunStopped`, naming the version and, where known, the tensors, unless they are what the manifest says and
-    the sampler computes with them. Returns metrics: seconds of describing (the trainer's), loading and verifying, and
-    GB/s of loading.
+    the sampler computes with them. Returns metrics: seconds to describe, load and verify, and GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
     changed = [name for name, tensor in tensors.items() if checksum(tensor) != manifest.checksums.get(name)]
     if missing or changed:
-        which = _listed("missing", missing) + _listed("changed", changed)
-        raise RunStopped(
-            f"Weights of version {manifest.version} did not reach the sampler as they were sent ({which}the rest "
-            "arrived): continue from the last checkpoint with --resume."
-        )
+        which = _listed("missing", missing) + _listed("changed", changed) + "the rest arrived"
+        raise RunStopped(f"Weights of version {manifest.version} did not reach the sampler ({which}): use --resume.")
     checked = time.perf_counter()
     sampler.use_weights(tensors)
     loaded = time.perf_counter()
     gap = _gap(sampler, manifest)
     if not gap <= manifest.tolerance:  # so that NaN fails as well
-        raise RunStopped(
-            f"The sampler does not compute with weights {manifest.version} although it received all of them: its "
-            f"log-probs are {gap:.3g} nats per token off the trainer's, {manifest.tolerance:g} are allowed; continue "
-            "from the last checkpoint with --resume, or use --engine transformers."
-        )
+        off = f"its log-probs are {gap:.3g} nats per token off the trainer's, of {manifest.tolerance:g} allowed"
+        what = f"The sampler does not compute with weights {manifest.version} although it received them ({off})"
+        raise RunStopped(f"{what}: continue with --resume, or use --engine transformers.")
     return {
         "time/sync_describe": manifest.seconds,
         "time/sync_load": loaded - checked,
@@ -136,10 +116,7 @@ def deliver(sampler, tensors, manifest):
 
 
 def canary(sampler, model, precision):
-    """Sync strongly perturbed weights of `model` into the sampler, compare log-probs, and sync the true ones back.
-
-    Raises `RunStopped` naming the tensors that the sampler computes without. The model is left as it was.
-    """
+    """Sync strongly perturbed weights, compare log-probs, sync the true ones back; `RunStopped` names what is stale."""
     names = [name for name, _ in model.named_parameters()]
 
     def follows(changed):
@@ -150,11 +127,8 @@ def canary(sampler, model, precision):
 
     if not follows(names):
         stale = [name for name in names if not follows([name])]  # one by one, only now, to name them
-        raise RunStopped(
-            "The sampler does not follow the weights it is given: with them changed for a test, its log-probs are not "
-            f"the trainer's ({_listed('not followed', stale)}tolerance {TOLERANCE[precision]:g} nats per token); use "
-            "--engine transformers for this model."
-        )
+        off = f"{_listed('not followed', stale)}tolerance {TOLERANCE[precision]:g} nats per token"
+        raise RunStopped(f"The sampler's log-probs do not follow its weights ({off}): use --engine transformers.")
     if not follows([]):
         raise RunStopped("After its start-up test the sampler kept changed weights: use --engine transformers.")
 
@@ -168,8 +142,7 @@ def perturbed(model, names, strength=0.5):
     try:
         for name in names:
             noise = torch.randn(saved[name].shape, generator=generator).to(saved[name])
-            # Biases may be all zero; matrices are not.
-            size = saved[name].square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)
+            size = saved[name].square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)  # some biases are 0
             parameters[name].data.add_(noise * strength * size)
         yield
     finally:

@@ -1,11 +1,7 @@
 """Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that samples.
 
-Identical to `TransformersSampler`: token ids in and out, the log-prob of each token at the policy's temperature, what
-ends a response (EOS included in it), the length limit, and that the checkpoint's `generation_config` does not count.
-Different: the random streams, and that the engine decodes rows in whatever batches it forms, so that repeating a call
-repeats its distribution, but not every token.
-
-On a CPU, vLLM keeps PyTorch's number of threads as it finds it; whoever computes in the same process sets it before.
+Log-probs, and what ends a response, are as in `TransformersSampler`. The random streams differ; and the engine forms
+batches as it likes, so that repeating a call repeats its distribution, but not every token.
 """
 
 import os
@@ -24,64 +20,47 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**4
 
 
 def make_vllm_sampler(model, revision, threads, *options, beside=None):
-    """A `VllmSampler` that has been shown to follow its weights (`verify.canary`); `options` as there.
+    """A `VllmSampler` that follows its weights, or else `RunStopped` (`verify.canary`); made in the engine's process.
 
-    Called in the engine's process; `beside` is the trainer's model if it computes there, too. Raises `BadInput` where
-    the engine cannot start, `RunStopped` where its log-probs are not the trainer's.
+    `options` are its own; `beside` is the trainer's model if it computes here, too. `BadInput` where it cannot start.
     """
-    use_threads(threads)
+    use_threads(threads)  # on a CPU, vLLM keeps PyTorch's number as it finds it
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:
-        # The trainer's model once more, for the length of the test; on the CPU, since a GPU is full by now.
-        beside = load_model(model, revision, torch.device("cpu"), sampler.precision)
+        beside = load_model(model, revision, torch.device("cpu"), sampler.precision)  # a GPU is full by now
     canary(sampler, beside, sampler.precision)
     sampler.sleep()
     return sampler
 
 
 def share_of_gpu(free, total, parameter_bytes):
-    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer. Raises `BadInput`.
-
-    While the engine is awake the trainer computes nothing, but its tensors stay: the weights and the reference, which
-    are there already, gradients and AdamW's two moments, which come later.
-    """
-    margin = 2**30  # what both sides' libraries allocate later, and the trainer's side of a probe
-    needed = 3 * parameter_bytes + margin
+    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer, else `BadInput`."""
+    needed = 3 * parameter_bytes + 2**30  # still to come: gradients, AdamW's two moments; libraries and probes
     if free <= needed:
-        raise BadInput(
-            f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free beside the trainer, which will need "
-            f"{needed / 2**30:.1f} GiB more for gradients and optimizer: give a smaller model, --no-reference-kl, or "
-            "leave --engine out."
-        )
+        sizes = f"{free / 2**30:.1f} GiB of the GPU free, and the trainer will need {needed / 2**30:.1f} GiB more"
+        raise BadInput(f"--engine vllm finds {sizes}: give a smaller model or --no-reference-kl.")
     return (free - needed) / total
 
 
 class VllmSampler(Sampler):
     """Continuous batching by an in-process vLLM engine.
 
-    Args:
-        model, revision: directory or hub name, and revision there or "", of the architecture and the first weights.
-        eos_ids, max_tokens, temperature: as in `TransformersSampler`.
-        precision: "float32" or "bfloat16", of the engine's weights, cache and products.
-        longest_prompt: in tokens; the engine reserves room for this and `max_tokens` per sequence.
-        beside: the trainer's model, where it computes in this process. If it does so on a GPU, the engine takes the
-            memory that the trainer does not need, and `sleep` gives it back.
-
-    Raises `BadInput` where the engine cannot start. On a CPU the environment variable VLLM_CPU_KVCACHE_SPACE sets the
-    room for keys and values in GiB; 1 by default.
+    `model`, a directory or a name on the hub, and `revision` there, or "", give architecture and first weights.
+    `eos_ids`, `max_tokens` and `temperature` are as in `TransformersSampler`; `precision`, "float32" or "bfloat16", is
+    that of weights, cache and products. The engine reserves room for `longest_prompt` and `max_tokens` tokens per
+    sequence. `beside` is the trainer's model if it computes in this process; on a GPU the engine then takes what memory
+    it leaves, and can `sleep`. Raises `BadInput` where the engine cannot start, later `RunStopped` where it fails.
     """
 
     def __init__(self, model, revision, eos_ids, max_tokens, temperature, precision, longest_prompt, beside=None):
-        self.eos_ids = set(eos_ids)
-        self.max_tokens = max_tokens
-        self.temperature = temperature
-        self.precision = precision
+        self.eos_ids, self.max_tokens = set(eos_ids), max_tokens
+        self.temperature, self.precision = temperature, precision
         self.can_sleep, self.asleep = beside is not None and beside.device.type == "cuda", False
         self.room = max(longest_prompt + max_tokens, 64)  # `verify`'s probe needs some in any case
         self.heartbeat = torch.zeros(1, dtype=torch.int64)  # one up per engine step and per tensor loaded
 
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights need not be pickled
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # else most of the machine's memory
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of keys and values, else most of the memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine unasked
         sharing = {}
@@ -110,11 +89,9 @@ class VllmSampler(Sampler):
                 **sharing,
             )
             self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
-        except (Exception, RunStopped) as error:  # as varied as models, memories and machines
-            raise BadInput(
-                f"--engine vllm cannot start with this model ({_reason(error)}): give one that vLLM supports and that "
-                "fits in memory with its cache (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out."
-            ) from error
+        except Exception as error:  # as varied as models, memories and machines
+            how = "give one that vLLM supports and that fits (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out"
+            raise BadInput(f"--engine vllm cannot start with this model ({_reason(error)}): {how}.") from error
 
     def sample(self, prompts, group_size, seeds):
         (samples,) = self.sample_many([(prompts, seeds)], group_size)
@@ -127,18 +104,16 @@ class VllmSampler(Sampler):
 
     def sample_many(self, requests, group_size):
         """All requests at once: the engine fills the tail of one batch with the next. To be read to the end."""
-        everything, ends = [], []
+        everything, parts = [], []  # parts: the places of each request in everything
         for prompts, seeds in requests:
-            for prompt, seed in zip(prompts, seeds, strict=True):
-                everything.append((prompt, self._params(group_size, self.temperature, seed)))
-            ends.append(len(everything))
-        done, start = {}, 0
+            parts.append(range(len(everything), len(everything) + len(prompts)))
+            params = [self._params(group_size, self.temperature, seed) for seed in seeds]
+            everything += zip(prompts, params, strict=True)
+        done = {}
         for number, output in self._run(everything):
             done[number] = output
-            while ends and all(i in done for i in range(start, ends[0])):
-                end = ends.pop(0)
-                yield self._samples([done.pop(i) for i in range(start, end)])
-                start = end
+            while parts and all(i in done for i in parts[0]):
+                yield self._samples([done.pop(i) for i in parts.pop(0)])
 
     def score(self, sequences):
         """Log-probs, at temperature 1, of every token of each sequence but the first: a list of lists."""
@@ -149,11 +124,7 @@ class VllmSampler(Sampler):
         return [list(outputs[i].prompt_logprobs.logprobs) for i in range(len(sequences))]
 
     def use_weights(self, tensors):
-        """Load new weights, a dict by parameter name as in `model.named_parameters()`; they are copied.
-
-        Wakes an engine that sleeps. Raises `RunStopped` where the engine does not take them. Nothing computed with the
-        old weights is kept.
-        """
+        """Copy new weights, by parameter name, and forget what was computed with old ones; wakes a sleeping engine."""
 
         def stream():
             for name, tensor in tensors.items():
@@ -185,8 +156,7 @@ class VllmSampler(Sampler):
             self.asleep = True
 
     def _params(self, group_size, temperature, seed):
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
         return SamplingParams(
@@ -222,20 +192,17 @@ class VllmSampler(Sampler):
     def _samples(self, outputs):
         """`Samples` of one batch from the engine's outputs, one per prompt."""
         sampled = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
-        return Samples(
-            responses=[list(one.token_ids) for one in sampled],
-            logprobs=[list(one.logprobs.logprobs) for one in sampled],
-            truncated=[one.token_ids[-1] not in self.eos_ids for one in sampled],
-        )
-
-
-# On a CPU vLLM computes a layer's products with a packed copy of its weights, made after loading. With tied embeddings
-# the output head owns no weights, so that reloading passes it over, and its packed copy silently stays the old one. The
-# head is packed again wherever a reload has left the very same copy in place.
+        responses = [list(one.token_ids) for one in sampled]
+        logprobs = [list(one.logprobs.logprobs) for one in sampled]
+        return Samples(responses, logprobs, [response[-1] not in self.eos_ids for response in responses])
 
 
 def _packed_head(model):
-    """What the output head multiplies with on a CPU; None on a GPU, which uses the weights themselves."""
+    """The packed copy of the output head's weights that vLLM computes with on a CPU, made after loading; else None.
+
+    A head tied to the embeddings owns no weights, so that reloading passes it over, and its packed copy silently stays
+    the old one. So the head is packed again wherever a reload has left the very same copy in place.
+    """
     return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
 
 

@@ -4,18 +4,28 @@ A task of your own is a `Task` with two methods, in any file: `--task path/to/fi
 """
 
 import importlib.util
+import json
 import math
+import os
+import statistics
 import sys
 import time
+import zlib
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from common.commandline import BadInput, RunStopped
+
+BUILT_IN = {"addition": "Addition", "gsm8k": "GSM8K"}
+RESERVED = {"step", "loss", "grad_norm", "lr", "update_skipped", "entropy", "lag", "weights_version", "response_length"}
+"""the log's own metrics without a slash; a task's values need other names, without a slash or beginning with grade/"""
 
 
 class Task:
     """Base class. `data` and `eval_data` are the options of the same names; a task is free to ignore them."""
+
+    template_arguments: ClassVar = {}  # of the chat template; Qwen3, for example, knows {"enable_thinking": False}
 
     def __init__(self, data="", eval_data="", eval_size=256):
         self.data, self.eval_data, self.eval_size = data, eval_data, eval_size
@@ -24,15 +34,16 @@ class Task:
         """The problems of `split`, "train" or "eval": a list of dicts.
 
         `problem["prompt"]` is a string, given to the model as it stands, or a list of chat messages, which go through
-        the tokenizer's chat template. Everything else in the dict is the task's own.
+        the tokenizer's chat template; if the last one is the assistant's, the response continues it. Everything else in
+        the dict is the task's own.
         """
         raise NotImplementedError
 
     def reward(self, problem, response):
         """The reward of one response (text without special tokens), a float.
 
-        Or a dict with at least "reward", whose other entries are logged as means over the batch; "accuracy" is what
-        evaluation reports, for tasks whose reward is more than correctness.
+        Or a dict with at least "reward", whose other entries are logged as means over the batch. Of a task whose reward
+        is more than correctness, evaluation reports "accuracy" if it is among them.
         """
         raise NotImplementedError
 
@@ -43,25 +54,20 @@ class Task:
             try:
                 results.append(self.reward(problem, response))
             except Exception as error:
-                raise RunStopped(
-                    f"{type(self).__name__}.reward raised {error!r} on the response {response!r} to {problem!r}."
-                ) from error
+                what = f"{type(self).__name__}.reward raised {error!r}"
+                raise RunStopped(f"{what} on the response {response!r} to {problem!r}.") from error
         return results
 
 
 def load_task(name, data="", eval_data="", eval_size=256):
     """The task called `name`: "addition", "gsm8k", or "path/to/file.py:ClassName". Raises `BadInput`."""
-    if name == "addition":
-        from common.tasks.addition import Addition
-
-        return Addition(data, eval_data, eval_size)
-    if name == "gsm8k":
-        from common.tasks.gsm8k import GSM8K
-
-        return GSM8K(data, eval_data, eval_size)
+    if name in BUILT_IN:
+        module = importlib.import_module(f"common.tasks.{name}")  # (only now: they import this module)
+        return getattr(module, BUILT_IN[name])(data, eval_data, eval_size)
     path, _, class_name = name.rpartition(":")
     if not path.endswith(".py"):
         raise BadInput(f"--task {name} is unknown: give addition, gsm8k, or path/to/file.py:ClassName for your own.")
+    sys.path.append(os.path.dirname(os.path.abspath(path)))  # a task may import its neighbours
     spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # as an import would: dataclasses, among others, look their module up there
@@ -93,56 +99,91 @@ class ProblemSet:
         """Decode and grade `responses`, lists of token ids; `numbers` are the indices of their problems.
 
         Returns `(grades, texts)`: per response a dict of floats with "reward" and whatever else the task reports, and
-        the decoded text. Raises `RunStopped` when the reward function raises or returns something not finite.
+        the decoded text. Raises `RunStopped` when the reward function raises or returns something not finite, and
+        `BadInput` for a value that is called like one of the log's.
         """
-        problems = [self.problems[number] for number in numbers]
+        problems, name = [self.problems[number] for number in numbers], type(self.task).__name__
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        try:
+            results = list(self.task.rewards(problems, texts))
+        except RunStopped:
+            raise
+        except Exception as error:
+            raise RunStopped(f"{name}.rewards failed on {len(texts)} responses: {error!r}.") from error
+        if len(results) != len(texts):
+            raise RunStopped(f"{name}.rewards returned {len(results)} rewards for {len(texts)} responses.")
         grades = []
-        for result, problem, text in zip(self.task.rewards(problems, texts), problems, texts, strict=True):
+        for result, problem, text in zip(results, problems, texts, strict=True):
             values = result if isinstance(result, dict) else {"reward": result}
             try:
-                grade = {key: float(value) for key, value in values.items()}
+                grade = {str(key): float(value) for key, value in values.items()}
             except (TypeError, ValueError, OverflowError):
                 grade = {}
             if "reward" not in grade or not all(map(math.isfinite, grade.values())):
-                raise RunStopped(
-                    f"{type(self.task).__name__} gave the reward {result!r} to the response {text!r} to {problem!r}; "
-                    'it must be a finite number, or a dict of such with "reward".'
-                )
+                what = f"{name} gave the reward {result!r} to the response {text!r} to {problem!r}"
+                raise RunStopped(f'{what}; it must be a finite number, or a dict of such with "reward".')
+            if taken := [key for key in grade if key in RESERVED or ("/" in key and not key.startswith("grade/"))]:
+                raise BadInput(f"--task {name} reports {taken[0]!r}, a name of the log's own: give it another one.")
             grades.append(grade)
         return grades, texts
 
     def evaluate(self, rollouts):
-        """Greedy accuracy and mean response length (tokens) on these problems, with the trainer's weights."""
+        """Mean grades and response length (tokens) of greedy answers to these problems, with the trainer's weights.
+
+        Rewards of 0 and 1 count as "accuracy" if the task itself reports none.
+        """
         started = time.perf_counter()
         responses = rollouts.greedy(self.prompts).responses
         grades, _ = self.grade(range(len(self)), responses)
+        if all(grade["reward"] in (0, 1) for grade in grades):
+            grades = [{"accuracy": grade["reward"], **grade} for grade in grades]
         return {
-            "eval/accuracy": sum(grade.get("accuracy", grade["reward"]) for grade in grades) / len(self),
+            **{f"eval/{key}": value for key, value in means(grades).items()},
             "eval/response_length": sum(map(len, responses)) / len(self),
             "time/eval": time.perf_counter() - started,
         }
 
+    def checksum(self):
+        """A number that depends on the tokens of all prompts and on whatever else of the problems JSON can express."""
+        everything = [self.prompts, self.problems]
+        return zlib.crc32(json.dumps(everything, skipkeys=True, default=lambda value: str(type(value))).encode())
+
+
+def means(grades):
+    """The mean of each value over the responses for which the task reports it, by name."""
+    names = sorted({name for grade in grades for name in grade})
+    return {name: statistics.fmean(grade[name] for grade in grades if name in grade) for name in names}
+
 
 def load_problems(task, split, tokenizer, max_prompt_tokens):
-    """The `ProblemSet` of `split`, "train" or "eval"; chat messages go through the tokenizer's chat template.
+    """The `ProblemSet` of `split`, "train" or "eval".
 
-    Problems whose prompt is longer than `max_prompt_tokens` are left out, and their number is printed. Raises
-    `BadInput` if none is left, or if prompts are missing, empty or cannot be encoded.
+    Plain text gets the special tokens that the tokenizer puts in front of it (a BOS, say), and none at its end. Chat
+    messages go through the tokenizer's chat template, which writes its own. Problems whose prompt is longer than
+    `max_prompt_tokens` are left out, and their number is printed. Raises `BadInput` if none is left, and for prompts
+    that cannot be encoded.
     """
     name = f"--task {type(task).__name__}"
-    template = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+
+    def as_text(prompt):
+        if isinstance(prompt, str):
+            return prompt
+        begun = prompt[-1]["role"] == "assistant"
+        options = {"add_generation_prompt": not begun, "continue_final_message": begun, **task.template_arguments}
+        return tokenizer.apply_chat_template(prompt, tokenize=False, **options)
+
     try:
-        problems = task.problems(split)
+        problems = list(task.problems(split))
         prompts = [problem["prompt"] for problem in problems]
-        texts = [prompt if isinstance(prompt, str) else template(prompt) for prompt in prompts]
-        # A template writes its own special tokens; plain text gets those that the tokenizer adds (a BOS, say).
-        token_ids = tokenizer(texts, add_special_tokens=texts == prompts)["input_ids"] if texts else []
+        texts = [as_text(prompt) for prompt in prompts]
+        token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        plain = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
+        for special in tokenizer([texts[plain[0]]])["input_ids"] if plain else []:
+            front = special[: special.index(token_ids[plain[0]][0])]
+            token_ids = [front * isinstance(p, str) + ids for p, ids in zip(prompts, token_ids, strict=True)]
     except Exception as error:  # the task's own, no chat template, one that refuses a message, …
-        raise BadInput(
-            f'{name}: problems("{split}") must return dicts whose "prompt" is text, or chat messages that '
-            f"the chat template of --model {tokenizer.name_or_path} takes, but: {error!r}."
-        ) from error
+        what = f"that the chat template of --model {tokenizer.name_or_path} takes, but: {error!r}"
+        raise BadInput(f'{name}: the "prompt" of a problem must be text, or a list of chat messages {what}.') from error
     if not token_ids or not all(token_ids):
         raise BadInput(f"{name} has {'an empty' if texts else 'no'} {split} prompt: give at least one token each.")
     kept = [number for number, prompt in enumerate(token_ids) if len(prompt) <= max_prompt_tokens]

@@ -11,8 +11,8 @@ from common.tasks import Task
 class Addition(Task):
     """Chained additions with running totals: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."
 
-    The reward is 1 for a response that ends with the right answer, else 0. Training and held-out problems are disjoint
-    by construction: a checksum of the prompt decides which one it is.
+    The reward is 1 for a response that ends with the right answer, else 0. A checksum of the prompt decides whether a
+    problem is for training or held out.
     """
 
     def __init__(self, data="", eval_data="", eval_size=256):

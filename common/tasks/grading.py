@@ -1,10 +1,9 @@
 r"""Grade free-form maths answers with math-verify, in a worker process that no answer can hang.
 
 math-verify evaluates what a model wrote, and a model may write `9^{9^9}`. Its own time limits are Python signal
-handlers: they need the main thread, and never run while one big-integer operation is under way. So the worker, which
-is this file run as a script, imports math-verify once (about 0.5 s) and forks a child for each batch (a few ms), under
-a CPU timer whose signal kills it. The parent takes that answer for wrong and sends the rest of the batch again. The
-worker is a plain command, because `multiprocessing` would import the training script, torch included.
+handlers, which never run while one big-integer operation is under way. So the worker, this file run as a script (with
+`multiprocessing`, it would import torch), imports math-verify once and forks a child for each batch, under a CPU timer
+whose signal kills it. The parent takes that answer for wrong and sends the rest of the batch again.
 """
 
 import json
@@ -16,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from contextlib import suppress
 
 LONGEST_PART = 500  # characters; longer is no final answer, and math-verify may take seconds to parse it
@@ -26,10 +26,9 @@ RIGHT, WRONG, OUT_OF_TIME = "1", "0", "t"  # the worker's verdicts
 
 
 def graded_part(response):
-    r"""Return the piece of a response that is graded, or None: then the format, and so the answer, is wrong.
+    r"""The content of the last `\boxed{...}`, else what follows the last `####` in its line; None if there is neither.
 
-    It is the content of the last `\boxed{...}`, else what follows the last `####` up to the end of its line. A last
-    box that never closes was cut at the token limit: its number may lack digits, so there is nothing to grade.
+    A last box that never closes was cut at the token limit: its number may lack digits, so that is None, too.
     """
     openings = list(re.finditer(r"\\boxed\s*\{", response))
     if not openings:
@@ -46,22 +45,19 @@ def graded_part(response):
 class MathGrader:
     """Grades batches of answers; usable from any thread, one batch at a time.
 
-    The worker starts with the first batch that needs it, and leaves when this process ends, however it ends. Limits
-    are `seconds_per_answer` of CPU time, so that a busy machine changes no grade, and `seconds_per_batch` of wall-clock
-    time once the worker runs. `timeouts` counts the answers graded wrong so far because either ran out.
+    The worker starts with the first batch that needs it, and leaves when this process ends. `seconds_per_answer` is CPU
+    time, so that a busy machine changes no grade, `seconds_per_batch` wall-clock time. `timeouts` counts the answers
+    graded wrong so far because either ran out.
     """
 
     def __init__(self, seconds_per_answer=1.0, seconds_per_batch=30.0):
         self.seconds_per_answer, self.seconds_per_batch = seconds_per_answer, seconds_per_batch
-        self.timeouts = 0
-        self._worker = None
-        self._lock = threading.Lock()
+        self.timeouts, self._worker, self._lock = 0, None, threading.Lock()
 
     def grade(self, golds, responses):
-        """Say for each response whether its graded part equals its gold answer: a list of bools.
+        """Whether the graded part of each response equals its gold answer, a list of bools.
 
-        No content of a response raises. Raises RuntimeError if the worker cannot be started, ValueError if the two
-        lists differ in length.
+        Raises RuntimeError if the worker cannot be started, ValueError if the two lists differ in length.
         """
         pairs = list(zip(golds, map(graded_part, responses), strict=True))
         # Responses to one prompt often agree, so each distinct pair is graded once.
@@ -121,10 +117,7 @@ class MathGrader:
         self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0)
         if self._ask("", time.monotonic() + START_SECONDS) != "ready\n":
             self.close()
-            raise RuntimeError(
-                "the grading worker did not start (its error is printed above): is math-verify installed for "
-                f"{sys.executable}, as by pip install 'math-verify[antlr4_13_2]'?"
-            )
+            raise RuntimeError("the grading worker did not start: pip install 'math-verify[antlr4_13_2]'.")
 
 
 def _kill(worker):
@@ -137,7 +130,8 @@ def _kill(worker):
 
 def _serve(seconds_per_answer):
     """Answer each line of stdin, a JSON list of pairs (gold, part), by a line of verdicts up to the first timeout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides what they mean
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the timer's: death, even in the middle of a big-integer operation
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     replies = os.dup(1)
@@ -163,28 +157,71 @@ def _serve(seconds_per_answer):
 
 
 def _equal(gold, part):
+    with suppress(Exception):  # MemoryError, RecursionError and the like: what cannot be read is wrong
+        gold, part = _tidy(gold), _tidy(part)
+        bases = [re.findall(r"(?<=\d)_\{?(\d+)", text) for text in (gold, part)]
+        if bases[1] not in ([], bases[0]):  # 11_2: 11
+            return False
+        whole = [text.removesuffix("%") for text in (gold, part)]  # 18% may mean 18 or 0.18
+        hundredth = [f"({text[:-1].split('=')[-1]})/100" if text.endswith("%") else text for text in (gold, part)]
+        return _same(*whole) or (whole != hundredth and _same(*hundredth))
+    return False
+
+
+def _same(gold, part):
     from math_verify import LatexExtractionConfig, parse, verify
 
-    # LaTeX only: math-verify's other reader picks a number out of any text, as 18 out of "18 million", "18!"
-    # and "17, no, 18". Its time limits are off: the timer above replaces them.
-    reader = [LatexExtractionConfig(boxed_match_priority=-1)]
-    with suppress(Exception):  # MemoryError, RecursionError and the like: what cannot be read is wrong
-        gold_value, value = (parse(f"${_tidy(text)}$", reader, parsing_timeout=None) for text in (gold, part))
-        return verify(gold_value, value, timeout_seconds=None)
-    return False
+    def read(text):
+        # LaTeX only: math-verify's other reader picks a number out of any text, as 18 out of "18 million", "18!"
+        # and "17, no, 18". Its time limits are off: the timer above replaces them.
+        return parse(f"${text}$", [LatexExtractionConfig(boxed_match_priority=-1)], parsing_timeout=None)
+
+    def equal(values, others):
+        if not verify(values, others, timeout_seconds=None):
+            return False
+        a, b = values[0], others[0]  # math-verify compares six decimals, in which 1e-7 and 2e-7 are the same
+        return not (is_number(values) and is_number(others)) or bool(a == b or abs(a - b) <= 1e-5 * abs(a))
+
+    def is_number(values):
+        return bool(values) and getattr(values[0], "is_number", False)
+
+    # Of 17 = 18, math-verify would see the 18 only.
+    gold_values, sides = read(gold), [read(side) for side in part.split("=")]
+    numbers = [side for side in sides if is_number(side) and is_number(gold_values)]
+    return all(equal(gold_values, number) for number in numbers) and equal(gold_values, read(part))
 
 
 def _tidy(text):
     """Rewrite what math-verify 0.9 misreads: the comments say how it would read the text as it stands."""
-    text = re.sub(r"\\?[$€£¥₹°]|(?<!\\)\\[()\[\]]", "", text)  # €18, 18° and \[18\]: nothing
-    text = re.sub(r"\\(?:text|math|mbox)\w*\s*\{([^{}]*)\}", r" \1 ", text)  # 18\text{ thousand}: 18
+
+    def repeating(match):  # 0.1\overline{6}: 0.16. Digits before the point, after it, and repeated: abc − ab over 9…0….
+        a, b, c = match.groups()
+        return rf"\frac{{{int(a + b + c) - int(a + b)}}}{{{10 ** len(b) * (10 ** len(c) - 1)}}}"
+
+    text = re.sub(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", "", text)  # €18 and \[18\]: nothing
+    text = re.sub(r"°|\^ ?\{?\\circ\}?", " ", text)  # 18°: nothing
+    text = re.sub(r"\\(?:(?:text|math|mbox|bold)\w*|bm)\s*\{([^{}]*)\}", r" \1 ", text)  # 18\text{ thousand}: 18
     text = re.sub(r"(?<!\\)\\[,;:! ]|[~\s]+", " ", text).strip("* ").rstrip(".,;:")  # **18** and 18,: nothing
+    text = re.sub(r"([\d)}]|\\pi) *(?:\\approx|≈).*", r"\1", text)  # 10\pi \approx 31.4: also 31.4
+    text = re.sub(r"\\approx|≈", "=", text).lstrip("= ")  # \approx 18: nothing
+    text = re.sub(r"(^|= *)[–—]", r"\1-", text)  # –18: nothing
+    text = re.sub(r"\\?%| (?:percent|pct)$", "%", text)
+    text = re.sub(r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
+    text = re.sub(r"(?<![\d.,/])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)", text).strip()  # 4 1/2: 5/2
+    text = re.sub(r"(\d+)\.(\d*)\\overline\{(\d+)\}", repeating, text)
     text = re.sub(r"(?<=\d)(?:\{,\}|[, ])+(?=\d{3}(?!\d))", "", text)  # 1\,800: 1 + 800
     text = re.sub(r"(?<=\d) +(?=\d)", ",", text)  # 10 8: 10 + 8; with a comma, a list
+    text = re.sub(r"(?<=\d)[eE]([+-]?\d+)(?= |$)", r"\\cdot 10^{\1}", text)  # 1e6: Euler's number
+    for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12)):
+        text = re.sub(rf"(?i)(?<=[\d)}}]) *{word}s?\b", rf"\\cdot 10^{{{power}}}", text)
     # 18 dollars: 18·d·o·l·l·a·r·s. A unit after a number goes, unless it has words that change the value.
-    value = r"and|or|plus|minus|point|half|pi|squared|cubed|dozen|hundred|thousand|(?:m|b|tr)illion"
+    value = (
+        "and|or|plus|minus|times|point|pi|squared|cubed|doubled|tripled|halved|dozen|hundred|half|halves|third|quarter|"
+        "(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million)th|am|pm"
+    )
     unit = r"(?:m|[A-Za-z]{2,})(?![A-Za-z])[A-Za-z./ -]*(?:\^ ?\{?\d\}?|[²³])?"
-    return re.sub(rf"(?<=[\d}}%)]) +(?!.*\b(?:{value})s?\b){unit}$", "", text)
+    text = re.sub(r"^([^A-Za-z\\]*\d) +[gshLCFK]$", r"\1", text)
+    return re.sub(rf"(?<=[\d}}%)]) +(?!.*\b(?i:{value})s?\b){unit}$", "", text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """GSM8K: grade-school word problems, from a file, the hub or the sample in this repository."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from common.tasks.grading import LONGEST_PART, MathGrader
 from common.tasks.rows import read_rows
 
 GSM8K_SAMPLE = Path(__file__).parent.parent / "data" / "gsm8k_sample.jsonl"
-SYSTEM_PROMPT = (
-    "Solve the problem. Work step by step, write your working out, and put the final number, alone, in \\boxed{}."
+INSTRUCTION = (  # in the user's message: some chat templates refuse system messages, and small models pass over them
+    "Solve the problem. Work step by step, write your working out, and put the final number, alone, in \\boxed{}.\n\n"
 )
 
 
@@ -39,25 +40,28 @@ class GSM8K(Task):
             first = max(1, len(train) - eval_size)
             train, test, source = train[:first], train[first:], f"--data {data} that training can spare"
         if len(test) < eval_size:
-            raise BadInput(
-                f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: give a smaller one, or more "
-                "rows with --eval-data."
-            )
+            raise BadInput(f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: lower it.")
         self.rows = {"train": train, "eval": test[:eval_size]}
 
     def problems(self, split):
         return [
             {
-                "prompt": [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": row["question"]}],
+                "prompt": [{"role": "user", "content": INSTRUCTION + row["question"]}],
                 "answer": _final_answer(row),
             }
             for row in self.rows[split]
         ]
 
     def rewards(self, problems, responses):
+        before = self.grader.timeouts
         correct = self.grader.grade([problem["answer"] for problem in problems], responses)
         return [
-            {"reward": float(right), "accuracy": float(right), "format": float("\\boxed{" in response)}
+            {
+                "reward": float(right),
+                "accuracy": float(right),
+                "format": float("\\boxed{" in response),
+                "grade/timeouts": self.grader.timeouts - before,  # of the whole batch; these answers count as wrong
+            }
             for right, response in zip(correct, responses, strict=True)
         ]
 
@@ -66,11 +70,11 @@ def _read(source, option):
     splits = read_rows(source, option, ("question", "answer"))
     for rows in splits:
         for number, row in enumerate(rows, start=1):
-            if not 0 < len(_final_answer(row)) <= LONGEST_PART:
-                raise BadInput(
-                    f"{option} {source}, row {number}: there is no final answer of at most {LONGEST_PART} characters "
-                    "after the last ####; no response to this row could be right."
-                )
+            gold = _final_answer(row)
+            prose = re.match(r"[A-Za-z]+(:| [A-Za-z]+ ).*\d", gold)  # no response would match "The answer is 4"
+            if prose or not 0 < len(gold) <= LONGEST_PART:
+                what = f"{option} {source}, row {number}: {gold[:100]!r}"
+                raise BadInput(f"{what} is no final answer: give a number or formula, after #### if there is more.")
     return splits
 
 

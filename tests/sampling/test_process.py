@@ -221,7 +221,8 @@ def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     run = Run(options(tmp_path, **settings, sync_offset=1, serial=False), tmp_path / "log")
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
-    progress = re.compile(r"(Loading weights: |Writing model shards: )? *\d+%\||Held-out accuracy|Everything is in |$")
+    said = r"Held-out reward|Everything is in |$"
+    progress = re.compile(r"(Loading weights: |Writing model shards: )? *\d+%\||" + said)
     assert [line for line in lines if not progress.match(line)] == []
     assert len(lines) > NUM_STEPS
 
@@ -362,12 +363,12 @@ def test_every_batch_is_sampled_with_the_weights_of_its_version(schedule):
             set_weights(model, step)
             rollouts.publish(step)
             if step == 20:
-                state = copy.deepcopy(rollouts.state())
+                state = copy.deepcopy(rollouts.state_dict())
                 assert len(state["weights"]) <= -(-schedule[1] // schedule[0]) + 1
 
     model, continued = make_rollouts(*schedule)
     set_weights(model, 20)
-    continued.load_state(state)
+    continued.load_state_dict(state)
     with continued:
         for step in range(21, 41):
             batch = continued.next(step)
@@ -400,13 +401,13 @@ def test_a_resumed_sampler_may_start_later_than_the_next_weights_come(monkeypatc
         rollouts.next(1)
         set_weights(model, 1)
         rollouts.publish(1)
-        wait_for(lambda: rollouts.state()["last_arrived"] == 2)
-        state = rollouts.state()
+        wait_for(lambda: rollouts.state_dict()["last_arrived"] == 2)
+        state = rollouts.state_dict()
 
     monkeypatch.setattr(module, "describe", manifest_of)
     _, continued = make_rollouts(1, 0, SlowlyStartingSampler, verified=True)
     continued.model = model
-    continued.load_state(state)
+    continued.load_state_dict(state)
     with continued:
         assert continued.next(2).responses[0] == [1]
         set_weights(model, 2)
@@ -419,11 +420,11 @@ def test_a_run_goes_on_in_the_way_it_began():
     in_turns = SerialRollouts(model, NotingSampler(), beside.plan)
     with beside:
         beside.next(1)
-        state = beside.state()
+        state = beside.state_dict()
     with pytest.raises(BadInput, match=r"--resume: .* in a process of its own"):
-        in_turns.load_state(state)
+        in_turns.load_state_dict(state)
     with pytest.raises(BadInput, match=r"--resume: .* in turns with training .*--serial"):
-        beside.load_state(in_turns.state())
+        beside.load_state_dict(in_turns.state_dict())
 
 
 def test_a_version_that_was_never_published_raises():
@@ -469,7 +470,7 @@ def test_a_failed_sampler_leaves_the_state_complete_and_is_reported_afterwards(f
         rollouts.process.join(2)
         wait_for(lambda: rollouts.last_arrived < 8 or not rollouts.inbox.empty())
         for _ in range(2):  # however often it is asked for
-            state = copy.deepcopy(rollouts.state())
+            state = copy.deepcopy(rollouts.state_dict())
         assert sorted(state["weights"]) == [0, 3]
         expected = [4, 5] if failure == "failed" else [4, 5, 6, 7, 8]
         assert [fields["number"] for fields in state["waiting"]] == expected
@@ -480,7 +481,7 @@ def test_a_failed_sampler_leaves_the_state_complete_and_is_reported_afterwards(f
     set_weights(model, 3)
     for tensor in state["weights"][3].values():
         tensor.fill_(3)
-    continued.load_state(state)
+    continued.load_state_dict(state)
     with continued:
         for step in range(4, 12):
             assert {response[0] for response in continued.next(step).responses} == {version_of_batch(step, 3, 2)}
@@ -574,15 +575,15 @@ def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved
             rollouts.next(step)
             change(model)
             rollouts.publish(step)
-        wait_for(lambda: rollouts.state()["last_arrived"] == 8)
-        state = copy.deepcopy(rollouts.state())
+        wait_for(lambda: rollouts.state_dict()["last_arrived"] == 8)
+        state = copy.deepcopy(rollouts.state_dict())
     expected = {fields["number"]: fields for fields in state["waiting"]}
     assert sorted(expected) == [5, 6, 7, 8]
     # As if it had been killed while the sampler was at batch 6, the first of version 3; the trainer holds version 4.
     state |= {"waiting": [expected[5]], "last_arrived": 5}
     resumed, continued = begin()
     resumed.load_state_dict(model.state_dict())
-    continued.load_state(state)
+    continued.load_state_dict(state)
     with continued:
         for step in (5, 6, 7, 8):
             batch = continued.next(step)

@@ -216,15 +216,15 @@ def test_every_version_shows_once_whether_sampler_and_trainer_agree(interval, of
 @schedules
 def test_continued_rollouts_are_the_uninterrupted_ones(interval, offset):
     rollouts, sampler = make_rollouts(interval, offset)
-    batches, states = {}, {0: copy.deepcopy(rollouts.state())}
+    batches, states = {}, {0: copy.deepcopy(rollouts.state_dict())}
     for step in range(1, 31):
         batches[step] = copy.deepcopy(rollouts.next(step))
         update(rollouts, sampler, step)
-        states[step] = copy.deepcopy(rollouts.state())
+        states[step] = copy.deepcopy(rollouts.state_dict())
     for stop in range(0, 30):
         continued, sampler = make_rollouts(interval, offset)
         sampler.weights = stop
-        continued.load_state(copy.deepcopy(states[stop]))
+        continued.load_state_dict(copy.deepcopy(states[stop]))
         for step in range(stop + 1, 31):
             found, expected = copy.deepcopy(vars(continued.next(step))), copy.deepcopy(vars(batches[step]))
             for timing in ("time/sample", "time/sample_started_at"):

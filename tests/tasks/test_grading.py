@@ -138,7 +138,19 @@ RIGHT = {
         18cm | 18\text{cm} | 18 \text{ cm} | 18\,\text{cm} | 18\ \text{cm} | 18\mathrm{cm} | 18 in | 18 sq. ft
         18 cm^2 | 18 cm² | 18\text{ m}^2 | 18 ft^{2} | 18 km/h | 18 miles per hour | 18\text{ miles per hour}
         18 apples | 18\text{ apples} | \text{18 apples} | x = 18\text{ apples} | 18 years old | 18 eggs/day
+        18 L | 18 g | 18 h | 18 °C | 18°C | 18\,^\circ\text{C} | 18^{\circ} | 18\text{ m} | 18 months
+        \boldsymbol{18} | \bm{18} | \approx 18 | ≈ 18
+        x \approx 18 | 1.8e1 | 18e0 | 180e-1 | 18 percent | 18\text{ percent} | 18 pct | 17+1=18 | 018
     """),
+    "1000000": forms("1e6 | 1E6 | 1 million | 1\\text{ million} | 1000 thousand | 0.001 billion | 10^6 | 1,000,000"),
+    "12.5": forms(r"12.5\% | 12.5% | 25/2 | 12 1/2 | 12½ | 12\frac12 | 1.25e1"),
+    "12.5%": forms(r"12.5 | 12.5\% | 0.125 | \frac{1}{8} | 12 1/2%"),
+    "0.5": forms(r"½ | 1/2 | \frac12 | .5 | 50% | 50\%"),
+    "1.5": forms(r"1 1/2 | 1½ | 3/2 | 150%"),
+    "1/3": forms(r"0.\overline{3} | \frac13 | 0.\overline{33}"),
+    "\\frac{7}{6}": forms(r"1.1\overline{6} | 1 1/6"),
+    "11_2": forms(r"11_2 | 11_{2}"),
+    r"\frac{1}{2^{98}}": forms(r"\frac{1}{2^{98}} | 2^{-98}"),
     "1,800": forms(r"""
         1800 | 1,800 | 1{,}800 | 1\,800 | 1\!800 | 1,\!800 | 1{,}\!800 | 1~800 | 1 800 | 1, 800 | 18 * 100
         $1,800 | \$1,800.00 | 1800.0 | 1,800 dollars | 1{,}800\text{ dollars}
@@ -146,22 +158,27 @@ RIGHT = {
     "1800": ["1,800", "1\u202f800"],
     "1,234,567": forms(r"1234567 | 1,234,567 | 1\,234\,567 | 1 234 567"),
     "4.5": forms(r"\dfrac{9}{2} | \frac92 | 9/2 | 4.50 | 4\frac{1}{2} | \frac{9}{2} \text{ cups} | 4.5 cups"),
-    "-5": forms(r"-5 | −5 | - 5 | -5.0 | x = -5 | -$5 | -\frac{10}{2}"),
+    "-5": forms(r"-5 | −5 | –5 | x = –5 | - 5 | -5.0 | x = -5 | -$5 | -\frac{10}{2}"),
     "0.18": [r"18\%"],  # math-verify takes a percentage for the number and for the hundredth alike
 }
 
 WRONG = {
     "18": forms(r"""
-        17 | 19 | 180 | 1.8 | 0.18 | 18.4 | -18 | −18 | 1800 | 81 | 1.8e1 | 18:00 | eighteen
+        17 | 19 | 180 | 1.8 | 0.18 | 18.4 | -18 | −18 | –18 | 1800 | 81 | 1.8e2 | 18:00 | eighteen
         18x | 18k | 18i | 18! | 18^2 | 18\pi | \pm18 | 18+ | 18/17 | 18\neq18 | x>18 | \geq18 | 18 = 17
         18,19 | (18,19) | \{17,18\} | 18 or 17 | 17\text{ or }18 | \text{17 or 18} | x = 18, y = 17
         10 8 | 17 1 | 10\,8 | 3 hours 18 | 18 hours and 30 minutes | 18\text{ eggs} + 3\text{ apples}
         18 million | 18\text{ thousand} | 18 hundred | 18 dozens | 18 and a half | 18\text{ and a half}
+        18 tenths | 18 hundredths | 18 doubled | 18 halves | 17=18 | 18=17=18 | 18_3 | 18 times 2 | 0.18% | 18 1/2
         18 plus tax | 18 minus 5 | 18 pi | 18 squared | 17, no, 18 | the answer is 17, not 18
     """),
     "1,800": forms("18 | 800 | 1 | 1.800 | 1,80 | 1,8000 | 18,00 | 1 80 | 1,801 | 180,0"),
     "2.5": ["4 1/2"],  # which math-verify by itself reads as (4 + 1)/2
-    "5": ["-5"],
+    "5": forms(r"-5 | 5 tenths | 5 thirds | \frac{5}{10} | 500% x"),
+    "11": forms(r"11_2 | 11_{2}"),
+    "12.5%": forms(r"0.125% | 1250 | 1.25"),
+    r"\frac{1}{2^{98}}": forms(r"\frac{1}{2^{99}} | 0"),
+    "0.0000001": forms("0.0000002 | 0 | 0.00000011"),
 }
 
 
@@ -465,7 +482,7 @@ def test_missing_library_is_said_in_words(tmp_path, monkeypatch):
     bare.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(bare))
     grader = MathGrader()
-    with pytest.raises(RuntimeError, match="is math-verify installed for"):
+    with pytest.raises(RuntimeError, match="the grading worker did not start"):
         grader.grade(["18"], ["#### 18"])
     monkeypatch.undo()
     assert grader.grade(["18"], ["#### 18"]) == [True]

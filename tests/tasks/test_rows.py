@@ -97,7 +97,7 @@ def test_other_columns_may_hold_anything(tmp_path):
     "bad_row",
     [
         "{'question': 1}", json.dumps(ROW)[:-1], "not JSON", "[" * 100_000, {"question": "What is 1 + 1?"},
-        ROW | {"answer": 2}, ROW | {"answer": None}, ROW | {"answer": ["#### 2"]}, ROW | {"question": ""},
+        ROW | {"answer": None}, ROW | {"answer": ["#### 2"]}, ROW | {"question": ""},
         ROW | {"answer": " \n"}, "null", "{}", '{"question": "\\ud800", "answer": "#### 2"}', "3", '"text"', "[]",
         '["What is 1 + 1?", "#### 2"]',
     ],
@@ -115,8 +115,12 @@ def test_rows_that_are_no_objects_are_refused(row, tmp_path):
 @pytest.mark.parametrize("number", [10, 30, 300, 1000, 4321])  # 30 kB to 13 MB: `datasets` reads it piece by piece
 def test_rows_of_large_files_are_counted_from_their_beginning(number, tmp_path):
     rows = [json.dumps(ROW | {"question": "What? " * 500})] * number
-    assert f"row {number}:" in refused(write_jsonl(tmp_path / "data.jsonl", [*rows[1:], {"question": "?"}, *rows]))
-    assert f"row {number})" in refused(write_jsonl(tmp_path / "data.jsonl", [*rows[1:], "not JSON", *rows]))
+    assert f"row {number} has no text" in refused(
+        write_jsonl(tmp_path / "data.jsonl", [*rows[1:], {"question": "?"}, *rows])
+    )
+    assert f"row {number}: Expecting value" in refused(
+        write_jsonl(tmp_path / "data.jsonl", [*rows[1:], "not JSON", *rows])
+    )
 
 
 def test_parquet_row_without_text_is_named_by_its_number(tmp_path):

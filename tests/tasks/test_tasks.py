@@ -5,13 +5,14 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, build_model
 from helpers import dense_task, steps, train, write_task
 
 from common.commandline import BadInput, RunStopped
 from common.models import TINY_MODEL, load_tokenizer
-from common.tasks import ProblemSet, load_problems, load_task
+from common.tasks import RESERVED, ProblemSet, Task, load_problems, load_task
 from common.tasks.addition import Addition
 from common.tasks.gsm8k import GSM8K, GSM8K_SAMPLE
 
@@ -85,8 +86,8 @@ def test_gsm8k_files_have_the_published_numbers_of_problems(gsm8k):
     assert len(GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=100).problems("eval")) == 100
     rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text().splitlines()]
     for problem, row in zip(held_out, rows, strict=True):
-        assert [message["role"] for message in problem["prompt"]] == ["system", "user"]
-        assert problem["prompt"][1]["content"] == row["question"]
+        (message,) = problem["prompt"]
+        assert message["role"] == "user" and message["content"].endswith("\\boxed{}.\n\n" + row["question"])
         assert (
             row["answer"].endswith(f"#### {problem['answer']}")
             and problem["answer"].replace(",", "").lstrip("-").isdigit()
@@ -124,7 +125,10 @@ def test_the_sample_is_the_default_and_part_of_gsm8k(gsm8k):
 def test_without_held_out_data_the_last_rows_are_held_out(tmp_path):
     rows = copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 20)
     task = GSM8K(str(tmp_path / "data.jsonl"), eval_size=6)
-    questions = {split: [p["prompt"][1]["content"] for p in task.problems(split)] for split in ("train", "eval")}
+    questions = {
+        split: [p["prompt"][0]["content"].rpartition("\n\n")[2] for p in task.problems(split)]
+        for split in ("train", "eval")
+    }
     assert questions == {"train": [r["question"] for r in rows[:14]], "eval": [r["question"] for r in rows[14:]]}
 
 
@@ -215,6 +219,64 @@ def test_a_reward_that_is_no_finite_number_stops_the_run(reward, tmp_path, token
         problem_set.grade([7], [tokenizer.encode("seven")])
 
 
+@pytest.mark.parametrize(
+    "rewards, said",
+    [
+        ("raise KeyError('mine')", "KeyError('mine')"),
+        ("return None", "NoneType"),
+        ("return 1.0", "float"),
+        ("return [1.0]", "1 rewards for 2 responses"),
+        ("return [1.0] * 3", "3 rewards for 2 responses"),
+        ("return 'ab'", "the reward 'a'"),
+    ],
+)
+def test_rewards_that_are_not_one_per_response(rewards, said, tmp_path, tokenizer):
+    text = OWN_TASK + f"\n    def rewards(self, problems, responses):\n        {rewards}\n"
+    problem_set = load_problems(load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100)
+    with pytest.raises(RunStopped, match=r"^Echo") as error:
+        problem_set.grade([1, 2], [[1], [2]])
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*sorted(RESERVED), "reward/mean", "time/step", "my/own"])
+def test_names_of_the_log_are_refused(name, tmp_path, tokenizer):
+    text = OWN_TASK.replace('"words"', repr(name))
+    problem_set = load_problems(load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100)
+    with pytest.raises(BadInput, match=f"--task Echo reports '{name}'"):
+        problem_set.grade([1], [[1]])
+
+
+def test_all_names_of_the_log_are_reserved(tmp_path):
+    # `accuracy` and `words` are the task's, all others the log's.
+    task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
+    run_dir = train(tmp_path, task=task, model=model, num_steps=2, max_response_tokens=6)
+    names = {name for record in steps(run_dir) for name in record if "/" not in name}
+    assert names | {"response_length"} == RESERVED | {"accuracy", "words"}  # (evaluation has that one without a slash)
+
+
+def test_a_refused_reward_does_not_take_the_runs_name(tmp_path):
+    task = f"{write_task(tmp_path, OWN_TASK.replace('words', 'step'))}:Echo"
+    with pytest.raises(BadInput, match="'step'"):
+        train(tmp_path / "runs", task=task, model=build_model("qwen2", tmp_path / "model"))
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_task_may_import_what_lies_beside_it(tmp_path):
+    (tmp_path / "words_of_mine.py").write_text("WORDS = ['one']\n")
+    task = load_task(f"{write_task(tmp_path, 'from words_of_mine import WORDS' + OWN_TASK)}:Echo")
+    assert task.problems("eval")
+
+
+def test_rewards_that_are_no_accuracy_are_not_called_so(tmp_path, capsys):
+    text = OWN_TASK.replace('"accuracy": 0.25, ', "")
+    run_dir = train(tmp_path, task=f"{write_task(tmp_path, text)}:Echo", model=build_model("qwen2", tmp_path / "model"))
+    record = steps(run_dir)[-1]
+    assert "eval/accuracy" not in record and record["eval/words"] >= 0 and record["eval/reward"] >= 1.5
+    output = capsys.readouterr().out
+    assert f"Held-out reward (greedy) after step 2: {record['eval/reward']:.3f};" in output
+    assert "accuracy" not in output
+
+
 def test_other_entries_of_a_reward_are_logged_as_means(tmp_path, monkeypatch):
     monkeypatch.setattr("common.runlog.COMPLETIONS_PER_STEP", 16)
     task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
@@ -251,19 +313,21 @@ def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
     problem_set = load_problems(task, "eval", tokenizer, 5000)
     assert len(problem_set) == 3
     for problem, prompt in zip(problem_set.problems, problem_set.prompts, strict=True):
-        system, user = (message["content"] for message in problem["prompt"])
-        assert tokenizer.decode(prompt) == f"system: {system}\nuser: {user}\nassistant:"
+        (message,) = problem["prompt"]
+        assert tokenizer.decode(prompt) == f"user: {message['content']}\nassistant:"
 
 
 class WithBos:
-    """The tokenizer, as if it put a BOS before every text, which a chat template of this kind writes by itself."""
+    """The tokenizer, as if it put a BOS before every text, and an EOS after it; its chat template writes a BOS, too."""
 
     def __init__(self, tokenizer):
         self.wrapped, self.chat_template, self.bos = tokenizer, tokenizer.chat_template, tokenizer.pad_token_id
 
     def __call__(self, texts, add_special_tokens=True):
         ids = self.wrapped(texts, add_special_tokens=False)["input_ids"]
-        return {"input_ids": [[self.bos] * add_special_tokens + prompt for prompt in ids]}
+        if add_special_tokens:
+            ids = [[self.bos, *prompt, self.wrapped.eos_token_id] for prompt in ids]
+        return {"input_ids": ids}
 
     def apply_chat_template(self, messages, **kwargs):
         return "<|pad|>" + self.wrapped.apply_chat_template(messages, **kwargs)
@@ -275,6 +339,58 @@ def test_a_prompt_begins_with_one_bos(tmp_path, tokenizer):
     for task in (GSM8K(str(tmp_path / "data.jsonl"), eval_size=3), load_task(dense_task(tmp_path), eval_size=3)):
         prompts = load_problems(task, "eval", with_bos, 5000).prompts
         assert all(prompt.count(with_bos.bos) == 1 and prompt[0] == with_bos.bos for prompt in prompts)
+        assert not any(tokenizer.eos_token_id in prompt for prompt in prompts)
+
+
+class Prompts(Task):
+    """Its problems are these prompts."""
+
+    def __init__(self, *prompts):
+        super().__init__()
+        self.prompts = prompts
+
+    def problems(self, split):
+        return ({"prompt": prompt} for prompt in self.prompts)  # a generator does as well as a list
+
+
+def test_plain_and_chat_prompts_may_be_mixed(tokenizer):
+    with_bos = WithBos(tokenizer)
+    mixed = load_problems(Prompts("Q: 1+1", [{"role": "user", "content": "1+1?"}]), "train", with_bos, 99).prompts
+    assert [prompt.count(with_bos.bos) for prompt in mixed] == [1, 1]
+    assert [tokenizer.decode(prompt[1:]) for prompt in mixed] == ["Q: 1+1", "user: 1+1?\nassistant:"]
+
+
+def test_a_last_message_of_the_assistant_is_continued(tokenizer):
+    messages = [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is"}]
+    (prompt,) = load_problems(Prompts(messages), "train", tokenizer, 99).prompts
+    assert tokenizer.decode(prompt).endswith("assistant: It is")
+
+
+def test_arguments_for_the_chat_template(tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}{% if loud %}!{% endif %}")
+    task = Prompts([{"role": "user", "content": "Why?"}])
+    assert tokenizer.decode(load_problems(task, "train", tokenizer, 99).prompts[0]) == "Why?"
+    task.template_arguments = {"loud": True}
+    assert tokenizer.decode(load_problems(task, "train", tokenizer, 99).prompts[0]) == "Why?!"
+
+
+@pytest.mark.parametrize("prompt", [b"Why?", np.array([1, 2]), 3, None, [], [1], [{"content": "no role"}]], ids=repr)
+def test_a_prompt_that_is_none(prompt, tokenizer):
+    with pytest.raises(BadInput, match="--task Prompts"):
+        load_problems(Prompts("Why?", prompt), "train", tokenizer, 99)
+
+
+def test_the_checksum_depends_on_prompts_and_answers(tokenizer):
+    def checksum(*problems):
+        return ProblemSet(None, tokenizer, list(problems), [[1, 2, 3]] * len(problems)).checksum()
+
+    first = checksum({"answer": 1}, {"answer": 2})
+    assert first == checksum({"answer": 1}, {"answer": 2})
+    others = [checksum({"answer": 1}), checksum({"answer": 2}, {"answer": 1}), checksum({"answer": 1}, {"answer": 3})]
+    assert first not in others
+    a, b = ProblemSet(None, tokenizer, [{}], [[1]]), ProblemSet(None, tokenizer, [{}], [[2]])
+    assert a.checksum() != b.checksum()
+    assert checksum({"check": object(), 3: {1}}) == checksum({"check": object(), 3: {1}})  # what JSON cannot express
 
 
 def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsys):
