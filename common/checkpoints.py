@@ -33,7 +33,9 @@ def save_checkpoint(run_dir, step, parts):
         os.replace(unfinished, final)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         unfinished.unlink(missing_ok=True)
-        raise RunStopped(f"{final} cannot be written ({error}): make room, and go on with --resume.") from error
+        raise RunStopped(
+            f"{final} cannot be written ({error.__context__ or error}): make room, and go on with --resume."
+        ) from error
     directory_handle = os.open(directory, os.O_RDONLY)
     os.fsync(directory_handle)  # the renaming itself, too
     os.close(directory_handle)
