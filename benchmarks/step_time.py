@@ -191,6 +191,8 @@ def train_with_trl(model, threads, reference, steps, directory, batch_size):
 
 
 def main(args):
+    environment = [line for line in describe_environment().splitlines() if not line.startswith("threads")]
+    environment += [f"{name}: {version(name)}" for name in ("trl", "accelerate")]
     load = os.getloadavg()[0]
     settings = [(threads, name) for threads in args.threads for name in VARIANTS]
     measured = {}  # by threads, variant, stage and round: a list of `MEASURED` per step
@@ -212,8 +214,6 @@ def main(args):
     reporting.write_csv(args.output / "steps.csv", ["threads", "variant", "stage", "round", "step", *MEASURED], rows)
     report, results = write_text(measured, settings, args, load)
     reporting.write_json(args.output / "step_time.json", summary=results)
-    environment = [line for line in describe_environment().splitlines() if not line.startswith("threads")]
-    environment += [f"{name}: {version(name)}" for name in ("trl", "accelerate")]
     reporting.write_report(args.output / "report.md", report, "\n".join(environment))
 
 

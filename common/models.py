@@ -94,7 +94,9 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
 
 def save_model(model, tokenizer, directory):
     """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update has ruined."""
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+    with torch.no_grad():  # weights may be finite, and what they compute may not
+        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device)).logits
+    if not all(tensor.isfinite().all() for tensor in [*model.parameters(), logits]):
         raise RunStopped(NOT_FINITE)
     # Of the original's settings for sampling, some cannot be saved, and none is what this policy was trained with.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")

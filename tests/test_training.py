@@ -177,6 +177,7 @@ def test_files_of_a_run(settings, tmp_path):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoints", "model",
+        "lock",
     }  # fmt: skip
 
 

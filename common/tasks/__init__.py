@@ -7,13 +7,14 @@ import importlib.util
 import json
 import math
 import os
-import statistics
 import sys
 import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
+
+import numpy as np
 
 from common.commandline import BadInput, RunStopped
 
@@ -152,7 +153,7 @@ class ProblemSet:
 def means(grades):
     """The mean of each value over the responses for which the task reports it, by name."""
     names = sorted({name for grade in grades for name in grade})
-    return {name: statistics.fmean(grade[name] for grade in grades if name in grade) for name in names}
+    return {name: float(np.mean([grade[name] for grade in grades if name in grade])) for name in names}
 
 
 def load_problems(task, split, tokenizer, max_prompt_tokens):
