@@ -57,12 +57,12 @@ def collate(batch, rows, device="cpu"):
 def split_by_token_budget(lengths, max_tokens, group_by):
     """Split sequences into micro-batches of at most `max_tokens` tokens, padding included.
 
-    Sequences are sorted by length, so that those of one micro-batch are nearly as long as each other and little is
-    padding; the longest come first, so that running out of memory shows in the first seconds.
+    Sequences are sorted by length, so that those of a micro-batch are similar and little is padding. The longest of
+    each `group_by` value come first, so that running out of memory shows early.
 
-    `lengths` are tokens of each sequence, prompt and response; rows × longest row is at most `max_tokens`, but for a
-    single longer sequence. A micro-batch holds sequences of one value of `group_by` only, any sortable value. Returns a
-    list of lists of row numbers, each row in exactly one.
+    `lengths` count prompt and response tokens. Rows × longest row is at most `max_tokens`, except for a single longer
+    sequence. All sequences of a micro-batch have the same `group_by` value (any sortable one). Returns a list of lists
+    of row numbers, each row in exactly one.
     """
     splits = []
     for row in sorted(range(len(lengths)), key=lambda row: (group_by[row], -lengths[row], row)):

@@ -4,7 +4,7 @@ Reinforcement fine-tuning needs a policy that already succeeds now and then. Thi
 to be trained on any laptop: a 0.4 M-parameter Qwen3, warm-started by supervised learning on worked solutions of
 chained additions that are flawed on purpose. They ramble ("hmm,"), doubt and repeat themselves ("wait,"), slip
 a digit, and go on checking after the answer. The result is right about a third of the time and too long-winded, which
-leaves reinforcement learning something to find: no text it was shown is the concise, careful solution it ends with.
+leaves reinforcement learning something to find: fewer than one text in ten is the short, correct solution it ends with.
 
 The output, `common/tiny_model/`, is an ordinary Hugging Face model directory: weights, configuration, tokenizer with a
 chat template. Same seed, machine and versions give the same weights, bit for bit (`benchmarks/rebuild_tiny_model.py`
@@ -57,7 +57,7 @@ class Args:
     recheck: float = 0.58
     """probability of starting all over after an answer"""
     max_solution_tokens: int = 64
-    """longer solutions are cut: the model never sees most of them end"""
+    """longer solutions are cut, so the model never sees them end"""
 
 
 def flawed_solution(terms, rng, args):

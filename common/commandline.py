@@ -38,7 +38,7 @@ class RunStopped(Exception):
 def run(main, Args, script):
     """Parse the command line into `Args` and call `main(args)`.
 
-    `BadInput` ends in a one-line message and exit code 2, `RunStopped` and OSError (a full disk) in one and code 1.
+    Exit codes after a one-line error message: 2 for `BadInput`, 1 for `RunStopped` and OSError (a full disk).
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -90,7 +90,7 @@ def parse(Args, script, argv):
 
 
 def _with_absolute_paths(args):
-    """The same arguments, where files and directories are named so that a run can be resumed from anywhere."""
+    """`args` with absolute paths of files and directories, so that a run can be resumed from anywhere."""
     for name in ("model", "task", "data", "eval_data"):
         value = getattr(args, name)  # a class of a task's file, or a configuration of data, may follow after a colon
         if value not in BUILT_IN and any(map(os.path.exists, (value, value.rpartition(":")[0]))):
@@ -101,7 +101,7 @@ def _with_absolute_paths(args):
 def check(args):
     """Refuse numbers that cannot work. Raises `BadInput`.
 
-    Whole numbers are counts of at least 1, or of at least 0 where that is the default; other numbers are above 0.
+    Integers must be at least 1 (`group_size` 2; `seed`, and options whose default is 0, 0), other numbers above 0.
     """
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -115,7 +115,7 @@ def check(args):
 
 @contextlib.contextmanager
 def finish_step_on_interrupt():
-    """Inside, `STOP_SIGNALS` only set `requested` of the object returned; a second Ctrl-C stops at once."""
+    """Context in which `STOP_SIGNALS` only set `requested` of the yielded object; a second Ctrl-C stops at once."""
     interrupt = types.SimpleNamespace(requested=False)
     ignored = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else []  # under nohup
     caught = [number for number in STOP_SIGNALS if number not in ignored]

@@ -31,7 +31,7 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     ValueError for a model of another dtype than float32 or bfloat16.
     """
     mask_BT = micro.mask_BT
-    places_N = mask_BT.flatten().nonzero().squeeze(1)  # as indices: a GPU would have to wait at each use of a mask
+    places_N = mask_BT.flatten().nonzero().squeeze(1)  # indices: each use of a mask would make the CPU wait for the GPU
     with autocast(mask_BT.device.type, precision):
         hidden_BTH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
@@ -39,7 +39,7 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     if getattr(head, "bias", None) is not None:  # one more feature, which is always 1
         hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], dim=1)
         weight_VH = torch.cat([weight_VH, head.bias.unsqueeze(1)], dim=1)
-    # W (h / τ) = (W h) / τ: this is the only place that knows the temperature.
+    # W (h / τ) = (W h) / τ. The trainer applies the temperature here and nowhere else.
     hidden_NH = (hidden_NH / temperature).to(torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype)
     logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, micro.targets_BT.flatten()[places_N])
 
@@ -57,7 +57,7 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
     Args:
         hidden_NH, weight_VH: float32 or bfloat16. Products are taken in hidden's dtype, sums in float32. A float32
             weight may come with bfloat16 hidden states, as under autocast: it is rounded for the products, and its
-            gradient is float32. (A CPU takes float64 as well, and a vocabulary below `LARGE_VOCABULARY` returns it.)
+            gradient is float32. (On a CPU, float64 works, too; below `LARGE_VOCABULARY` it is returned.)
         targets_N: int64, from 0 to V − 1.
 
     With slices and kernels, rows whose upstream gradients are exactly zero cost no backward work, and a gradient cannot

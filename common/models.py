@@ -18,7 +18,7 @@ TINY_MODEL = "tiny"  # the embedded model's name, so that a run can be resumed f
 
 
 def choose_device(name, precision, engine):
-    """A `torch.device`, and "float32" or "bfloat16"; `BadInput` for a device or an engine for it that is not there."""
+    """A `torch.device`, and "float32" or "bfloat16". Raises `BadInput` if the device or its engine is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -67,7 +67,7 @@ def load_tokenizer(name, revision=""):
 def load_model(name, revision, device, precision, gradient_checkpointing=False):
     """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
 
-    Of a mixture of experts, only the experts' weights learn from the loss: no auxiliary loss balances their load.
+    A mixture of experts trains on the policy loss alone: no auxiliary loss balances the load of its experts.
     Raises `BadInput` for weights that do not load or do not fit the configuration.
     """
     config = load_config(name, revision)
@@ -79,8 +79,8 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
         raise BadInput(f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one.")
     model.to(device)
     for tensor in [*model.parameters(), *model.buffers()]:
-        # Into memory that starts at multiples of 64 bytes. Tensors of a safetensors file lie anywhere in it, where
-        # vector code may round differently than in another process that samples.
+        # Copied to 64-byte-aligned memory. Tensors in a safetensors file start anywhere; there, vector code may round
+        # differently than in a second process that samples.
         tensor.data = tensor.data.clone()
     if device.type == "cpu" and precision == "float32":
         speed_up(model)
@@ -98,7 +98,7 @@ def save_model(model, tokenizer, directory):
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device)).logits
     if not all(tensor.isfinite().all() for tensor in [*model.parameters(), logits]):
         raise RunStopped(NOT_FINITE)
-    # Of the original's settings for sampling, some cannot be saved, and none is what this policy was trained with.
+    # Drop the original's sampling settings: some cannot be saved, and this policy was trained with none of them.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{key: getattr(model.generation_config, key) for key in ids})
     model.save_pretrained(directory)
@@ -126,7 +126,7 @@ def check_context(name, revision, prompts, max_response_tokens):
     longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # A longer text has other positions from its first token on, which keys in the sampler's cache do not get.
+        # In a longer text all positions differ, from the first token on; keys already in the cache would keep the old.
         limit = rope["original_max_position_embeddings"]
     if limit and longest + max_response_tokens > limit:
         lengths = f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens"

@@ -23,10 +23,10 @@ def make_rollouts(
 ):  # fmt: skip
     """`SerialRollouts` or `OverlappedRollouts`, and PyTorch's number of threads set to match.
 
-    Sampling takes turns with training in this process if that is asked for, if the schedule leaves nothing to overlap
-    (I, O) = (1, 0), or if both would share the only GPU. Arguments with the names of options are these options'; `plan`
-    is a `Plan`, `eval_prompts` are what `greedy` is going to be asked about, model and tokenizer are the trainer's, and
-    `name` and `revision` load the model once more in another process.
+    Both take turns in this process if `serial`, if the schedule leaves nothing to overlap, (I, O) = (1, 0), and on any
+    GPU, unless vLLM samples on another one. Arguments named like options are these options. `plan` is a `Plan`,
+    `eval_prompts` are the prompts that `greedy` will get, model and tokenizer are the trainer's; `name` and `revision`
+    load the model once more in another process.
 
     Raises `BadInput` where an engine cannot start, and for a model that `check_decoding` refuses.
     """
@@ -57,7 +57,7 @@ def make_rollouts(
 
 def check_decoding(model, prompts, num_tokens, temperature, precision, name):
     """Raise `BadInput` unless decoding with a cache and one forward pass give the same log-probs."""
-    prompts = [min(prompts, key=len), max(prompts, key=len)]  # one is padded, here on the left, there on the right
+    prompts = [min(prompts, key=len), max(prompts, key=len)]  # decoding pads the shorter on the left, `collate` right
     try:
         samples = TransformersSampler(model, {-1}, num_tokens, temperature, precision).greedy(prompts)
         batch = types.SimpleNamespace(prompts=prompts, **vars(samples))
@@ -66,7 +66,7 @@ def check_decoding(model, prompts, num_tokens, temperature, precision, name):
         raise BadInput(f"--model {name} cannot be sampled from ({error!r}): give another model.") from error
     if not gap <= TOLERANCE[precision]:  # so that NaN fails as well
         what = "there is NaN in it, it changes logits after the head, or its cache does not work"
-        raise BadInput(f"--model {name} decodes {gap:.2g} nats off its forward pass; {what}: give another model.")
+        raise BadInput(f"--model {name}: decoding is {gap:.2g} nats off the forward pass; {what}: give another model.")
 
 
 def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, precision):

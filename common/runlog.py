@@ -61,7 +61,7 @@ class RunLog:
         self.inputs |= {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
 
     def state_dict(self):
-        """What a checkpoint needs: counters, and the length of both logs in bytes; up to there they are on disk."""
+        """What a checkpoint needs: counters, and the length of both logs in bytes, all of it flushed to disk."""
         for file in self.files.values():
             os.fsync(file.fileno())
         offsets = {name: file.tell() for name, file in self.files.items()}
@@ -88,7 +88,7 @@ class RunLog:
             self.files[name].seek(0)
             kept = self.files[name].read(offset).rfind(b"\n") + 1
             if kept < offset:
-                print(f"{self.dir / name} is shorter than at the checkpoint; what is gone stays gone.", file=sys.stderr)
+                print(f"{self.dir / name} is shorter than at the checkpoint; the rest is lost.", file=sys.stderr)
             self.files[name].truncate(kept)  # what came after the last checkpoint will be written again
         self._write_environment()
         self.bar = tqdm(initial=self.step, total=self.args["num_steps"], unit="step", dynamic_ncols=True)
@@ -105,7 +105,7 @@ class RunLog:
                 plot_curves(records, self.dir.name, self.dir / "curves.png")
             elif kind is BadInput and not self.args["resume"]:
                 self.lock.close()  # first: NFS keeps open files
-                shutil.rmtree(self.dir)  # a start that is refused takes no name
+                shutil.rmtree(self.dir)  # a refused start leaves no directory behind
         except Exception as another:  # which must not hide the error that ended the run
             print(f"{self.dir} has no new curves.png: {another}.", file=sys.stderr)
         if self.wandb:
@@ -125,7 +125,7 @@ class RunLog:
         if step > 0:
             text = f"reward {metrics['reward/mean']:.3f}, length {metrics['response_length/mean']:.1f}"
             self.bar.set_postfix_str(text, refresh=False)
-            with contextlib.suppress(OSError):  # Ctrl-C ends "| tee log", too; there is a checkpoint to be written
+            with contextlib.suppress(OSError):  # Ctrl-C also kills "| tee log"; the checkpoint must still be written
                 self.bar.update()
         self.step = step
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("update_skipped") else 0
@@ -156,7 +156,7 @@ class RunLog:
         print(f"Everything is in {self.dir}/{trained}.")
 
     def _create(self, args_json):
-        """Make directory and args.json at once, by renaming: a killed start took no name, or can be resumed."""
+        """Make directory and args.json in one step, by renaming: a killed start leaves nothing, or a resumable run."""
         unfinished = self.dir.with_name(f"{self.dir.name}.{secrets.token_hex(4)}.unfinished")
         try:
             unfinished.mkdir(parents=True)
@@ -202,7 +202,7 @@ class RunLog:
 
 
 def _new_directory(output, name):
-    """The path `output/name`, free to be created. Creates nothing: a start that is refused should take no name."""
+    """The path `output/name`, if it is free. Creates nothing, so that a refused start leaves nothing behind."""
     path = Path(output) / name
     if os.path.lexists(path):
         how = f"give another name, or continue it with --resume {shlex.quote(str(path))}"

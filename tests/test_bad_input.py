@@ -318,7 +318,7 @@ def test_weights_are_not_finite(key, row, value, given, model, tmp_path, capsys)
     assert command(*given(model=directory, task=dense_task(tmp_path))) == 2
     error = capsys.readouterr().err
     assert "Traceback" not in error
-    assert f"--model {directory} " in error.splitlines()[-1] and "NaN" in error.splitlines()[-1]
+    assert f"--model {directory}: " in error.splitlines()[-1] and "NaN" in error.splitlines()[-1]
     assert not (tmp_path / "output").exists()
 
 

@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common import checkpoints, runlog
+from common.commandline import RunStopped
 from common.models import TINY_MODEL
 from common.runlog import read_metrics
 from common.tasks.gsm8k import GSM8K_SAMPLE
@@ -550,6 +551,13 @@ def test_diverged_run_skips_updates_and_stops(settings, keep_all, tmp_path, caps
     assert records[0]["loss"] is not None and [record["loss"] for record in records[1:]] == [None] * 5
     after_1, after_5 = checkpoint(tmp_path / "run", 1), checkpoint(tmp_path / "run", 5)
     assert all(torch.equal(after_1["model"][key], after_5["model"][key]) for key in after_1["model"])
+
+
+def test_rewards_in_the_thousands_are_named_as_a_cause(settings, tmp_path):
+    # exp(A/τ) overflows, whatever the learning rate.
+    path = write_task(tmp_path, DENSE_TASK.replace("return sum(", "return 5000 * sum("))
+    with pytest.raises(RunStopped, match="scale rewards that are far from 1"):
+        train(tmp_path, script="red_weight", **{**settings, "task": f"{path}:Digits"}, num_steps=6)
 
 
 def test_a_run_whose_last_update_ruined_the_weights_saves_no_model(settings, tmp_path, capsys):

@@ -8,7 +8,7 @@ update j. With I = `sync_interval` and O = `sync_offset`, batch k is sampled wit
 (I, O) = (1, 0) is on-policy training; with (1, 1), one step off-policy, batch k + 1 can be sampled while batch k is
 trained on (Pan et al., Trinity-RFT, arXiv 2505.17826).
 
-Batch k follows from (seed, k) and the weights alone, so resuming a run needs no generator's state.
+With `TransformersSampler`, batch k depends only on (seed, k) and the weights: resuming needs no generator's state.
 """
 
 import time
@@ -61,7 +61,7 @@ class Sampler:
         raise NotImplementedError
 
     def sample(self, prompts, group_size, seeds):
-        """Sample `group_size` responses to each prompt (token ids), which depend on weights and arguments alone.
+        """Sample `group_size` responses to each prompt (token ids); with transformers, weights and arguments fix them.
 
         `seeds` has one number below 2⁶³ per prompt, at least `group_size` apart. Returns `Samples`; raises `RunStopped`
         where weights or logits are not finite.
@@ -115,11 +115,11 @@ class Plan:
         return version_of_batch(k, self.sync_interval, self.sync_offset)
 
     def batches_of(self, version):
-        """Also those past the last step of this run: a run that is extended later must not differ from a long one."""
+        """Includes batches past the last step, so that a run extended later equals one that was long from the start."""
         return batches_of_version(version, self.sync_interval, self.sync_offset)
 
     def shows_mismatch_only_now(self, k):
-        """Whether batch k is the first of a version that has none with lag 0; with lag 0, training shows a mismatch."""
+        """Whether batch k is the first of a version all of whose batches lag. (At lag 0, training shows a mismatch.)"""
         return self.version(k) < k - 1 and k == self.batches_of(self.version(k))[0]
 
     def seeds(self, k):

@@ -28,11 +28,11 @@ START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before th
 class OverlappedRollouts:
     """Delivers the batches of `rollouts.SerialRollouts` from a process that samples while the trainer trains.
 
-    A context manager: the process lives inside the context, and no longer than the trainer, however that ends. There,
-    `make_sampler`, which can be pickled, is called and returns a `Sampler` with this `temperature` and `precision`. If
-    `verified`, it copies the weights of `model` and must show that it uses them (`verify.deliver`). It counts as hung
-    after `timeout` seconds without a decoded token while the trainer waits. `environment` has further variables for it.
-    Methods raise `RunStopped` where it has died or hangs, `BadInput` where its sampler cannot start.
+    A context manager: the process runs inside the context, and ends with the trainer, however that ends. It calls
+    `make_sampler` (picklable), which returns a `Sampler` with this `temperature` and `precision`. `verified` means that
+    the sampler copies the weights of `model` and must pass `verify.deliver`. The process gets the extra variables in
+    `environment`, and counts as hung after `timeout` seconds without a decoded token while the trainer waits. Methods
+    raise `RunStopped` if it has died or hangs, `BadInput` if its sampler cannot start.
     """
 
     def __init__(self, model, make_sampler, plan, temperature, precision, timeout, verified=False, environment=None):
@@ -53,7 +53,7 @@ class OverlappedRollouts:
         self.connection, its_end = context.Pipe()
         arguments = (its_end, self.weights, self.make_sampler, self.plan)
         self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
-        # That a killed engine has semaphores needs no warning. And Ctrl-C reaches both; it is for the trainer alone.
+        # No warning about semaphores that a killed engine leaves. Ctrl-C reaches both processes; only the trainer acts.
         environment = {"PYTHONWARNINGS": "ignore:resource_tracker", **self.environment}
         with contextlib.ExitStack() as restored, patch.dict(os.environ, environment):
             for number in STOP_SIGNALS:
@@ -81,7 +81,7 @@ class OverlappedRollouts:
         version = self.plan.version(step)
         if version > self.published:
             raise RuntimeError(f"batch {step} needs version {version}, but the newest is {self.published}")
-        while step not in self.waiting or not self.inbox.empty():  # a failure counts, though batches may be waiting
+        while step not in self.waiting or not self.inbox.empty():  # a failure counts even if the batch is already here
             self._accept(self._receive())
         batch = self.waiting.pop(step)
         if self.plan.shows_mismatch_only_now(step):
@@ -137,7 +137,7 @@ class OverlappedRollouts:
 
     def _order(self, slot, version, **work):
         manifest = describe(self.model, version, self.precision) if self.verified else None
-        with contextlib.suppress(OSError):  # it has died; that is reported where its answer is missed
+        with contextlib.suppress(OSError):  # the process has died; `_receive` will report it
             self.connection.send((slot, version, manifest, work))
 
     def _receive(self):

@@ -15,7 +15,7 @@ MOST_SEQUENCES = 256  # decoded at a time, to bound the cache: 256 × 1,170 toke
 
 
 def inverse_cdf(logprobs_BV, uniform_B1):
-    """The ids that uniform numbers in [0, 1), float64, stand for under exp(logprobs_BV), one per row: int64 [B, 1].
+    """Sample one id per row from exp(logprobs_BV), with one uniform number in [0, 1), float64, each: int64 [B, 1].
 
     An id's share of [0, 1) is its probability. Faster than `torch.multinomial`, which needs one number per id and row.
     """
@@ -23,8 +23,8 @@ def inverse_cdf(logprobs_BV, uniform_B1):
     total_B1 = cumulative_BV[:, -1:].contiguous()  # 1, but for rounding
     # The first id whose cumulative probability is above the number: it must have added something itself.
     token_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True)
-    # The product may round up to the total, which no id is above: then the last id that added something. Nothing is
-    # above or equal to NaN either; any id will do there, as long as it is one.
+    # The product may round up to the total, which nothing exceeds: then take the last id that added something. With
+    # NaN nothing is found either; any valid id will do.
     last_B1 = torch.searchsorted(cumulative_BV, total_B1).clamp(max=logprobs_BV.shape[-1] - 1)
     return torch.minimum(token_B1, last_B1)
 
@@ -32,7 +32,7 @@ def inverse_cdf(logprobs_BV, uniform_B1):
 class TransformersSampler(Sampler):
     """Batched decoding with a key-value cache. `model` is not copied: its weights during a call are the policy.
 
-    `eos_ids` end a response; one still open after `max_tokens` is `truncated`, and no EOS is invented for it.
+    `eos_ids` end a response; one without EOS after `max_tokens` tokens is `truncated`, and no EOS is appended.
     `temperature` divides the logits; `precision` is "float32" or "bfloat16" (autocast).
     """
 

@@ -6,7 +6,7 @@ Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copi
 - The canary, at start-up, notices tensors that never reach the engine's arithmetic: with strongly perturbed weights its
   log-probs must equal the trainer's.
 - Probes, at every sync, notice an engine that only sometimes goes wrong. They are log-probs of a few fixed tokens; one
-  update at a learning rate of 1e-6 moves them by less than bfloat16 rounds.
+  update at a learning rate of 1e-6 moves them by less than the rounding error of bfloat16.
 """
 
 import time
@@ -23,7 +23,7 @@ from common.logprobs import token_logprobs
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """largest mean difference (nats per probe token) with equal weights. Small models: 3e-6 in float32, 0.1 in bfloat16. A
-matrix that does not arrive costs 0.04 to 2, a bias 0.01: float32 reveals every tensor, bfloat16 the coarse failures"""
+missing matrix adds 0.04 to 2, a missing bias 0.01: float32 reveals every tensor, bfloat16 only gross failures"""
 
 
 @dataclass
@@ -90,8 +90,8 @@ def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
 def deliver(sampler, tensors, manifest):
     """Give `tensors`, a dict by parameter name, to the sampler and verify them; called in the sampler's process.
 
-    Raises `RunStopped`, naming the version and, where known, the tensors, unless they are what the manifest says and
-    the sampler computes with them. Returns metrics: seconds to describe, load and verify, and GB/s of loading.
+    Unless the tensors match the manifest and the sampler computes with them, raises `RunStopped`, which names the
+    version and, if known, the tensors. Returns metrics: seconds to describe, load and verify, and GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
@@ -135,7 +135,7 @@ def canary(sampler, model, precision):
 
 @contextmanager
 def perturbed(model, names, strength=0.5):
-    """Inside, the named parameters are off by random numbers of `strength` times their own size; then as before."""
+    """Context with noise added to the named parameters, `strength` times their RMS; restores them at the end."""
     parameters = dict(model.named_parameters())
     saved = {name: parameters[name].detach().clone() for name in names}
     generator = torch.Generator().manual_seed(1)

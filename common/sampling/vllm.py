@@ -20,11 +20,11 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**4
 
 
 def make_vllm_sampler(model, revision, threads, *options, beside=None):
-    """A `VllmSampler` that follows its weights, or else `RunStopped` (`verify.canary`); made in the engine's process.
+    """Make a `VllmSampler` in the engine's process and run `verify.canary`, which raises `RunStopped` if it fails.
 
-    `options` are its own; `beside` is the trainer's model if it computes here, too. `BadInput` where it cannot start.
+    `options` go to `VllmSampler`; `beside` is the trainer's model if it is in this process. `BadInput` if vLLM fails.
     """
-    use_threads(threads)  # on a CPU, vLLM keeps PyTorch's number as it finds it
+    use_threads(threads)  # vLLM uses the thread count that PyTorch has at this point
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:
         beside = load_model(model, revision, torch.device("cpu"), sampler.precision)  # a GPU is full by now
@@ -88,7 +88,7 @@ class VllmSampler(Sampler):
                 enable_chunked_prefill=not current_platform.is_cpu(),
                 **sharing,
             )
-            self.score([[0, 0]])  # some of what an engine cannot do shows with the first request only
+            self.score([[0, 0]])  # some failures show only with the first request
         except Exception as error:  # as varied as models, memories and machines
             how = "give one that vLLM supports and that fits (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out"
             raise BadInput(f"--engine vllm cannot start with this model ({_reason(error)}): {how}.") from error
@@ -98,7 +98,7 @@ class VllmSampler(Sampler):
         return samples
 
     def greedy(self, prompts):
-        """As the base class says; log-probs are those at temperature 1, greedy decoding in vLLM has no other."""
+        """As in `Sampler`, but log-probs are at temperature 1: vLLM's greedy decoding reports no others."""
         outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
         return self._samples([outputs[p] for p in range(len(prompts))])
 
@@ -150,7 +150,7 @@ class VllmSampler(Sampler):
             raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
 
     def sleep(self):
-        """Weights, keys and values are given up, not kept elsewhere: `use_weights` must come before anything else."""
+        """Discards weights, keys and values, without a backup: `use_weights` must come before anything else."""
         if self.can_sleep:
             _or_stop(lambda: self.llm.sleep(level=2), "did not fall asleep")
             self.asleep = True
@@ -164,7 +164,7 @@ class VllmSampler(Sampler):
             temperature=temperature,
             seed=seed,  # the group's i-th response gets seed + i
             max_tokens=self.max_tokens,
-            stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses ids that never come
+            stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses unknown ids
             ignore_eos=True,  # the ids above are all there are
             logprobs=0,  # of the sampled token, and of no others: a flat list of them
             flat_logprobs=True,

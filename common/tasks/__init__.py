@@ -43,8 +43,8 @@ class Task:
     def reward(self, problem, response):
         """The reward of one response (text without special tokens), a float.
 
-        Or a dict with at least "reward", whose other entries are logged as means over the batch. Of a task whose reward
-        is more than correctness, evaluation reports "accuracy" if it is among them.
+        Or a dict of "reward" and other values, which are logged as means over the batch. If the reward is more than
+        correctness, include "accuracy": evaluation then reports it.
         """
         raise NotImplementedError
 
@@ -101,7 +101,7 @@ class ProblemSet:
 
         Returns `(grades, texts)`: per response a dict of floats with "reward" and whatever else the task reports, and
         the decoded text. Raises `RunStopped` when the reward function raises or returns something not finite, and
-        `BadInput` for a value that is called like one of the log's.
+        `BadInput` for a value named like one of the log's metrics.
         """
         problems, name = [self.problems[number] for number in numbers], type(self.task).__name__
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
@@ -122,9 +122,9 @@ class ProblemSet:
                 grade = {}
             if "reward" not in grade or not all(map(math.isfinite, grade.values())):
                 what = f"{name} gave the reward {result!r} to the response {text!r} to {problem!r}"
-                raise RunStopped(f'{what}; it must be a finite number, or a dict of such with "reward".')
+                raise RunStopped(f'{what}; it must be a finite number, or a dict of finite numbers with "reward".')
             if taken := [key for key in grade if key in RESERVED or ("/" in key and not key.startswith("grade/"))]:
-                raise BadInput(f"--task {name} reports {taken[0]!r}, a name of the log's own: give it another one.")
+                raise BadInput(f"--task {name} reports {taken[0]!r}, a name that the log itself uses: rename it.")
             grades.append(grade)
         return grades, texts
 

@@ -1,9 +1,9 @@
 r"""Grade free-form maths answers with math-verify, in a worker process that no answer can hang.
 
 math-verify evaluates what a model wrote, and a model may write `9^{9^9}`. Its own time limits are Python signal
-handlers, which never run while one big-integer operation is under way. So the worker, this file run as a script (with
-`multiprocessing`, it would import torch), imports math-verify once and forks a child for each batch, under a CPU timer
-whose signal kills it. The parent takes that answer for wrong and sends the rest of the batch again.
+handlers, which cannot run during a big-integer operation. So a worker, this file run as a script (`multiprocessing`
+would make it import torch), imports math-verify once and forks a child per batch. A CPU timer kills the child at an
+answer that takes too long. The parent counts that answer as wrong and sends the rest of the batch again.
 """
 
 import json
@@ -92,7 +92,7 @@ class MathGrader:
             self.close()
             if time.monotonic() >= deadline:
                 verdicts = verdicts.ljust(len(pairs), OUT_OF_TIME)
-            elif died_at == len(verdicts):  # whoever killed the worker, an answer gets a second chance, but no third
+            elif died_at == len(verdicts):  # the worker has died twice at this answer, whatever killed it
                 verdicts += WRONG
             died_at = len(verdicts)
         return verdicts
@@ -192,7 +192,7 @@ def _same(gold, part):
 
 
 def _tidy(text):
-    """Rewrite what math-verify 0.9 misreads: the comments say how it would read the text as it stands."""
+    """Rewrite what math-verify 0.9 misreads. A comment "x: y" means that it would read x as y."""
 
     def repeating(match):  # 0.1\overline{6}: 0.16. Digits before the point, after it, and repeated: abc − ab over 9…0….
         a, b, c = match.groups()

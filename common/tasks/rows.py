@@ -13,9 +13,9 @@ HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # JSON can spell one, but no to
 
 
 def read_rows(source, option, columns):
-    """Read rows that have a non-empty string, or a number, which becomes one, in each of `columns`.
+    """Read rows that have a non-empty string in each of `columns`; numbers are turned into strings.
 
-    `source` is a JSONL or Parquet file, or one with a JSON array; or a directory or hub name that `load_dataset`
+    `source` is a JSONL, JSON (one array) or Parquet file, or a directory or hub name that `load_dataset`
     accepts, with a configuration after a colon ("openai/gsm8k:main"). Returns `(rows, test_rows)`, lists of dicts;
     `test_rows` is empty where the source has no split called "test". Raises `BadInput`, which names the `option` and,
     if one is malformed, the row.
@@ -45,13 +45,13 @@ def read_rows(source, option, columns):
 def _load(source):
     """The rows of each split."""
     if os.path.isfile(source) and not source.endswith(".parquet"):
-        # By hand, since pyarrow makes timestamps of dates, misses row numbers, and crashes on lines of null.
+        # By hand: pyarrow turns dates into timestamps, reports no row numbers, and crashes on null lines.
         return {"train": _json_rows(Path(source).read_text(encoding="utf-8-sig"))}
     import datasets  # takes over a second, and few runs need it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the exceptions say it all
-    # What is local is read afresh, in memory: a cache takes an edited file for the old one if size and time agree.
+    # Local data is read afresh, in memory: a cache mistakes an edited file for the old one if size and time agree.
     with tempfile.TemporaryDirectory() as cache:
         local = {"cache_dir": cache, "keep_in_memory": True}
         if os.path.isfile(source):
