@@ -240,12 +240,27 @@ def test_what_was_logged_after_the_last_checkpoint_is_written_again(place, unint
     assert_same_run(run_dir, expected)
 
 
+SLOW_TASK = '''
+import time
+from dense import Digits
+
+
+class Slow(Digits):
+    """Takes its time, so that a signal meets a running step on a busy machine, too."""
+
+    def reward(self, problem, response):
+        time.sleep(0.03)
+        return super().reward(problem, response)
+'''
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(number, place, uninterrupted, tmp_path):
     _, settings = place
     expected = uninterrupted((3, 2))
     run_dir, log = tmp_path / "a run that's interrupted", tmp_path / "log"
-    never = {"checkpoint_interval": 50, "sync_interval": 3, "sync_offset": 2}
+    slow = f"{write_task(place[0], SLOW_TASK, 'slow.py')}:Slow"
+    never = {"checkpoint_interval": 50, "sync_interval": 3, "sync_offset": 2, "task": slow}
     process = start(options(tmp_path, run_dir.name, **{**settings, **never}), log)
     wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
     os.kill(process.pid, number)
@@ -271,7 +286,8 @@ def test_when_nobody_can_read_its_output_a_run_still_writes_its_checkpoint(reade
     _, settings = place
     expected = uninterrupted((1, 0))
     run_dir = tmp_path / "run"
-    argv = [sys.executable, grpo.__file__, *options(tmp_path, **{**settings, "checkpoint_interval": 50})]
+    slow = f"{write_task(place[0], SLOW_TASK, 'slow.py')}:Slow"
+    argv = [sys.executable, grpo.__file__, *options(tmp_path, **{**settings, "checkpoint_interval": 50, "task": slow})]
     if reader == "terminal":
         pid, terminal = pty.fork()
         if pid == 0:
