@@ -48,9 +48,8 @@ def run(main, Args, script):
         check(args)
         main(args)
     except (BadInput, RunStopped, OSError, SafetensorError) as error:
-        message = " ".join(
-            (str(error) or repr(error)).split()
-        )  # messages of libraries, quoted in ours, may have several lines
+        # Messages of libraries, quoted in ours, may have several lines.
+        message = " ".join((str(error) or repr(error)).split())
         print(f"{Path(script).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 

@@ -178,9 +178,10 @@ def load_problems(task, split, tokenizer, max_prompt_tokens):
         prompts = [problem["prompt"] for problem in problems]
         texts = [as_text(prompt) for prompt in prompts]
         token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-        plain = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
-        for special in tokenizer([texts[plain[0]]])["input_ids"] if plain else []:
-            front = special[: special.index(token_ids[plain[0]][0])]
+        plain = next((number for number, prompt in enumerate(prompts) if isinstance(prompt, str)), None)
+        if plain is not None:
+            (special,) = tokenizer([texts[plain]])["input_ids"]
+            front = special[: special.index(token_ids[plain][0])]
             token_ids = [front * isinstance(p, str) + ids for p, ids in zip(prompts, token_ids, strict=True)]
     except Exception as error:  # the task's own, no chat template, one that refuses a message, …
         what = f"that the chat template of --model {tokenizer.name_or_path} takes, but: {error!r}"

@@ -186,7 +186,7 @@ def _same(gold, part):
         return bool(values) and getattr(values[0], "is_number", False)
 
     # Of 17 = 18, math-verify would see the 18 only.
-    gold_values, sides = read(gold), [read(side) for side in part.split("=")]
+    gold_values, sides = read(gold), [read(side) for side in part.split("=")] if "=" in part else []
     numbers = [side for side in sides if is_number(side) and is_number(gold_values)]
     return all(equal(gold_values, number) for number in numbers) and equal(gold_values, read(part))
 
