@@ -42,6 +42,7 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import tyro
@@ -84,13 +85,25 @@ class Args:
     trl_batch_size: tuple[int, ...] = (64, 128)
     """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128 and 256 with the
     policies of the first and the last stage"""
+    model: str = DEFAULTS.model
+    """as in grpo.py, like the options below; another model is timed as it is, with --stages 0"""
+    task: str = DEFAULTS.task
+    prompts_per_step: int = DEFAULTS.prompts_per_step
+    max_response_tokens: int = DEFAULTS.max_response_tokens
+    max_tokens_per_microbatch: int = DEFAULTS.max_tokens_per_microbatch
+    device: Literal["cpu", "cuda"] = "cpu"
+    precision: Literal["float32", "bfloat16"] = "float32"
     output: Path = reporting.RESULTS / "step_time"
     """where report, JSON and CSV go"""
 
 
-def make_stages(stages, directory):
+WORK = ("task", "prompts_per_step", "max_response_tokens", "device", "precision")
+"""options that both sides are given"""
+
+
+def make_stages(model, stages, directory):
     """Make the default run up to the last stage, and keep its policy after each. Returns {stage: model directory}."""
-    directories = {0: location(DEFAULTS.model)}
+    directories = {0: location(model)}
     options = ["--output", directory, "--name", "default", "--device", "cpu", "--precision", "float32"]
     for stage in stages[1:]:
         run_child([str(ROOT / "grpo.py"), "--num-steps", str(stage), *options], threads=2)
@@ -100,22 +113,22 @@ def make_stages(stages, directory):
     return directories
 
 
-def run_grpo(model, threads, reference, steps, directory):
+def run_grpo(work, model, threads, reference, steps, directory, microbatch):
     """Run `grpo.py` for a few steps. Returns a list of `MEASURED` per step, warm-up included."""
-    options = {
-        "model": model, "threads": threads, "num-steps": steps, "learning-rate": LEARNING_RATE, "device": "cpu",
-        "precision": "float32", "eval-size": 1, "eval-interval": steps, "checkpoint-interval": steps,
+    options = work | {
+        "model": model, "threads": threads, "num_steps": steps, "learning_rate": LEARNING_RATE, "eval_size": 1,
+        "eval_interval": steps, "checkpoint_interval": steps, "max_tokens_per_microbatch": microbatch,
         "output": directory, "name": "run",
     }  # fmt: skip
     command = [str(ROOT / "grpo.py"), "--reference-kl" if reference else "--no-reference-kl"]
-    run_child(command + [f"--{name}={value}" for name, value in options.items()], threads)
+    run_child(command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()], threads)
     keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups")
     return [[record[key] for key in keys] for record in reporting.read_steps(f"{directory}/run")]
 
 
-def run_trl(model, threads, reference, steps, directory, batch_size):
+def run_trl(*arguments):
     """Run `train_with_trl` in a process of its own. Returns a list of `MEASURED` per step, warm-up included."""
-    arguments = [model, threads, reference, steps, directory, batch_size]
+    threads, directory = arguments[2], arguments[5]
     run_child([__file__, "--trl-child", json.dumps(arguments)], threads)
     return json.loads(Path(directory, "steps.json").read_text())
 
@@ -129,7 +142,7 @@ def run_child(command, threads):
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
-def train_with_trl(model, threads, reference, steps, directory, batch_size):
+def train_with_trl(work, model, threads, reference, steps, directory, batch_size):
     """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json` into `directory`."""
     from datasets import Dataset  # the parent process needs none of this
     from transformers import TrainerCallback
@@ -137,15 +150,17 @@ def train_with_trl(model, threads, reference, steps, directory, batch_size):
 
     use_threads(threads)
     tokenizer = load_tokenizer(model)
-    task = load_task(DEFAULTS.task)
+    task = load_task(work["task"])
     problems = load_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens).problems
-    P, G = DEFAULTS.prompts_per_step, DEFAULTS.group_size
+    P, G = work["prompts_per_step"], DEFAULTS.group_size
     order = [i for k in range(1, steps + 1) for i in problems_of_batch(k, len(problems), P, DEFAULTS.seed)]
     dataset = Dataset.from_list([{"prompt": problems[index]["prompt"], "problem": index} for index in order])
     records = []
 
     def reward(completions, completion_ids, problem, **_):
-        rewards = task.rewards([problems[index] for index in problem], completions)
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        rewards = task.rewards([problems[index] for index in problem], texts)
+        rewards = [reward["reward"] if isinstance(reward, dict) else reward for reward in rewards]
         equal = [len(set(rewards[i : i + G])) == 1 for i in range(0, len(rewards), G)]
         records.append([statistics.mean(map(len, completion_ids)), statistics.mean(rewards), statistics.mean(equal)])
         return rewards
@@ -161,14 +176,14 @@ def train_with_trl(model, threads, reference, steps, directory, batch_size):
 
     config = GRPOConfig(
         output_dir=directory,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=work["device"] == "cpu",
+        bf16=work["precision"] == "bfloat16",
         gradient_checkpointing=False,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=P * G // batch_size,  # micro-batches per update; they share one batch
         num_generations=G,
-        max_completion_length=DEFAULTS.max_response_tokens,
+        max_completion_length=work["max_response_tokens"],
         temperature=DEFAULTS.temperature,
         top_p=1.0,
         top_k=0,
@@ -199,15 +214,18 @@ def main(args):
     total = args.rounds * len(args.stages) * len(settings)
     with tempfile.TemporaryDirectory() as home, tqdm(total=total, unit="run") as bar:
         bar.set_postfix_str("the default run, for its policies")
-        models = make_stages(args.stages, home)
+        work = {name: getattr(args, name) for name in WORK}
+        models = make_stages(args.model, args.stages, home)
         for round in range(args.rounds):
             for stage in args.stages:
                 for threads, name in settings:
                     bar.set_postfix_str(f"{name}, {threads} thread(s), policy after step {stage}")
                     is_trl, reference = VARIANTS[name]
-                    batch_size = [args.trl_batch_size[args.threads.index(threads)]] if is_trl else []
+                    microbatch = args.max_tokens_per_microbatch
+                    if is_trl:
+                        microbatch = args.trl_batch_size[args.threads.index(threads)]
                     with tempfile.TemporaryDirectory() as directory:
-                        arguments = (models[stage], threads, reference, args.steps, directory, *batch_size)
+                        arguments = (work, models[stage], threads, reference, args.steps, directory, microbatch)
                         measured[threads, name, stage, round] = (run_trl if is_trl else run_grpo)(*arguments)
                     bar.update()
     rows = [[*key, k, *values] for key, steps in measured.items() for k, values in enumerate(steps, start=1)]
@@ -230,7 +248,7 @@ def write_text(measured, settings, args, load):
     seconds = {setting: value[..., 0] for setting, value in values.items()}
 
     def whole_run(per_stage):
-        return np.trapezoid(per_stage, args.stages, axis=0)
+        return np.trapezoid(per_stage, args.stages, axis=0) if len(args.stages) > 1 else per_stage[0]
 
     rows, results = [], []
     for threads, name in settings:
@@ -262,8 +280,9 @@ backward pass, and TRL a full one.
 {reporting.table(["policy after step", "response length (tokens)", "reward", "groups with equal rewards"], policies)}
 
 {args.rounds} rounds of short runs that took turns, {args.steps - WARM_UP} steps of each after warm-up, at a learning
-rate of {LEARNING_RATE:g}. P = {DEFAULTS.prompts_per_step}, G = {DEFAULTS.group_size}, at most
-{DEFAULTS.max_response_tokens} tokens, float32; TRL in micro-batches of {" and ".join(map(str, args.trl_batch_size))}.
+rate of {LEARNING_RATE:g}. Model {args.model}, task {args.task}, P = {args.prompts_per_step}, G = {DEFAULTS.group_size},
+at most {args.max_response_tokens} tokens, {args.precision} on {args.device}; TRL in micro-batches of
+{" and ".join(map(str, args.trl_batch_size))}.
 Load average when started: {load:.2f} (of other work; 0 is an idle machine).
 """
     return text, results

