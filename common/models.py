@@ -28,9 +28,9 @@ def choose_device(name, precision, engine):
         raise BadInput(f"--device {name} is not there, PyTorch sees {count} GPUs: give cpu, or install a driver.")
     if engine == "vllm":
         require_vllm(device.type)
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    return device, precision
+    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for each new shape: for each token
+    automatic = "bfloat16" if device.type == "cuda" else "float32"
+    return device, automatic if precision == "auto" else precision
 
 
 def require_vllm(device_type):

@@ -139,7 +139,26 @@ def _rows():
     return _json("default_run/default_run.json")["rows"]
 
 
+def on_gpu(contestant, live=1.0):
+    """Milliseconds and MiB of log-probs and gradients on a GPU, peaked logits left aside."""
+    cases = _json("on_gpu/logprobs/results.json")["gpu"]["cases"]
+    (case,) = (case for case in cases if (case["logits"], case["live"]) == ("flat", live))
+    row = case["contestants"][contestant]
+    return f"{1e3 * min(row['seconds']):.0f} ms", f"{row['extra_memory_bytes'] / 2**20:,.0f} MiB"
+
+
+def gpu_step_time():
+    rows = _json("on_gpu/step_time/step_time.json")["summary"]
+    (speed,) = (row["speed_relative_to_trl"] for row in rows if row["variant"] == "grpo.py")
+    return f"{speed:.2f}"
+
+
 NUMBERS = {
+    "gpu.ours": lambda: " and ".join(on_gpu("this repository")),
+    "gpu.plain": lambda: " and ".join(on_gpu("plain")),
+    "gpu.trl": lambda: " and ".join(on_gpu("TRL")),
+    "gpu.half": lambda: f"{on_gpu('this repository', 0.5)[0]} against TRL's {on_gpu('TRL', 0.5)[0]}",
+    "gpu.step_time": gpu_step_time,
     "num_steps": lambda: default("num_steps"),
     "batch_size": lambda: str(grpo.Args.prompts_per_step * grpo.Args.group_size),
     "sampler_timeout": lambda: default("sampler_timeout"),
