@@ -209,7 +209,9 @@ def main(args):
     with tempfile.TemporaryDirectory() as directory:
         text, run_dir = part(args, directory)
         name = args.part if args.engine == "transformers" else f"{args.part}_{args.engine}"
-        reporting.write_report(args.output / f"{name}.md", text, reporting.environment_of(run_dir))
+        reporting.write_report(
+            args.output / f"{name}.md", text, reporting.environment_of(run_dir).replace(directory, "DIRECTORY")
+        )
 
 
 if __name__ == "__main__":

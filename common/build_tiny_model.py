@@ -6,6 +6,10 @@ chained additions that are flawed on purpose. They ramble ("hmm,"), doubt and re
 a digit, and go on checking after the answer. The result is right about a third of the time and too long-winded, which
 leaves reinforcement learning something to find: fewer than one text in ten is the short, correct solution it ends with.
 
+With `--hasty`, a share of the examples states the answer at once, without any work. The model cannot add in its head,
+so what it says at once is wrong as a rule; such a model has to discover that working it out pays (see
+`benchmarks/sync_modes.py`, which builds one from the embedded model).
+
 The output, `common/tiny_model/`, is an ordinary Hugging Face model directory: weights, configuration, tokenizer with a
 chat template. Same seed, machine and versions give the same weights, bit for bit (`benchmarks/rebuild_tiny_model.py`
 checks it).
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, `common` is not yet importable
 
@@ -56,12 +60,18 @@ class Args:
     """probability that a step's result is off by one or ten"""
     recheck: float = 0.58
     """probability of starting all over after an answer"""
+    hasty: float = 0.0
+    """probability of answering at once instead"""
+    start: Path | None = None
+    """directory of a model to train on, with its tokenizer; a new one unless given"""
     max_solution_tokens: int = 64
     """longer solutions are cut, so the model never sees them end"""
 
 
 def flawed_solution(terms, rng, args):
     """One rambling worked solution of `terms[0] + terms[1] + …` as text, right or wrong."""
+    if args.hasty and rng.random() < args.hasty:
+        return f" answer {sum(terms)}."
     words = []
     while True:
         total = terms[0]
@@ -117,7 +127,7 @@ def main(args):
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
-    tokenizer = build_tokenizer(rng, args)
+    tokenizer = AutoTokenizer.from_pretrained(args.start) if args.start else build_tokenizer(rng, args)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -132,7 +142,7 @@ def main(args):
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    model = Qwen3ForCausalLM(config)
+    model = Qwen3ForCausalLM.from_pretrained(args.start) if args.start else Qwen3ForCausalLM(config)
     print(sum(p.numel() for p in model.parameters()), len(tokenizer))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
     for step in (bar := tqdm(range(args.steps), desc="warm start")):
