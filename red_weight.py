@@ -17,7 +17,8 @@ where N is the number of response tokens in the whole batch. What each term is f
 - This leaves the data distribution to our choice. Weighting by exp(A/τ) tilts the sampled distribution towards good
   responses: imitating the good counts for more than avoiding the bad. Avoiding the bad is what leads REINFORCE astray
   on old data, since a probability can be pushed down without end.
-- τ sets how strongly: τ → ∞ is plain REINFORCE with a group baseline, small τ keeps the best responses only.
+- τ sets how strongly. With rewards 0 and s, a wrong response has exp(−s/τ) times the weight of a right one, whatever r̄
+  is: all of it for τ → ∞, which is plain REINFORCE with a group baseline, and next to nothing for small τ.
 
 Differences from the paper and the authors' code (Trinity-RFT, `rec_policy_loss.py`):
 - 1/N is a mean over the tokens of the whole batch. Their code averages within each micro-batch, so that a token's

@@ -1,10 +1,14 @@
-"""The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, three seeds each.
+"""The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, five seeds each.
 
-    python benchmarks/algorithms.py             nine runs on the embedded task, two at a time, one thread each
+    python benchmarks/algorithms.py             25 runs on the embedded task, two at a time, one thread each; an hour
     python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
 
-Writes `figure.png`, `curves.csv` and `report.md`, which compares our curves with the published ones. Repeat the command
-to continue where it was stopped.
+RED-Weight has τ = 1, as in its authors' code. As an ablation, it is also trained with τ = 0.25 and 0.125. A response's
+weight is exp(A/τ); with rewards 0 and s, a wrong response has exp(−s/τ) times the weight of a right one in its group,
+whatever the group's mean: 0.37 for s/τ = 1, 0.018 for 4, and 0.0003 for 8, where little but imitation is left.
+
+Writes `figure.png`, `tau.png`, `curves.csv` and `report.md`, which compares our curves with the published ones. The
+setting was chosen by `scans.py`, on other seeds. Repeat the command to continue where it was stopped.
 
 Options it does not know go to the training scripts, so the same command is the recipe for other models and data:
     python benchmarks/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs runs/algorithms-3b \
@@ -28,7 +32,9 @@ from benchmarks.reporting import column, table, yes
 
 SYNC_INTERVAL = 20
 SCRIPTS = {"GRPO": "grpo", "REC-OneSide-NoIS (0.2)": "rec_oneside_nois", "RED-Weight": "red_weight"}
-COLOURS = dict(zip(SCRIPTS, ("tab:green", "tab:purple", "tab:orange"), strict=True))
+RED = list(SCRIPTS)[2]
+TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (0.25, 0.125)}
+COLOURS = dict(zip([*SCRIPTS, *TAUS], ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue"), strict=True))
 PANELS = {
     "reward/mean": "Training Reward",
     "kl/ref_k2": "KL Divergence",
@@ -46,7 +52,7 @@ class Args:
     """of all runs; the scripts' default is for fresh batches, and too high for batches up to 19 updates old"""
     prompts_per_step: int = 8
     """P; with groups of 8, 64 rollouts a step"""
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of each algorithm"""
     jobs: int = 2
     """how many runs at a time, one thread each"""
@@ -64,17 +70,32 @@ def main(args, script_options):
         reporting.use_quick_directories(args, Args.output)
     options = ["--sync-interval", str(SYNC_INTERVAL), "--threads", "1", "--serial"]
     options += ["--prompts-per-step", str(args.prompts_per_step), "--learning-rate", str(args.learning_rate)]
-    names = {(label, seed): f"{script}-{seed}" for seed in args.seeds for label, script in SCRIPTS.items()}
+    curves = {label: (script, []) for label, script in SCRIPTS.items()}
+    curves |= {label: (SCRIPTS[RED], ["--tau", str(tau)]) for label, tau in TAUS.items()}
+    names = {
+        (label, seed): "-".join([script, *own[1:], str(seed)])
+        for seed in args.seeds
+        for label, (script, own) in curves.items()
+    }
     runs = [
-        Run(name, SCRIPTS[label], ["--seed", str(seed), *options, *script_options])
+        Run(name, curves[label][0], ["--seed", str(seed), *curves[label][1], *options, *script_options])
         for (label, seed), name in names.items()
     ]
     run_all(runs, args.steps, args.runs, args.jobs)
 
-    groups = {label: [reporting.read_steps(args.runs / names[label, seed]) for seed in args.seeds] for label in SCRIPTS}
-    reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS)
-    reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", *PANELS])
-    report = write_text(groups, args, script_options)
+    everything = {
+        label: [reporting.read_steps(args.runs / names[label, seed]) for seed in args.seeds] for label in curves
+    }
+    groups = {label: everything[label] for label in SCRIPTS}
+    marks = {
+        key: {label: list(zip((1, args.steps), values[script], strict=True)) for label, script in SCRIPTS.items()}
+        for key, values in json.loads(PUBLISHED.read_text())["curves"].items()
+    }
+    reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, published=marks)
+    ablation = {label: runs for label, runs in everything.items() if label.startswith(RED)}
+    reporting.plot_runs(args.output / "tau.png", ablation, COLOURS, PANELS)
+    reporting.write_curves(args.output / "curves.csv", everything, args.seeds, ["step", *PANELS])
+    report = write_text(groups, everything, args, script_options)
     reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
 
 
@@ -126,7 +147,13 @@ def observations(groups):
     ]
 
 
-def write_text(groups, args, script_options):
+def clipped(runs):
+    """Clipped tokens in the steps with the largest lag, just before a sync: plain, and weighted by 1 − p."""
+    late = [record for records in runs for record in records if record["lag"] == SYNC_INTERVAL - 1]
+    return [f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")]
+
+
+def write_text(groups, everything, args, script_options):
     published = json.loads(PUBLISHED.read_text())["curves"]
     curves = []
     for key, panel in PANELS.items():
@@ -137,21 +164,29 @@ def write_text(groups, args, script_options):
             change = f"{values[0]:.3f} → {values[-1]:.3f}"
             curves.append([panel, label, f"{start:g} → {end:g}", change, theirs, ours, yes(theirs == ours)])
     others = []
-    for label, runs in groups.items():
+    for label, runs in everything.items():
         accuracies = [column(records, "eval/accuracy")[-1] for records in runs]
-        clipped = np.mean([column(records, "ratio/clip_fraction").mean() for records in runs])
-        others.append(
-            [label, ", ".join(f"{a:.3f}" for a in accuracies), f"{np.mean(accuracies):.3f}", f"{clipped:.2%}"]
-        )
+        behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
+        others.append([label, ", ".join(f"{a:.3f}" for a in accuracies), f"{np.mean(accuracies):.3f}"])
+        others[-1] += [*clipped(runs), f"{behaviour:.3f}"]
+    rows, key = [], "kl/ref_k2"
+    for label in (RED, *TAUS):
+        ends = tenths(everything[label], key)
+        middle = np.array([column(records, key).max() for records in everything[label]])
+        rows.append([label, *(", ".join(f"{value:.3f}" for value in values) for values in (ends[:, -1], middle))])
+    answers, summary = reporting.compare(observations, groups, args.seeds)
     setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model and task"
     return f"""# Three algorithms at `sync_interval = {SYNC_INTERVAL}`
+
+{summary}
 
 ![figure](figure.png)
 
 `python benchmarks/algorithms.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
 {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}. Lines are means over seeds and
-bands their range, after a moving average over {reporting.SMOOTHING} steps. The model, the task and the scale of the
-reward are not those of the published figure: directions and orders can be compared, values cannot.
+bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are start and end of the published
+curves, on the right-hand scale. The model, the task and the scale of the reward are not those of the published figure:
+directions and orders can be compared, values cannot. [scan.md](scan.md) has all settings that were tried.
 
 ## Start and end of the curves
 
@@ -162,13 +197,27 @@ the spread of the changes between seeds.
 
 ## Observations from the published figure, and whether they hold here
 
-{reporting.compare(observations, groups, args.seeds)}
+An answer is that for the means over seeds if at least four in five seeds agree. The last columns show what one would
+have said had the runs been shorter.
+
+{answers}
 
 ## Accuracy and clipping
 
-Held-out accuracy (greedy) after training, and the share of response tokens whose gradient was clipped, over all steps.
+Held-out accuracy (greedy) after training. Clipped: the share of response tokens whose gradient was clipped in the steps
+just before a sync, where the lag is largest; "weighted" counts a token by 1 − p, to which its gradient is proportional.
+The last column is the largest KL(sampler ‖ policy) of a batch, the mean over seeds.
 
-{table(["algorithm", "accuracy per seed", "mean accuracy", "clipped tokens"], others)}
+{table(["curve", "accuracy per seed", "mean", "clipped", "clipped, weighted", "largest behaviour KL"], others)}
+
+## An ablation: RED-Weight's τ
+
+A wrong response has exp(−s/τ) times the weight of a right one in its group, where s is the scale of the rewards, here
+1: 0.37, 0.018 and 0.0003 for the three values. KL to the initial policy, by seed:
+
+![reward, KL, entropy and length for three values of τ](tau.png)
+
+{table(["curve", "last tenth of the run", "largest of a step"], rows)}
 """
 
 

@@ -54,8 +54,12 @@ def use_quick_directories(args, default_output):
 
 
 def new_figure(labels, x_label, **options):
-    """A figure of panels side by side, one per label of a y-axis; returns figure and axes."""
-    figure, axes = plt.subplots(1, len(labels), figsize=(3.8 * len(labels), 3.7), layout="constrained", **options)
+    """A figure of panels, one per label of a y-axis, four of them in two rows; returns figure and axes."""
+    shape, size = (1, len(labels)), (3.8 * len(labels), 3.7)
+    if len(labels) == 4:
+        shape, size = (2, 2), (9.5, 7)
+    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", **options)
+    axes = axes.flatten()
     for axis, label in zip(axes, labels, strict=True):
         axis.set(xlabel=x_label, ylabel=label)
         axis.grid(alpha=0.3)
@@ -72,6 +76,18 @@ def plot_band(axis, runs, key, x, label, colour):
     axis.fill_between(places, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.18, linewidth=0)
 
 
+def mark_published(axis, points, colours):
+    """Mark start and end of published curves, {label: [(x, y), (x, y)]}, by triangles, with a y-axis of their own."""
+    theirs = axis.twinx()
+    for label, places in points.items():
+        theirs.plot(
+            *zip(*places, strict=True), "^", color=colours[label], markersize=9, fillstyle="none", clip_on=False
+        )
+    theirs.set_ylabel("published (triangles)", color="gray")
+    theirs.tick_params(colors="gray")
+    theirs.margins(y=0.15)
+
+
 def save_figure(figure, axis, path):
     """With one legend below, of the labels in `axis`."""
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
@@ -80,12 +96,17 @@ def save_figure(figure, axis, path):
     plt.close(figure)
 
 
-def plot_runs(path, groups, colours, panels, x="step", x_label="training steps"):
-    """One panel per metric, {key: label of the y-axis}, with a curve for each group; `colours` by the group's label."""
+def plot_runs(path, groups, colours, panels, x="step", x_label="training steps", published=None):
+    """One panel per metric, {key: label of the y-axis}, with a curve for each group; `colours` by the group's label.
+
+    `published`, for `mark_published`, is {key: {label: [(x, y), (x, y)]}}.
+    """
     figure, axes = new_figure(panels.values(), x_label)
     for axis, key in zip(axes, panels, strict=True):
         for label, runs in groups.items():
             plot_band(axis, runs, key, x, label, colours[label])
+        if published:
+            mark_published(axis, published[key], colours)
     save_figure(figure, axes[0], path)
 
 
@@ -128,16 +149,38 @@ def yes(holds):
     return "yes" if holds else "no"
 
 
-def compare(observations, runs, seeds):
-    """A table of what `observations` returns, (statement, bool) pairs: for all runs, and for those of each seed.
+SPREAD = "within the seeds' spread"
 
-    `observations` takes groups of runs, {label: [run, …]}, with the runs in the order of `seeds`.
+
+def compare(observations, runs, seeds):
+    """Whether observations hold: for all runs, for those of each seed, and had the runs been shorter.
+
+    `observations` takes groups of runs, {label: [run, …]}, with the runs in the order of `seeds`, and returns
+    (statement, bool) pairs. The answer is that for the means over seeds if at least four in five seeds, each looked at
+    alone, agree with it; else the runs do not tell, and it is `SPREAD`. Returns a table, and three sentences about it.
     """
     columns = [observations(runs)]
     columns += [observations({label: [group[i]] for label, group in runs.items()}) for i in range(len(seeds))]
-    rows = [[cells[0][0], *(yes(holds) for _, holds in cells)] for cells in zip(*columns, strict=True)]
-    count = ["**number of yes**", *(f"**{sum(holds for _, holds in one)} of {len(one)}**" for one in columns)]
-    return table(["observation", "mean of the seeds", *(f"seed {seed}" for seed in seeds)], [*rows, count])
+    for share in (0.5, 0.75):
+        shorter = {label: [run[: int(share * len(run))] for run in group] for label, group in runs.items()}
+        columns.append(observations(shorter))
+    statements = {yes(True): [], yes(False): [], SPREAD: []}
+    rows = []
+    for cells in zip(*columns, strict=True):
+        statement, (holds, *others) = cells[0][0], [holds for _, holds in cells]
+        agreeing = others[: len(seeds)].count(holds)
+        answer = yes(holds) if 5 * agreeing >= 4 * len(seeds) else SPREAD
+        statements[answer].append(statement)
+        rows.append([statement, answer, *map(yes, others)])
+    count = ["**number of yes**", f"**{len(statements['yes'])} of {len(rows)}**"]
+    count += [f"**{sum(holds for _, holds in one)} of {len(one)}**" for one in columns[1:]]
+    header = ["observation", "answer", *(f"seed {seed}" for seed in seeds), "after half of the steps", "three quarters"]
+    listed = {answer: "; ".join(found) or "nothing" for answer, found in statements.items()}
+    summary = f"""Of {len(rows)} observations about the published figure, {len(statements["yes"])} hold here,
+{len(statements["no"])} do not, and {len(statements[SPREAD])} are within the seeds' spread: fewer than four in five
+seeds agree with the mean. **Reproduced:** {listed["yes"]}. **Not reproduced:** {listed["no"]}; **within the seeds'
+spread:** {listed[SPREAD]}."""
+    return table(header, [*rows, count]), summary
 
 
 def environment_of(run_dir):

@@ -1,14 +1,20 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy, three seeds each.
 
-    python benchmarks/sync_modes.py             a quarter of an hour on two otherwise idle cores
+    python benchmarks/sync_modes.py             half an hour on two otherwise idle cores
     python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
+
+The start model is built first, in less than a minute: the embedded model, trained on with examples most of which state
+the answer at once, without any work (`common/build_tiny_model.py --hasty`). Such an answer is as a rule wrong, since
+the model cannot add in its head, and now and then it works a problem out, which as a rule is right. So the runs also
+answer a question: does reinforcement teach it to work things out?
 
 The modes are compared by time, so the runs go one after another, on a machine that does nothing else. Each phase has
 one thread: Sync (1) samples and trains in turns in one process; the other modes have a second process that samples, as
 far as the schedule lets it, while the first one trains. One more run of Sync (1) has two threads for each phase, as by
 default, since with one thread it leaves a core idle.
 
-Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and `report.md`. Repeat the
+Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and `report.md`. The setting was
+chosen by `scans.py`, on other seeds. Repeat the
 command to continue where it was stopped. (A run that was itself stopped has a gap in its time: delete its directory
 first.)
 
@@ -17,11 +23,13 @@ mode would cost with other times: `benchmarks/schedule_replay.py`.
 """
 
 import json
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -30,6 +38,9 @@ from benchmarks import reporting
 from benchmarks.launcher import ROOT, Run, run_all
 from benchmarks.reporting import column, moving_average, plt, table
 from benchmarks.schedule_replay import MODES, replay, times_of_steps
+from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
+from common.sampling.transformers import TransformersSampler
+from common.tasks import load_problems, load_task
 
 ONE, TWO, TEN, OFFSET = MODES
 COLOURS = dict(zip(MODES, ("tab:blue", "tab:green", "tab:red", "tab:purple"), strict=True))
@@ -53,6 +64,8 @@ class Args:
     """training steps of each run"""
     learning_rate: float = 1e-4
     """of all runs; the scripts' default is for fresh batches, and high for batches up to 9 updates old"""
+    hasty: float = 0.85
+    """share of answers at once in what the start model is trained on; 0 for the embedded model itself"""
     prompts_per_step: int = 16
     """P; with groups of 8, 128 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -85,9 +98,13 @@ def main(args, script_options):
         return "sync-{}-{}-{}".format(*MODES[mode], seed)
 
     # Seed by seed, so that a machine that slows down slows all modes.
-    runs = [run(name(mode, seed), mode, seed, args.steps, "--threads=1") for seed in args.seeds for mode in MODES]
-    runs.append(run("two-threads", ONE, args.seeds[0], args.steps, "--threads=2"))
-    # The untrained policy rambles: with room for it, a few responses are several times longer than the median. A
+    model = hasty_model(args.hasty, args.runs) if args.hasty else TINY_MODEL
+    start = f"--model={model}"
+    runs = [
+        run(name(mode, seed), mode, seed, args.steps, "--threads=1", start) for seed in args.seeds for mode in MODES
+    ]
+    runs.append(run("two-threads", ONE, args.seeds[0], args.steps, "--threads=2", start))
+    # The embedded model rambles: with room for it, a few responses are several times longer than the median. A
     # learning rate of 1e-9 keeps it so, and every step the same work.
     long_tail = ("--threads=1", "--learning-rate=1e-9", f"--max-response-tokens={LONG_TAIL_TOKENS}")
     tail_runs = [run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, *long_tail) for mode in MODES]
@@ -97,12 +114,53 @@ def main(args, script_options):
     groups = {mode: [read_run(args.runs / name(mode, seed)) for seed in args.seeds] for mode in MODES}
     groups_and_more = {**groups, TWO_THREADS: [read_run(args.runs / "two-threads")]}
     tail = {mode: [read_run(args.runs / f"tail-{name(mode, 1)}")] for mode in MODES}
-    plot_options = {"x": "minutes", "x_label": "Time (minutes)"}
+    plot_options = {"x": "minutes", "x_label": "Time (minutes)", "published": marks(groups)}
     reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, **plot_options)
     reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", "minutes", *PANELS])
     plot_timing({mode: runs[0] for mode, runs in groups.items()}, args.output)
-    report = write_text(groups, groups_and_more, tail, args, script_options)
+    trained = args.runs / name(ONE, args.seeds[0]) / "model"
+    examples = answers([model, trained], 5)
+    report = write_text(groups, groups_and_more, tail, examples, args, script_options)
     reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
+
+
+def hasty_model(share, runs):
+    """A start model that answers at once in that share of cases; built in less than a minute, unless it is there."""
+    directory = runs / f"hasty-{share:g}-model"
+    if not (directory / "tokenizer_config.json").exists():  # written last
+        command = [sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory]
+        command += f"--hasty {share} --hum 0 --doubt 0 --recheck 0 --steps 150 --learning-rate 3e-4 --start".split()
+        subprocess.run([*command, ROOT / "common" / "tiny_model"], check=True)
+    return directory
+
+
+def marks(groups):
+    """Start and end of the published curves, for `mark_published`; hours are scaled so that Sync (1) ends with ours."""
+    published = json.loads(PUBLISHED.read_text())
+    longest = np.mean([records[-1]["minutes"] for records in groups[ONE]])
+    return {
+        key: {
+            mode: [
+                (0.0, published["start"][mode][key]),
+                (longest * end["hours"] / published["final"][ONE]["hours"], end[key]),
+            ]
+            for mode, end in published["final"].items()
+        }
+        for key in PANELS
+    }
+
+
+def answers(models, how_many):
+    """Greedy answers to the first held-out problems, a table row each: the prompt, then one cell per model."""
+    columns = []
+    for name in models:
+        tokenizer, model = load_tokenizer(name), load_model(name, "", torch.device("cpu"), "float32")
+        problems = load_problems(load_task("addition", eval_size=how_many), "eval", tokenizer, 1024)
+        samples = TransformersSampler(model, end_of_sequence_ids(model, tokenizer), 64, 1.0).greedy(problems.prompts)
+        grades, texts = problems.grade(range(how_many), samples.responses)
+        columns.append([f"{text.strip()} ({grade['reward']:.0f})" for text, grade in zip(texts, grades, strict=True)])
+    prompts = [problem["prompt"].splitlines()[0] for problem in problems.problems]
+    return [list(row) for row in zip(prompts, *columns, strict=True)]
 
 
 def read_run(run_dir):
@@ -119,7 +177,8 @@ def seconds(records):
 
     The first steps do not count: caches are cold, and the schedule needs an interval to reach its rhythm.
     """
-    return 60 * (records[-1]["minutes"] - records[WARM_UP - 1]["minutes"]) / (len(records) - WARM_UP)
+    first = min(WARM_UP, len(records) // 2)
+    return 60 * (records[-1]["minutes"] - records[first - 1]["minutes"]) / (len(records) - first)
 
 
 def replayed(records, mode):
@@ -226,6 +285,25 @@ def observations(groups):
     ]
 
 
+ABOUT_TIME = [f"{ONE} takes the longest", f"{TWO} takes the second longest"]
+ABOUT_TIME += [f"{TEN} takes the shortest time, {OFFSET} a little more"]
+ABOUT_TIME += [f"The others are half way to the final reward in less time than {ONE}"]
+
+
+def cost_of_staleness(groups):
+    """By mode: the reward at the same steps, and how far the policy has moved away from the sampler's, at its most."""
+    rows = []
+    for mode, runs in groups.items():
+        rewards = [moving_average(column(records, "reward/mean"), 15) for records in runs]
+        cells = [f"{np.mean([r[int(share * len(r)) - 1] for r in rewards]):.3f}" for share in (0.25, 0.5, 0.75, 1.0)]
+        lag = max(record["lag"] for record in runs[0])
+        late = [record for records in runs for record in records if record["lag"] == lag]
+        clipped = [f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")]
+        rows.append([mode, lag, *cells, *clipped, f"{column(late, 'kl/behaviour_k3').mean():.4f}"])
+    header = ["mode", "largest lag", "reward after 1/4 of the steps", "1/2", "3/4", "all"]
+    return table([*header, "clipped at that lag", "weighted by 1 − p", "behaviour KL at that lag"], rows)
+
+
 def table_of_times(groups):
     """Seconds per step, measured and by the schedule."""
     rows = []
@@ -244,8 +322,9 @@ def table_of_times(groups):
     return table(TIMES, rows)
 
 
-def write_text(groups, groups_and_more, tail, args, script_options):
+def write_text(groups, groups_and_more, tail, examples, args, script_options):
     published = json.loads(PUBLISHED.read_text())["final"]
+    observed, sentences = reporting.compare(observations, groups, args.seeds)
     rate = {
         mode: np.mean([column(r[WARM_UP:], "response_length/mean") for r in runs]) / np.mean([seconds(r) for r in runs])
         for mode, runs in groups.items()
@@ -272,13 +351,24 @@ def write_text(groups, groups_and_more, tail, args, script_options):
     setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model and task"
     return f"""# Four sync modes over time
 
+{sentences}
+
 ![figure](figure.png)
 
 `python benchmarks/sync_modes.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
-{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}. Lines are means over seeds and
-bands their range, after a moving average over {reporting.SMOOTHING} steps. Each phase has one thread: {ONE} samples and
-trains in turns in one process, the other modes in two processes that work at the same time as far as the schedule lets
-them. Time counts from the first step on.
+{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}, a start model trained with
+{args.hasty:.0%} of answers at once. Lines are means over seeds and bands their range, after a moving average over
+{reporting.SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand scale, with hours
+scaled so that {ONE} ends where ours does. Each phase has one thread: {ONE} samples and trains in turns in one process,
+the other modes in two processes that work at the same time as far as the schedule lets them. Time counts from the first
+step on. [scan.md](scan.md) has all settings that were tried.
+
+## Does reinforcement teach it to work things out?
+
+Greedy answers to the first five held-out problems, and their rewards, before training and after that of {ONE}, seed
+{args.seeds[0]}:
+
+{table(["problem", "before", "after"], examples)}
 
 ## Summary
 
@@ -313,11 +403,20 @@ scripts do by default.
 
 ## Observations from the published figure, and whether they hold here
 
-{reporting.compare(observations, groups, args.seeds)}
+An answer is that for the means over seeds if at least four in five seeds agree. The last columns show what one would
+have said had the runs been shorter.
+
+{observed}
+
+## What staleness costs
+
+At equal numbers of steps, smoothed over 15 steps; the rest in the steps with the largest lag.
+
+{cost_of_staleness(groups)}
 
 ## Long responses
 
-The same with responses of up to {LONG_TAIL_TOKENS} tokens from the untrained policy (learning rate 1e-9),
+The same with responses of up to {LONG_TAIL_TOKENS} tokens from the embedded model, which rambles (learning rate 1e-9),
 {args.long_tail_steps} steps, one seed: mean length {lengths:.0f}, longest of a batch {longest:.0f}, {cut:.0%} of the
 responses cut at the limit. The sampler waits for the longest response of a batch.
 

@@ -33,16 +33,13 @@ def save_checkpoint(run_dir, step, parts):
         os.replace(unfinished, final)
     except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
         unfinished.unlink(missing_ok=True)
-        raise RunStopped(
-            f"{final} cannot be written ({error.__context__ or error}): make room, and go on with --resume."
-        ) from error
+        what = f"{final} cannot be written ({error.__context__ or error})"
+        raise RunStopped(f"{what}: make room, and go on with --resume.") from error
     directory_handle = os.open(directory, os.O_RDONLY)
     os.fsync(directory_handle)  # the renaming itself, too
     os.close(directory_handle)
-    for old in _checkpoints(run_dir)[:-KEEP]:
+    for old in [*_checkpoints(run_dir)[:-KEEP], *directory.glob("*.unfinished")]:  # the latter of a killed run
         old.unlink()
-    for leftover in directory.glob("*.unfinished"):  # of a run that was killed while it wrote
-        leftover.unlink()
 
 
 def load_checkpoint(run_dir, parts):

@@ -98,10 +98,7 @@ def _with_absolute_paths(args):
 
 
 def check(args):
-    """Refuse numbers that cannot work. Raises `BadInput`.
-
-    Integers must be at least 1 (`group_size` 2; `seed`, and options whose default is 0, 0), other numbers above 0.
-    """
+    """Raise `BadInput` for integers below 1 (`group_size` 2; `seed` or a default of 0: 0), other numbers up to 0."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.type is int:

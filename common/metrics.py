@@ -20,7 +20,8 @@ class StepMetrics:
 
     def __init__(self):
         self.times = {"time/step_started_at": time.time()}
-        self.sums, self.maxima = {"ratio/clip_fraction": 0.0}, {}
+        self.sums, self.maxima = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0}, {}
+        self.weights = 0.0  # Σ 1 − p, the weights of the latter
         self.last_lap = time.perf_counter()
 
     def lap(self, name):
@@ -41,9 +42,12 @@ class StepMetrics:
         With a lag, tokens are slightly off-policy and so are the estimates.
         """
         mask_BT = micro.mask_BT
-        if logprobs_BT.requires_grad:
-            self._sum("ratio/clip_fraction", (logprobs_BT.grad == 0)[mask_BT])
         lp = logprobs_BT.detach()[mask_BT].double()
+        if logprobs_BT.requires_grad:
+            clipped, weights = (logprobs_BT.grad == 0)[mask_BT], -torch.expm1(lp)
+            self._sum("ratio/clip_fraction", clipped)
+            self._sum("ratio/clip_fraction_weighted", clipped * weights)
+            self.weights += weights.sum().item()
         log_ratio = lp - micro.sampler_logprobs_BT[mask_BT].double()
         self._sum("entropy", entropy_BT[mask_BT])
         # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it sampled them.
@@ -65,6 +69,7 @@ class StepMetrics:
         lengths = [len(response) for response in batch.responses]
         lag = batch.number - 1 - batch.version
         tokens = {key: value / sum(lengths) for key, value in self.sums.items()} | self.maxima
+        tokens["ratio/clip_fraction_weighted"] *= sum(lengths) / (self.weights or 1.0)
         if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
             tokens = {key: value for key, value in tokens.items() if not key.startswith("sampler_mismatch")}
         if (tokens | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:

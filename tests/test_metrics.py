@@ -73,6 +73,7 @@ def test_all_of_them_by_hand():
         "kl/behaviour_k3": (math.exp(0.5) - 1.5 + math.exp(-0.25) - 0.75) / 2,
         "ratio/max": math.exp(0.5),
         "ratio/clip_fraction": 0.0,
+        "ratio/clip_fraction_weighted": 0.0,
         "sampler_mismatch/mean": 0.375,
         "sampler_mismatch/max": 0.5,
     }
@@ -91,6 +92,7 @@ def test_all_of_them_against_numpy():
         "kl/behaviour_k3": (np.exp(lp - sampler) - (lp - sampler) - 1).mean(),
         "ratio/max": np.exp(lp - sampler).max(),
         "ratio/clip_fraction": 0.0,
+        "ratio/clip_fraction_weighted": 0.0,
         "sampler_mismatch/mean": np.abs(lp - sampler).mean(),
         "sampler_mismatch/max": np.abs(lp - sampler).max(),
     }
@@ -185,13 +187,17 @@ def test_clip_fraction_by_hand():
     # gradient, whose tokens count in N alone. A zero outside the mask counts nowhere.
     metrics = StepMetrics()
     for mask, gradient in (([1, 1, 1, 0], [0.0, -0.5, 0.25, 0.0]), ([0, 1, 1, 0], [0.0, 0.0, 0.0, 0.0])):
-        lp_BT = torch.tensor([[-1.0] * 4], requires_grad=True)
+        lp_BT = torch.tensor([[-1.0, -2.0, -1.0, -1.0]], requires_grad=True)
         lp_BT.grad = torch.tensor([gradient])
         micro = SimpleNamespace(mask_BT=torch.tensor([mask]).bool(), sampler_logprobs_BT=lp_BT.detach())
         metrics.add_tokens(micro, lp_BT, torch.zeros(1, 4))
     no_gradient = SimpleNamespace(mask_BT=torch.ones(1, 7).bool(), sampler_logprobs_BT=torch.zeros(1, 7))
     metrics.add_tokens(no_gradient, torch.zeros(1, 7), torch.zeros(1, 7))
-    assert result_of(metrics, [3, 2, 7])["ratio/clip_fraction"] == 3 / 12
+    result = result_of(metrics, [3, 2, 7])
+    assert result["ratio/clip_fraction"] == 3 / 12
+    likely, unlikely = 1 - math.exp(-1), 1 - math.exp(-2)  # the weights 1 − p
+    weighted = (likely + unlikely + likely) / (3 * likely + 2 * unlikely)
+    assert result["ratio/clip_fraction_weighted"] == pytest.approx(weighted, rel=1e-12)
 
 
 @pytest.mark.parametrize("nan_first", [True, False])
@@ -199,7 +205,7 @@ def test_a_nan_shows(nan_first):
     # A run that breaks tells its user to look at these numbers.
     good, bad = one_row([-1.0], [-1.5], [2.0], [-1.0]), one_row([math.nan], [-1.0], [math.nan], [-1.0])
     result = statistics_of(*([bad, good] if nan_first else [good, bad]))
-    for key in result.keys() - {"ratio/clip_fraction"}:
+    for key in result.keys() - {"ratio/clip_fraction", "ratio/clip_fraction_weighted"}:
         assert math.isnan(result[key]), key
 
 

@@ -40,17 +40,31 @@ def test_a_change_smaller_than_its_spread_between_seeds_is_flat():
     assert algorithms.direction([run(0.4), run(0.7)], "reward/mean") == "flat"
 
 
-def test_answers_are_given_for_the_mean_and_for_each_seed():
+def test_an_answer_needs_four_in_five_seeds():
     def observations(groups):
-        return [("above 1", np.mean(groups["x"]) > 1), ("above 3", np.mean(groups["x"]) > 3)]
+        means = [np.mean(run) for run in groups["x"]]
+        return [("above 1", np.mean(means) > 1), ("above 3", np.mean(means) > 3), ("above −9", np.mean(means) > -9)]
 
-    rows = reporting.compare(observations, {"x": [0, 4]}, seeds=[5, 6]).splitlines()
-    assert rows[0] == "| observation | mean of the seeds | seed 5 | seed 6 |"
-    assert rows[2:] == [
-        "| above 1 | yes | no | yes |",
-        "| above 3 | no | no | yes |",
-        "| **number of yes** | **1 of 2** | **0 of 2** | **2 of 2** |",
-    ]
+    runs = [[2.0, 2.0, 2.0, 2.0]] * 4 + [[0.0, 0.0, 9.0, 9.0]]  # the last one is 0 after half of its steps
+    rows, summary = reporting.compare(observations, {"x": runs}, seeds=[5, 6, 7, 8, 9])
+    rows = rows.splitlines()
+    seeds = "seed 5 | seed 6 | seed 7 | seed 8 | seed 9"
+    assert rows[0] == f"| observation | answer | {seeds} | after half of the steps | three quarters |"
+    assert rows[2] == "| above 1 | yes | yes | yes | yes | yes | yes | yes | yes |"
+    assert rows[3] == "| above 3 | no | no | no | no | no | yes | no | no |"
+    assert rows[5].startswith("| **number of yes** | **2 of 3** | **2 of 3** |")
+    assert summary.startswith("Of 3 observations about the published figure, 2 hold here")
+
+    rows, _ = reporting.compare(
+        observations, {"x": [[4.0] * 2, [4.0] * 2, [1.5] * 2, [1.5] * 2, [6.0] * 2]}, seeds=range(5)
+    )
+    assert f"| above 3 | {reporting.SPREAD} | yes | yes | no | no | yes |" in rows
+
+
+def test_observations_about_time_are_known_by_name():
+    records = [{"step": k, "minutes": k, **dict.fromkeys(sync_modes.PANELS, 0.5)} for k in range(1, 41)]
+    statements = [statement for statement, _ in sync_modes.observations({mode: [records] for mode in MODES})]
+    assert set(sync_modes.ABOUT_TIME) < set(statements)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -1,0 +1,122 @@
+"""Every setting that was tried for the two figures, on seeds that the figures do not use.
+
+    python benchmarks/scans.py sync_modes           24 runs per start model, two at a time; a quarter of an hour in all
+    python benchmarks/scans.py algorithms           half an hour
+
+The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table says what became of
+the curves and how many of the observations about the published figure hold (those about time left out: runs share the
+machine here). The setting of a figure was chosen from this table, one for all curves, before its own seeds were run.
+
+Writes `scan.md` into the figure's directory in `results/`. Repeat the command to continue where it was stopped.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import algorithms, reporting, sync_modes
+from benchmarks.launcher import Run, run_all
+from benchmarks.reporting import column, table
+from benchmarks.schedule_replay import MODES
+
+SCANS = {  # a share of hasty examples in the start model (None: the embedded model), options
+    "sync_modes": [
+        {"hasty": hasty, "learning-rate": rate, "prompts-per-step": 16, "steps": 80}
+        for hasty, rate in ((0.85, 1e-4), (0.85, 5e-5), (0.55, 5e-5), (0.55, 2e-5))
+    ],
+    "algorithms": [
+        {"hasty": None, "learning-rate": rate, "prompts-per-step": 8, "steps": 200} for rate in (1e-4, 2e-4, 4e-4)
+    ],
+}
+
+
+@dataclass
+class Args:
+    figure: Annotated[Literal["sync_modes", "algorithms"], tyro.conf.Positional]
+    """for which of the two"""
+    seeds: tuple[int, ...] = (11, 12)
+    """seeds of each setting; the figures use 1 to 5"""
+    jobs: int = 2
+    """how many runs at a time, one thread each"""
+    runs: Path = reporting.RUNS / "scans"
+    """where the training runs go, and are looked for when the command is repeated"""
+    output: Path = reporting.RESULTS
+    """the reports go to directories in here"""
+
+
+def curves_of(figure):
+    """Of each curve, by label: its script, and the options that make it."""
+    if figure == "algorithms":
+        interval = f"--sync-interval={algorithms.SYNC_INTERVAL}"
+        return {label: (script, [interval]) for label, script in algorithms.SCRIPTS.items()}
+    options = {mode: [f"--sync-interval={i}", f"--sync-offset={o}"] for mode, (i, o) in MODES.items()}
+    return {mode: ("grpo", both) for mode, both in options.items()}
+
+
+def run_setting(figure, setting, args):
+    """Train every curve with every seed; returns {label: [records of a run, …]}."""
+    options = dict(setting)
+    steps, hasty = options.pop("steps"), options.pop("hasty")
+    name = "-".join(f"{value:g}" for value in [hasty or 0, *options.values(), steps])
+    if hasty:
+        options["model"] = sync_modes.hasty_model(hasty, args.runs)
+    shared = [f"--{key}={value}" for key, value in options.items()] + ["--threads=1", "--serial", "--eval-size=64"]
+    directory, groups, runs = args.runs / figure / name, {}, []
+    for label, (script, own) in curves_of(figure).items():
+        for seed in args.seeds:
+            runs.append(Run(f"{label} {seed}".replace(" ", "-"), script, [*own, *shared, f"--seed={seed}"]))
+            groups.setdefault(label, []).append(directory / runs[-1].name)
+    run_all(runs, steps, directory, args.jobs)
+    read = sync_modes.read_run if figure == "sync_modes" else reporting.read_steps
+    return {label: [read(path) for path in paths] for label, paths in groups.items()}
+
+
+def ends(runs, key):
+    """First and last tenth of the runs, as text."""
+    first, last = algorithms.tenths(runs, key).mean(axis=0)[[0, -1]]
+    return f"{first:.3g} → {last:.3g}"
+
+
+def clipped(runs):
+    """Clipped tokens in the steps with the largest lag: all of them, and weighted by 1 − p."""
+    largest = max(record["lag"] for record in runs[0])
+    late = [record for records in runs for record in records if record["lag"] == largest]
+    plain, weighted = (column(late, f"ratio/clip_fraction{kind}").mean() for kind in ("", "_weighted"))
+    return f"{plain:.2%} ({weighted:.2%})"
+
+
+def main(args):
+    module = {"sync_modes": sync_modes, "algorithms": algorithms}[args.figure]
+    parts = []
+    for setting in SCANS[args.figure]:
+        groups = run_setting(args.figure, setting, args)
+        asked = [
+            (statement, holds)
+            for statement, holds in module.observations(groups)
+            if statement not in getattr(module, "ABOUT_TIME", ())
+        ]
+        behaviour = {
+            label: np.mean([column(r, "kl/behaviour_k3").max() for r in runs]) for label, runs in groups.items()
+        }
+        rows = [
+            [label, *(ends(runs, key) for key in module.PANELS), clipped(runs), f"{behaviour[label]:.2g}"]
+            for label, runs in groups.items()
+        ]
+        header = ["curve", *module.PANELS.values(), "clipped at the largest lag (weighted)", "largest behaviour KL"]
+        title = ", ".join(f"{key} {value}" for key, value in setting.items() if value is not None)
+        holding = sum(holds for _, holds in asked)
+        failing = "; ".join(statement for statement, holds in asked if not holds)
+        parts.append(f"## {title}\n\n{holding} of {len(asked)} hold. Not: {failing}.\n\n{table(header, rows)}")
+        text = f"# Settings tried for `{args.figure}.py`, seeds {args.seeds}\n\n" + "\n\n".join(parts)
+        last = next((args.runs / args.figure).glob("*/*/environment.txt")).parent
+        reporting.write_report(args.output / args.figure / "scan.md", text, reporting.environment_of(last))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
