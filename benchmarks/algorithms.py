@@ -1,6 +1,6 @@
 """The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, five seeds each.
 
-    python benchmarks/algorithms.py             25 runs on the embedded task, two at a time, one thread each; half an hour
+    python benchmarks/algorithms.py             25 runs on the embedded task, two at a time; half an hour
     python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
 
 RED-Weight has τ = 1, as in its authors' code. As an ablation, it is also trained with τ = 0.25 and 0.125. A response's

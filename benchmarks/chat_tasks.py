@@ -1,4 +1,4 @@
-"""Two tasks for a small chat model, made from templates: a word of sentiment, and a sentence turned into JSON.
+"""Two template-generated tasks for a small chat model: classify a review's sentiment, and convert a sentence to JSON.
 
 python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
 """

