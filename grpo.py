@@ -18,8 +18,9 @@ Differences from the paper:
 - Every token has the same weight 1/N, whichever response it is in (as in DAPO, arXiv 2503.14476). The paper averages
   within each response first, so that each token of a long response gets a smaller gradient.
 - No KL penalty, as in all methods compared in this repository; the KL to the initial policy is logged.
-- π_old is what the sampler reported with the token; the trainer does not recompute it. Each batch gives one update, so
-  ρ differs from 1 only by rounding and, if the sampler lags behind (by default it does not), by what was learned since.
+- π_old is what the sampler reported with the token; the trainer does not recompute it. Each batch gives one update. So
+  by default ρ = 1 up to rounding, and nothing is clipped; with --sync-interval or --sync-offset the sampler's weights
+  are some updates old, and ρ moves away from 1.
 - ε_low and ε_high are separate; the paper has one ε for both.
 
 Usage:
@@ -31,9 +32,9 @@ Usage:
 """
 # --- end algorithm ---
 
-# Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences in a batch or
-# micro-batch, T predicted tokens of a padded sequence, 1 broadcast. Outside the regions marked "algorithm", the three
-# scripts are identical.
+# Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences (P·G in a batch,
+# group by group; fewer in a micro-batch), T predicted tokens of a padded sequence, 1 broadcast. grpo.py,
+# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else.
 
 import copy
 import math
@@ -42,6 +43,7 @@ from typing import Literal
 
 import torch
 
+from common import distributed
 from common.batching import collate, split_by_token_budget
 from common.checkpoints import load_checkpoint, save_checkpoint
 from common.commandline import finish_step_on_interrupt, run
@@ -49,9 +51,9 @@ from common.logprobs import token_logprobs
 from common.metrics import StepMetrics
 from common.models import check_context, choose_device, load_model, load_tokenizer, save_model
 from common.rollouts import make_rollouts
-from common.runlog import RunLog
+from common.runlog import open_log
 from common.sampling import Plan
-from common.tasks import load_problems, load_task
+from common.tasks import load_problem_sets
 
 
 @dataclass
@@ -89,9 +91,9 @@ class Args:
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
     serial: bool = False
-    """sample and train in turns in one process, also where a second one could sample during training"""
+    """sample and train alternately in one process, even where a second process could sample during training"""
     sampler_timeout: float = 300.0
-    """stop if the sampler's process decodes no token for this many seconds"""
+    """stop if the sampler's process decodes no token, or a rank does not respond, for this many seconds"""
 
     max_prompt_tokens: int = 1024
     """problems with longer prompts are left out"""
@@ -117,8 +119,10 @@ class Args:
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
+    replicas: int = 1
+    """with torchrun: number of copies of the model, each sharded over an equal number of ranks; one per machine, say"""
     threads: int = 0
-    """CPU threads per process (affects rounding); 0 for 2, or for 1 each in two processes"""
+    """CPU threads per process (affects rounding); 0 means 2 for a single process, 1 each for several"""
 
     eval_interval: int = 25
     """evaluate on held-out problems before training, every so many steps and at the end"""
@@ -143,7 +147,7 @@ def advantages(rewards_PG, args):
     """A = (r − r̄) / (σ + 1e-6) with the group's mean and population standard deviation; float64 in and out."""
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(dim=1, correction=0, keepdim=True) + 1e-6)
-    # Equal rewards carry no signal: exactly 0. (The mean's rounding error, divided by 1e-6, could be far from it.)
+    # Equal rewards carry no signal: exactly 0, which `main` looks for. (Rounding of the mean could leave a little.)
     all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
     return advantages_PG.masked_fill(all_equal_P1, 0.0)
 
@@ -165,26 +169,29 @@ def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, arg
 def main(args):
     # Setup. The input is checked before a model is loaded.
     device, precision = choose_device(args.device, args.precision, args.engine)
-    log = RunLog(__file__, vars(args))
+    distributed.join_ranks(device, args.sampler_timeout)  # under torchrun; see common/distributed.py
+    log = open_log(__file__, vars(args))
     tokenizer = load_tokenizer(args.model, args.revision)
-    task = load_task(args.task, args.data, args.eval_data, args.eval_size)
-    train_set = load_problems(task, "train", tokenizer, args.max_prompt_tokens)
-    eval_set = load_problems(task, "eval", tokenizer, args.max_prompt_tokens)
+    data = (args.task, args.data, args.eval_data, args.eval_size)
+    train_set, eval_set = load_problem_sets(*data, tokenizer, args.max_prompt_tokens)
     check_context(args.model, args.revision, train_set.prompts + eval_set.prompts, args.max_response_tokens)
 
     model = load_model(args.model, args.revision, device, precision, args.gradient_checkpointing)
+    log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
     reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
+    for network in [model, reference] if reference else [model]:
+        distributed.shard(network, device, args.replicas)
     # No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     schedule = (args.sync_interval, args.sync_offset)
-    plan = Plan(train_set.prompts, args.prompts_per_step, args.group_size, *schedule, args.seed)
+    own_prompts = distributed.share(args.prompts_per_step)  # under torchrun, each rank samples some of the prompts
+    plan = Plan(train_set.prompts, args.prompts_per_step, args.group_size, *schedule, args.seed, own_prompts)
     generation = (args.max_response_tokens, args.temperature, precision)
     rollouts = make_rollouts(
         plan, eval_set.prompts, model, tokenizer, *generation, engine=args.engine, serial=args.serial,
         timeout=args.sampler_timeout, threads=args.threads, name=args.model, revision=args.revision,
     )  # fmt: skip
 
-    log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
     checkpointed = {"log": log, "model": model, "optimizer": optimizer, "rollouts": rollouts}
     if args.resume:
         load_checkpoint(log.dir, checkpointed)
@@ -196,14 +203,15 @@ def main(args):
         for step in range(log.step + 1, args.num_steps + 1):
             metrics = StepMetrics()
 
-            # Sample G responses to each of P prompts; each token carries its sampling log-prob. By default this happens
-            # here and now, with the current weights. With --sync-interval or --sync-offset they may be older, and a
+            # Sample G responses to each of P prompts, with the log-prob of every sampled token. By default, this call
+            # does it, with the current weights. With --sync-interval or --sync-offset the weights may be older, and a
             # second process samples while this one trains, unless --serial is given (see common/sampling).
             batch = rollouts.next(step)
             metrics.lap("wait")
 
             # Grade each response, and turn the rewards of a group into advantages.
             grades, texts = train_set.grade(batch.problems, batch.responses)
+            batch, grades, texts = distributed.gather_batch(batch, grades, texts)  # all ranks know the whole batch
             rewards_PG = torch.tensor([g["reward"] for g in grades], dtype=torch.float64).view(-1, args.group_size)
             advantages_B = advantages(rewards_PG, args).flatten()
             metrics.lap("grade")
@@ -214,9 +222,12 @@ def main(args):
             num_tokens = sum(len(response) for response in batch.responses)
             has_gradient = (advantages_B != 0).tolist()
             for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # not None: AdamW would skip the parameter
+                parameter.grad = torch.zeros_like(parameter)  # not None: AdamW would skip it, and keep its momentum
             total_loss = 0.0
-            for rows in split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient):
+            splits = split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient)
+            # Under torchrun, these are this rank's micro-batches. All ranks must make equally many passes, so one that
+            # has too few repeats a row with real=False, which adds 0 to loss and gradient.
+            for rows, real in distributed.deal(splits, has_gradient):
                 micro = collate(batch, rows, device)
                 advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
                 with torch.set_grad_enabled(has_gradient[rows[0]]):
@@ -224,19 +235,22 @@ def main(args):
                     losses_BT = per_token_loss(
                         logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, micro.mask_BT, args
                     )
-                    loss = losses_BT[micro.mask_BT].sum() / num_tokens  # 1/N Σ over response tokens
+                    loss = real * losses_BT[micro.mask_BT].sum() / num_tokens  # 1/N Σ over response tokens
                 if loss.requires_grad:
                     logprobs_BT.retain_grad()  # for the metrics: a response token with gradient 0 was clipped
-                    loss.backward()  # gradients accumulate over micro-batches
+                    loss.backward()  # gradients accumulate over micro-batches, and are summed over ranks
                 with torch.no_grad():
                     ref_logprobs_BT = reference and token_logprobs(reference, micro, args.temperature, precision)[0]
-                metrics.add_tokens(micro, logprobs_BT, entropy_BT, ref_logprobs_BT)
+                if real:
+                    metrics.add_tokens(micro, logprobs_BT, entropy_BT, ref_logprobs_BT)
                 total_loss += loss.item()
+            total_loss = sum(distributed.gather(total_loss))
 
             # Update.
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = distributed.whole(grad_norm).item()
             lr = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / max(1, args.warmup_steps))
-            if finite := math.isfinite(total_loss + grad_norm):  # else skip the update; the log stops after a few
+            if finite := math.isfinite(total_loss + grad_norm):  # else skip it; log.write ends the run after a few
                 optimizer.step()
             metrics.lap("train")
 
@@ -253,7 +267,7 @@ def main(args):
             log.write(step, measured | evaluation | metrics.result(batch, rewards_PG, grades, device, precision))
             problems = [train_set.problems[number] for number in batch.problems]
             log.write_completions(step, problems, texts, rewards_PG.flatten(), advantages_B)
-            last = step == args.num_steps or interrupt.requested
+            last = step == args.num_steps or any(distributed.gather(interrupt.requested))
             if last or step % args.checkpoint_interval == 0:
                 save_checkpoint(log.dir, step, checkpointed)
             if last:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 import types
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import tyro
 from safetensors import SafetensorError
 
 # What a resumed run may change: none of these changes what an update is.
-CHANGEABLE = {"resume", "num_steps", "eval_interval", "checkpoint_interval", "threads", "sampler_timeout"}
+CHANGEABLE = {"resume", "num_steps", "eval_interval", "checkpoint_interval", "threads", "sampler_timeout", "replicas"}
 CHANGEABLE |= {"track", "wandb_project", "data", "eval_data"}  # (data may have moved; checksums tell if it differs)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that is closed
 BUILT_IN = ("tiny", "addition", "gsm8k")  # a model and two tasks, also where a file happens to be called so
@@ -50,6 +51,9 @@ def run(main, Args, script):
     except (BadInput, RunStopped, OSError, SafetensorError) as error:
         # Messages of libraries, quoted in ours, may have several lines.
         message = " ".join((str(error) or repr(error)).split())
+        if rank := int(os.environ.get("RANK", 0)):  # of several, started by torchrun, which ends all when one fails
+            time.sleep(5)  # until then, rank 0 will have said the same, if it is the same
+            message = f"rank {rank}: {message}"
         print(f"{Path(script).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 

@@ -6,6 +6,7 @@
 
 import torch
 
+from common.distributed import FSDPModule, one_pass
 from common.kernels import cpu
 
 LARGE_VOCABULARY = 8192
@@ -13,11 +14,12 @@ LARGE_VOCABULARY = 8192
 `benchmarks/logprob_kernels.py`)"""
 
 
-def autocast(device_type, precision):
+def autocast(device_type, precision, cache=True):
     """Context for forward passes: bf16 products over float32 weights for "bfloat16", nothing for "float32"."""
-    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=cache)
 
 
+@one_pass
 def token_logprobs(model, micro, temperature, precision="float32"):
     """Log-probability of each response token and entropy of the distribution that it was sampled from.
 
@@ -32,7 +34,8 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     """
     mask_BT = micro.mask_BT
     places_N = mask_BT.flatten().nonzero().squeeze(1)  # indices: each use of a mask would make the CPU wait for the GPU
-    with autocast(mask_BT.device.type, precision):
+    # Of a sharded model, a cache of what is cast would keep all layers whole.
+    with autocast(mask_BT.device.type, precision, cache=not isinstance(model, FSDPModule)):
         hidden_BTH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     hidden_NH, weight_VH = hidden_BTH.flatten(0, 1)[places_N].float(), head.weight
@@ -44,7 +47,7 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, micro.targets_BT.flatten()[places_N])
 
     def at_their_places(values_N):
-        return values_N.new_zeros(mask_BT.numel()).index_copy(0, places_N, values_N).view_as(mask_BT)
+        return values_N.new_zeros(mask_BT.shape).index_put(torch.unravel_index(places_N, mask_BT.shape), values_N)
 
     return at_their_places(logprobs_N), at_their_places(entropy_N.detach())
 

@@ -7,10 +7,12 @@ that the split into micro-batches does not show.
 import resource
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import torch
 
+from common.distributed import gather
 from common.sampling.verify import TOLERANCE
 from common.tasks import means
 
@@ -20,8 +22,8 @@ class StepMetrics:
 
     def __init__(self):
         self.times = {"time/step_started_at": time.time()}
-        self.sums, self.maxima = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0}, {}
-        self.weights = 0.0  # Σ 1 − p, the weights of the latter
+        self.sums = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0, "weights": 0.0}
+        self.maxima = {}
         self.last_lap = time.perf_counter()
 
     def lap(self, name):
@@ -44,10 +46,10 @@ class StepMetrics:
         mask_BT = micro.mask_BT
         lp = logprobs_BT.detach()[mask_BT].double()
         if logprobs_BT.requires_grad:
-            clipped, weights = (logprobs_BT.grad == 0)[mask_BT], -torch.expm1(lp)
+            clipped, weights = (logprobs_BT.grad == 0)[mask_BT], -torch.expm1(lp)  # 1 − p
             self._sum("ratio/clip_fraction", clipped)
             self._sum("ratio/clip_fraction_weighted", clipped * weights)
-            self.weights += weights.sum().item()
+            self._sum("weights", weights)
         log_ratio = lp - micro.sampler_logprobs_BT[mask_BT].double()
         self._sum("entropy", entropy_BT[mask_BT])
         # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it sampled them.
@@ -66,10 +68,15 @@ class StepMetrics:
 
         Warns, once, where sampler and trainer with equal weights differ by more than `verify.TOLERANCE`.
         """
+        sums, maxima = Counter(), {}
+        for more, larger in gather((self.sums, self.maxima)):
+            sums.update(more)  # adds
+            maxima |= {key: float(np.maximum(maxima.get(key, 0.0), value)) for key, value in larger.items()}
         lengths = [len(response) for response in batch.responses]
         lag = batch.number - 1 - batch.version
-        tokens = {key: value / sum(lengths) for key, value in self.sums.items()} | self.maxima
-        tokens["ratio/clip_fraction_weighted"] *= sum(lengths) / (self.weights or 1.0)
+        weights = sums.pop("weights") or 1.0
+        tokens = {key: value / sum(lengths) for key, value in sums.items()} | maxima
+        tokens["ratio/clip_fraction_weighted"] *= sum(lengths) / weights
         if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
             tokens = {key: value for key, value in tokens.items() if not key.startswith("sampler_mismatch")}
         if (tokens | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from common.commandline import NOT_FINITE, BadInput, RunStopped
+from common.distributed import rank, size, whole, whole_state
 from common.kernels.cpu import speed_up
 
 VLLM_VERSION = "0.32.0"
@@ -21,6 +22,8 @@ def choose_device(name, precision, engine):
     """A `torch.device`, and "float32" or "bfloat16". Raises `BadInput` if the device or its engine is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
@@ -77,7 +80,7 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
     model, info = _load(AutoModelForCausalLM, name, revision, **options)
     if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
         raise BadInput(f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one.")
-    model.to(device)
+    model.to(device if size() == 1 else "cpu")  # to be sharded before it goes to GPUs
     for tensor in [*model.parameters(), *model.buffers()]:
         # Copied to 64-byte-aligned memory. Tensors in a safetensors file start anywhere; there, vector code may round
         # differently than in a second process that samples.
@@ -96,13 +99,15 @@ def save_model(model, tokenizer, directory):
     """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update has ruined."""
     with torch.no_grad():  # weights may be finite, and what they compute may not
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device)).logits
-    if not all(tensor.isfinite().all() for tensor in [*model.parameters(), logits]):
+    if not all(whole(tensor).isfinite().all() for tensor in [*model.parameters(), logits]):
         raise RunStopped(NOT_FINITE)
     # Drop the original's sampling settings: some cannot be saved, and this policy was trained with none of them.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     model.generation_config = GenerationConfig(**{key: getattr(model.generation_config, key) for key in ids})
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    state = whole_state(model.state_dict())
+    if rank() == 0:
+        model.save_pretrained(directory, state_dict=state)
+        tokenizer.save_pretrained(directory)
 
 
 def location(name):

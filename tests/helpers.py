@@ -4,7 +4,7 @@ Importing torch and transformers takes seconds, so processes are forked from a s
 nothing else (`multiprocessing`'s forkserver). Each is a real process, with a command line, signals and an exit code.
 """
 
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -109,13 +109,30 @@ def command(*argv):
 
 def start(argv, log):
     """Start `python grpo.py …` as a process, its output in the file `log`; returns a `multiprocessing.Process`."""
+    return forked(_script, [str(word) for word in argv], str(log))
+
+
+def forked(function, *arguments, daemon=True):
+    """Start a process that calls a function; returns a `multiprocessing.Process`. A daemon has no children."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY))  # Python 3.11 gives the server no other import path
         _processes.set_forkserver_preload(["grpo", "matplotlib.pyplot", "pytest"])
         forkserver.ensure_running()  # the first time only
-    process = _processes.Process(target=_script, args=([str(word) for word in argv], str(log)), daemon=True)
+    process = _processes.Process(target=function, args=arguments, daemon=daemon)
     process.start()
     return process
+
+
+def import_script(path):
+    """A training script, by name or path, as a module."""
+    path = Path(path)
+    if path.suffix != ".py":
+        return importlib.import_module(str(path))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # where its dataclass looks itself up
+    spec.loader.exec_module(module)
+    return module
 
 
 _processes = multiprocessing.get_context("forkserver")

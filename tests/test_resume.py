@@ -249,7 +249,7 @@ class Slow(Digits):
     """Takes its time, so that a signal meets a running step on a busy machine, too."""
 
     def reward(self, problem, response):
-        time.sleep(0.03)
+        time.sleep(0.08)
         return super().reward(problem, response)
 '''
 

@@ -110,8 +110,10 @@ def test_beside_a_trainer_on_a_gpu_the_engine_gets_another_one(decide, monkeypat
 
 
 def test_the_engine_gets_a_gpu_that_is_not_the_trainers():
-    assert another_gpu(["0", "1"], 0) == "1" and another_gpu(["0", "1"], 1) == "0"
-    assert another_gpu(["7", "3", "5"], 0) == "3" and another_gpu(["GPU-a", "GPU-b"], 1) == "GPU-a"
+    assert another_gpu(["0", "1"], [0], 0) == "1" and another_gpu(["0", "1"], [1], 0) == "0"
+    assert another_gpu(["7", "3", "5"], [0], 0) == "3" and another_gpu(["GPU-a", "GPU-b"], [1], 0) == "GPU-a"
+    # Two ranks on the first two of four GPUs: their engines get the other two.
+    assert [another_gpu(["4", "5", "6", "7"], range(2), rank) for rank in range(2)] == ["6", "7"]
 
 
 def test_an_engine_beside_the_trainer_leaves_room_for_the_optimizer():

@@ -22,10 +22,11 @@ from conftest import REPOSITORY, build_model
 from common import logprobs
 from common.models import load_model
 from common.sampling import Batch
+from tests.helpers import import_script
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # From the number of tokens to the last micro-batch's loss: everything between the advantages and the update.
-LOOP = re.compile(r"^ *num_tokens = .*?^ *total_loss \+= loss\.item\(\)\n", re.DOTALL | re.MULTILINE)
+LOOP = re.compile(r"^ *num_tokens = .*?^ *total_loss = sum\(.*?\n", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE)
 
 # The sequence's ratio s = exp(1/|y| Σ_t log ρ_t) replaces the tokens' ratios, and every token has its sequence's loss
@@ -59,16 +60,17 @@ BOUNDS = {"plain": FLOAT32, "sliced": FLOAT32, "triton": FLOAT32, "bfloat16": BF
 @pytest.fixture(scope="module")
 def gspo(tmp_path_factory):
     """The copy, imported."""
+    return import_script(write_gspo(tmp_path_factory.mktemp("gspo")))
+
+
+def write_gspo(directory):
+    """Write the copy; returns its path."""
     fences = iter(GSPO)
     text, count = FENCE.subn(lambda _: next(fences), (REPOSITORY / "grpo.py").read_text())
     assert count == len(GSPO)
-    path = tmp_path_factory.mktemp("gspo") / "gspo.py"
+    path = directory / "gspo.py"
     path.write_text(text)
-    spec = importlib.util.spec_from_file_location("gspo", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gspo"] = module  # where its dataclass looks itself up
-    spec.loader.exec_module(module)
-    return module
+    return path
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,7 @@ class Plan:
     sync_interval: int  # I
     sync_offset: int  # O
     seed: int
+    mine: slice = field(default_factory=lambda: slice(None))  # which of the P prompts this rank samples
 
     def version(self, k):
         return version_of_batch(k, self.sync_interval, self.sync_offset)
@@ -127,11 +128,19 @@ class Plan:
         first = int(np.random.default_rng([self.seed, SAMPLE, k]).integers(2**62))
         return [first + p * self.group_size for p in range(self.prompts_per_step)]
 
+    def share_of(self, waiting):
+        """From a checkpoint's fields of whole batches, this rank's share of each `Batch`, by number."""
+        start, end, _ = self.mine.indices(self.prompts_per_step)
+        rows = slice(start * self.group_size, end * self.group_size)
+        mine = [{key: v[rows] if isinstance(v, list) else v for key, v in fields.items()} for fields in waiting]
+        return {fields["number"]: Batch(**fields) for fields in mine}
+
     def sample(self, sampler, numbers):
         """Sample batches `numbers`, all of the version `sampler` holds; yields each when complete. Read to the end."""
         G = self.group_size
-        problems_of = {k: problems_of_batch(k, len(self.prompts), self.prompts_per_step, self.seed) for k in numbers}
-        requests = [([self.prompts[problem] for problem in problems_of[k]], self.seeds(k)) for k in numbers]
+        of_batch = {k: problems_of_batch(k, len(self.prompts), self.prompts_per_step, self.seed) for k in numbers}
+        problems_of = {k: problems[self.mine] for k, problems in of_batch.items()}
+        requests = [([self.prompts[problem] for problem in problems_of[k]], self.seeds(k)[self.mine]) for k in numbers]
         started, started_at = time.perf_counter(), time.time()
         for k, samples in zip(numbers, sampler.sample_many(requests, G), strict=True):
             problems = [problem for problem in problems_of[k] for _ in range(G)]

@@ -8,6 +8,7 @@ sampler → trainer    a heartbeat: a counter in shared memory, one up per decod
 import contextlib
 import os
 import queue
+import re
 import shutil
 import signal
 import threading
@@ -19,6 +20,7 @@ from unittest.mock import patch
 import torch
 
 from common.commandline import STOP_SIGNALS, BadInput, RunStopped
+from common.distributed import gather, gather_batch, part_like, whole
 from common.sampling import Batch
 from common.sampling.verify import deliver, describe, sampler_mismatch
 
@@ -118,13 +120,14 @@ class OverlappedRollouts:
         weights = {}
         for version, slot in self.slot_of.items():  # cloned: with a view, torch.save would write all memory it lies in
             weights[version] = {name: tensor.clone() for name, tensor in self.weights.tensors(slot).items()}
-        waiting = [vars(batch) for batch in self.waiting.values()]
-        return {"waiting": waiting, "last_arrived": self.last_arrived, "published": self.published, "weights": weights}
+        last_arrived = min(gather(self.last_arrived))  # on all ranks
+        waiting = [vars(gather_batch(batch)[0]) for k, batch in sorted(self.waiting.items()) if k <= last_arrived]
+        return {"waiting": waiting, "last_arrived": last_arrived, "published": self.published, "weights": weights}
 
     def load_state_dict(self, state):
         if "published" not in state:
             raise BadInput("--resume: this run sampled in turns with training and has to go on like that (--serial).")
-        self.waiting = {fields["number"]: Batch(**fields) for fields in state["waiting"]}
+        self.waiting = self.plan.share_of(state["waiting"])
         self.last_arrived, self.published = state["last_arrived"], state["published"]
         for slot, (version, tensors) in enumerate(state["weights"].items()):
             for name, tensor in self.weights.tensors(slot).items():
@@ -180,6 +183,8 @@ class OverlappedRollouts:
 def run_sampler(connection, weights, make_sampler, plan):
     """The sampler's process: work off the trainer's orders until the trainer is gone."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    for name in [n for n in os.environ if re.match(r"TORCHELASTIC_|MASTER_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_)", n)]:
+        del os.environ[name]  # this process is no rank, and its engine must not take it for one
     try:
         sampler = make_sampler()
         sampler.heartbeat = weights.heartbeat
@@ -216,7 +221,8 @@ class SharedWeights:
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         # Tensors start at multiples of 64 bytes, as PyTorch's own do: elsewhere vector code may round differently.
         self.sizes = [-(-shape.numel() // 16) * 16 for shape in self.shapes.values()]
-        needed, free = 4 * num_slots * sum(self.sizes), shutil.disk_usage("/dev/shm").free
+        copies = num_slots * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every rank has its own
+        needed, free = 4 * copies * sum(self.sizes), shutil.disk_usage("/dev/shm").free
         if needed > free:  # writing to memory that is not there would end in a bus error
             sizes = f"{needed / 2**20:.0f} MiB of shared memory for weights, but /dev/shm has {free / 2**20:.0f} MiB"
             raise BadInput(f"The sampler's process takes {sizes}: make room (docker run --shm-size), or give --serial.")
@@ -234,21 +240,21 @@ class SharedWeights:
         """Copy the model's parameters into a slot that nobody reads."""
         tensors = self.tensors(slot)
         for name, parameter in model.named_parameters():
-            tensors[name].copy_(parameter)
+            tensors[name].copy_(whole(parameter))
         self.versions[slot] = version
 
 
 @contextlib.contextmanager
 def parameters_from(model, tensors):
     """Inside, the parameters of `model` have these values; then again their own."""
-    own = {name: parameter.data for name, parameter in model.named_parameters()}
+    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
-            parameter.data = tensors[name].to(parameter.device)
+            parameter.data.copy_(part_like(parameter, tensors[name].to(parameter.device)))
         yield
     finally:
         for name, parameter in model.named_parameters():
-            parameter.data = own[name]
+            parameter.data.copy_(own[name])
 
 
 def _read_into(inbox, connection):

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from common.commandline import NOT_FINITE, RunStopped
+from common.distributed import gathered
 from common.logprobs import autocast
 from common.sampling import Sampler, Samples
 
@@ -56,19 +57,19 @@ class TransformersSampler(Sampler):
     def greedy(self, prompts):
         return self._decode_all(prompts, 1, None)
 
-    @torch.inference_mode()
     def _decode_all(self, prompts, group_size, seeds):
         samples = Samples([], [], [])
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing, active in training mode only, would switch the cache off
         width = max(1, MOST_SEQUENCES // group_size)
-        for start in range(0, len(prompts), width):
-            part = slice(start, start + width)
-            # One autocast context for all tokens: it keeps the weights it has cast to bf16 until it is left.
-            with autocast(self.model.device.type, self.precision):
-                decoded = self._decode(prompts[part], group_size, None if seeds is None else seeds[part])
-            for everything, new in zip(vars(samples).values(), decoded, strict=True):
-                everything += new
+        with gathered(self.model), torch.inference_mode():
+            for start in range(0, len(prompts), width):
+                part = slice(start, start + width)
+                # One autocast context for all tokens: it keeps the weights it has cast to bf16 until it is left.
+                with autocast(self.model.device.type, self.precision):
+                    decoded = self._decode(prompts[part], group_size, None if seeds is None else seeds[part])
+                for everything, new in zip(vars(samples).values(), decoded, strict=True):
+                    everything += new
         self.model.train(was_training)
         return samples
 

@@ -19,6 +19,7 @@ import torch
 
 from common.batching import collate
 from common.commandline import NOT_FINITE, RunStopped
+from common.distributed import whole
 from common.logprobs import token_logprobs
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
@@ -57,7 +58,7 @@ def checksum(tensor):
     taken of the sums and of the bytes left over. A changed element changes a row's sum and a column's; exchanged
     elements change one of the two, and exchanged rows the order of the sums.
     """
-    bytes_N = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    bytes_N = whole(tensor.detach()).contiguous().view(-1).view(torch.uint8)
     if bytes_N.data_ptr() % 8:
         bytes_N = bytes_N.clone()  # eight of them can be read as an integer only where eight-byte words begin
     end = len(bytes_N) // 8192 * 8192

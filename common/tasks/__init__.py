@@ -11,12 +11,14 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from common.commandline import BadInput, RunStopped
+from common.distributed import gather, share
 
 BUILT_IN = {"addition": "Addition", "gsm8k": "GSM8K"}
 RESERVED = {"step", "loss", "grad_norm", "lr", "update_skipped", "entropy", "lag", "weights_version", "response_length"}
@@ -104,7 +106,7 @@ class ProblemSet:
         `BadInput` for a value named like one of the log's metrics.
         """
         problems, name = [self.problems[number] for number in numbers], type(self.task).__name__
-        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
         try:
             results = list(self.task.rewards(problems, texts))
         except RunStopped:
@@ -133,9 +135,10 @@ class ProblemSet:
 
         Rewards of 0 and 1 count as "accuracy" if the task itself reports none.
         """
-        started = time.perf_counter()
-        responses = rollouts.greedy(self.prompts).responses
-        grades, _ = self.grade(range(len(self)), responses)
+        started, mine = time.perf_counter(), share(len(self))  # with several ranks, each answers a part
+        responses = rollouts.greedy(self.prompts[mine]).responses
+        parts = gather((self.grade(range(len(self))[mine], responses)[0], responses))
+        grades, responses = ([*chain(*lists)] for lists in zip(*parts, strict=True))
         if all(grade["reward"] in (0, 1) for grade in grades):
             grades = [{"accuracy": grade["reward"], **grade} for grade in grades]
         return {
@@ -148,6 +151,12 @@ class ProblemSet:
         """A number that depends on the tokens of all prompts and on whatever else of the problems JSON can express."""
         everything = [self.prompts, self.problems]
         return zlib.crc32(json.dumps(everything, skipkeys=True, default=lambda value: str(type(value))).encode())
+
+
+def load_problem_sets(name, data, eval_data, eval_size, tokenizer, max_prompt_tokens):
+    """The training problems and the held-out ones of a task, as `ProblemSet`s; see `load_task` and `load_problems`."""
+    task = load_task(name, data, eval_data, eval_size)
+    return tuple(load_problems(task, split, tokenizer, max_prompt_tokens) for split in ("train", "eval"))
 
 
 def means(grades):

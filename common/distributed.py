@@ -1,0 +1,170 @@
+"""One run on several GPUs or machines: what the ranks that `torchrun` starts do together.
+
+Every rank runs the same script. It samples and grades its share of the prompts, then gathers the other shares, so that
+all ranks have the same batch, N and micro-batches as a single process. Each rank computes some of the micro-batches
+(`deal`). Policy, reference and AdamW's moments are sharded over the ranks (FSDP2); gradients are summed over them.
+Without `torchrun` there is one rank: it gets everything, and nothing is sharded or sent.
+"""
+
+import dataclasses
+import functools
+import os
+import threading
+import time
+import types
+from contextlib import contextmanager
+from datetime import timedelta
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from common.commandline import BadInput, RunStopped
+
+
+def join_ranks(device, timeout):
+    """Under torchrun, set up communication between the ranks; one waits for another for `timeout` seconds at most."""
+    if "WORLD_SIZE" not in os.environ or dist.is_initialized():
+        return
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    global _patience, _between_cpus  # the latter for objects; tensors go between GPUs
+    _patience = timedelta(seconds=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_patience)
+    _between_cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+
+
+def _exit_with(parent):
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # torchrun was killed; without this, the rank would run on
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(value, patience=None):
+    """Every rank's value, of any type, in the order of ranks. Raises `RunStopped`, naming a rank that is late."""
+    if size() == 1:
+        return [value]
+    values = [None] * size()
+    try:
+        dist.monitored_barrier(_between_cpus, patience or _patience, wait_all_ranks=True)
+        dist.all_gather_object(values, value, _between_cpus)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunStopped(f"Communication between ranks failed ({reason}): continue with --resume.") from error
+    return values
+
+
+def share(count):
+    """The slice of `count` items that belongs to this rank."""
+    return slice(count * rank() // size(), count * (rank() + 1) // size())
+
+
+def gather_batch(batch, *lists):
+    """Join all ranks' shares of a batch, and of lists with one entry per response."""
+    if size() == 1:
+        return batch, *lists
+    parts, *others = zip(*gather((batch, *lists)), strict=True)
+    whole_lists = {
+        name: [*chain(*(getattr(part, name) for part in parts))]
+        for name, value in vars(batch).items()
+        if isinstance(value, list)
+    }
+    metrics = {key: max(part.metrics[key] for part in parts) for key in batch.metrics}  # the slowest rank's times
+    return dataclasses.replace(batch, metrics=metrics, **whole_lists), *([*chain(*values)] for values in others)
+
+
+def deal(splits, kinds):
+    """This rank's micro-batches, as pairs (rows, real), dealt round-robin, one kind (`kinds[row]`) after the other.
+
+    All ranks must make the same passes in the same order, since they exchange weights and gradients in each. So where
+    the last round is incomplete, the remaining ranks repeat a row, with real=False.
+    """
+    mine = []
+    for kind in sorted({kinds[rows[0]] for rows in splits}):
+        of_kind = [rows for rows in splits if kinds[rows[0]] == kind]
+        for start in range(0, len(of_kind), size()):
+            own = start + rank()
+            mine.append((of_kind[own], True) if own < len(of_kind) else (of_kind[start][-1:], False))
+    return mine
+
+
+def shard(model, device, replicas=1):
+    """Shard the parameters layer by layer, over all ranks or over each of `replicas` groups of ranks.
+
+    Raises `BadInput` where the ranks do not divide into that many groups.
+    """
+    if size() % replicas:
+        raise BadInput(f"--replicas {replicas} does not divide {size()} ranks: give a divisor.")
+    if size() == 1:
+        return
+    mesh = init_device_mesh(device.type, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = mesh if replicas > 1 else mesh["shard"]
+    for module in list(model.modules()):
+        if type(module).__name__ in (model._no_split_modules or []):  # a layer
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else whole after a pass without gradients
+    for module in _sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)  # a sum, not a mean
+        module.set_force_sum_reduction_for_comms(True)
+    # Backbone and head are called one after the other, by `token_logprobs`; this makes both one pass of the root.
+    model.as_one_pass = types.MethodType(lambda model, function, *args: function(model, *args), model)
+    register_fsdp_forward_method(model, "as_one_pass")
+
+
+def one_pass(function):
+    """Run `function(model, …)` as one pass of a sharded model: the head's weights are whole until it returns."""
+
+    @functools.wraps(function)
+    def wrapped(model, *args):
+        return model.as_one_pass(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
+
+    return wrapped
+
+
+@contextmanager
+def gathered(model):
+    """Context in which every rank holds all weights and runs the model without communication. No gradients."""
+    for module in _sharded_modules(model):
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    yield
+    for module in _sharded_modules(model):
+        module.reshard()
+        module.set_reshard_after_forward(True, recurse=False)
+
+
+def whole(tensor):
+    """The full tensor, on every rank; all of them must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(state):
+    """A nested dict with full tensors, on the CPU of rank 0; None for them on other ranks."""
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    full = whole(state)
+    return full if full is state else full.cpu() if rank() == 0 else None
+
+
+def part_like(parameter, tensor):
+    """This rank's shard of a full tensor, sharded as `parameter` is; the tensor itself if that is not."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def _sharded_modules(model):
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

@@ -1,0 +1,91 @@
+"""Ranks for the tests: processes with the environment that `torchrun` would give them, forked as in `helpers`."""
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+
+import grpo
+from common import commandline, distributed, logprobs
+from common.models import load_model
+from tests import helpers
+from tests.test_sequence_level_loss import LOOP
+
+CPU = torch.device("cpu")
+
+
+def run_ranks(count, function, *arguments, seconds=120):
+    """`function(*arguments)` on each of `count` ranks; returns what each returned, in the order of ranks."""
+    port = free_port()
+    processes, connections = [], []
+    for rank in range(count):
+        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        ours, theirs = multiprocessing.Pipe()
+        process = helpers.forked(_rank, theirs, environment, function, arguments, daemon=False)
+        theirs.close()
+        processes.append(process)
+        connections.append(ours)
+    results = []
+    for process, connection in zip(processes, connections, strict=True):
+        assert connection.poll(seconds), "a rank does not answer"
+        results.append(pickle.loads(connection.recv_bytes()))
+        process.join()
+    return results
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _rank(connection, environment, function, arguments):
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    torch.set_num_threads(1)
+    connection.send_bytes(pickle.dumps(function(*arguments)))  # tensors themselves, not handles of shared memory
+    connection.close()
+
+
+def script(argv, log):
+    """`python grpo.py …` as one rank of several, its output in `log`; returns its exit code."""
+    with open(f"{log}-{os.environ['RANK']}", "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [grpo.__file__, *map(str, argv)]
+    with contextlib.suppress(SystemExit):
+        commandline.run(grpo.main, grpo.Args, grpo.__file__)
+        return 0
+    return 1
+
+
+def loss_and_gradients(cases):
+    """For each case, what the lines of a script's loop make of it: total loss, and whole gradients by name.
+
+    A case has the script's module (or its path), a model directory, a batch, its advantages, a token budget, precision,
+    the vocabulary from which on slices are taken, and whether activations are recomputed.
+    """
+    distributed.join_ranks(CPU, 60)
+    results = []
+    for case in cases:
+        module = helpers.import_script(case["script"])
+        model = load_model(case["model"], "", CPU, case["precision"], case["checkpointing"])
+        distributed.shard(model, CPU, case.get("replicas", 1))
+        (lines,) = LOOP.findall(Path(module.__file__).read_text())
+        args = module.Args(max_tokens_per_microbatch=case["budget"])
+        names = vars(module) | {
+            "model": model, "reference": None, "batch": case["batch"], "metrics": module.StepMetrics(), "args": args,
+            "precision": case["precision"], "device": CPU, "advantages_B": case["advantages"],
+        }  # fmt: skip
+        before, logprobs.LARGE_VOCABULARY = logprobs.LARGE_VOCABULARY, case["large"]
+        exec(textwrap.dedent(lines), names)
+        logprobs.LARGE_VOCABULARY = before
+        gradients = {name: distributed.whole(parameter.grad) for name, parameter in model.named_parameters()}
+        results.append((names["total_loss"], gradients))
+    return results if distributed.rank() == 0 else None

@@ -1,0 +1,338 @@
+"""Several ranks do what one process does: gradients, whole runs, resuming; and end together when one of them fails."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from common import distributed
+from common.sampling import Batch
+from tests import ranks
+from tests.conftest import REPOSITORY, build_model
+from tests.helpers import (
+    DENSE_TASK,
+    assert_same_run,
+    dense_task,
+    finish,
+    metrics,
+    num_logged,
+    options,
+    resume,
+    wait_for,
+    write_task,
+)
+from tests.test_sequence_level_loss import write_gspo
+
+SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
+
+
+# Dealing
+
+
+def test_every_micro_batch_counts_once_and_all_ranks_make_equally_many_passes(monkeypatch):
+    kinds = [True, False, True, True, False, True, True]
+    splits = [[1], [4], [0, 2], [3], [5, 6]]  # two of one kind, three of the other
+    for size in (1, 2, 3, 4, 7):
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
+        dealt = []
+        for rank in range(size):
+            monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+            dealt.append(distributed.deal(splits, kinds))
+        counted = [rows for mine in dealt for rows, counts in mine if counts]
+        assert sorted(counted) == sorted(splits)
+        for passes in zip(*dealt, strict=True):  # raises where one rank makes fewer
+            assert len({kinds[rows[0]] for rows, _ in passes}) == 1
+    monkeypatch.setattr(distributed, "size", lambda: 1)
+    monkeypatch.setattr(distributed, "rank", lambda: 0)
+    assert distributed.deal(splits, kinds) == [(rows, True) for rows in splits]
+
+
+# Gradients
+
+
+def make_batch(vocab_size, seed, lengths):
+    """Sequences with responses of these lengths; the sampler's log-probs are near those of a uniform policy."""
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(2, 9))] for _ in lengths]
+    responses = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
+    logprobs = [[rng.uniform(-7, -4) for _ in response] for response in responses]
+    return Batch(1, 0, list(range(len(lengths))), prompts, responses, logprobs, [False] * len(lengths))
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory):
+    """What must be the same on any number of ranks, by name: see `ranks.loss_and_gradients`."""
+    place = tmp_path_factory.mktemp("models")
+    tied, untied = (build_model(family, place / family) for family in ("qwen2", "llama"))
+    uneven, few = [1, 30, 2, 17, 9, 3, 22, 5], [12, 4]
+    advantages = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, -0.7, 0.9, -2.0], dtype=torch.float64)
+    half = advantages.masked_fill(torch.arange(8) % 2 == 0, 0.0)
+    lone = advantages.masked_fill(torch.arange(8) != 6, 0.0)  # one response with a gradient: one rank has it
+    plain = {"model": tied, "precision": "float32", "checkpointing": False, "large": 8192, "budget": 64}
+    made = {
+        **{name: {"script": name, "lengths": uneven, "advantages": advantages} for name in SCRIPTS},
+        "sequence-level loss": {"script": str(write_gspo(place)), "lengths": uneven, "advantages": advantages},
+        "no gradient for half of the rows": {"lengths": uneven, "advantages": half},
+        "a gradient for one row": {"lengths": uneven, "advantages": lone},
+        "no gradient at all": {"lengths": uneven, "advantages": torch.zeros(8, dtype=torch.float64)},
+        "fewer micro-batches than ranks": {"lengths": few, "advantages": advantages[:2], "budget": 4096},
+        "untied head": {"model": untied, "lengths": uneven, "advantages": half},
+        "large vocabulary": {"lengths": uneven, "advantages": half, "large": 1},
+        "large vocabulary, untied": {"model": untied, "lengths": uneven, "advantages": half, "large": 1},
+        "recomputed activations": {"lengths": uneven, "advantages": half, "checkpointing": True},
+        "bfloat16": {"lengths": uneven, "advantages": half, "precision": "bfloat16"},
+    }
+    for number, case in enumerate(made.values()):
+        case |= {"batch": make_batch(280, number, case["lengths"])}
+        case |= {key: value for key, value in plain.items() if key not in case}
+        case.setdefault("script", "grpo")
+    return made
+
+
+@pytest.fixture(scope="module")
+def of_one_process(cases):
+    return ranks.loss_and_gradients(list(cases.values()))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_gradients_are_those_of_one_process(count, cases, of_one_process):
+    found, *_ = ranks.run_ranks(count, ranks.loss_and_gradients, list(cases.values()))
+    for name, (loss, gradients), (true_loss, truth) in zip(cases, found, of_one_process, strict=True):
+        # Sums are made in another order. bfloat16 rounds each rank's share of a gradient, to 2⁻⁹ of it.
+        bound = 2e-2 if name == "bfloat16" else 1e-6
+        assert abs(loss - true_loss) <= bound * max(1, abs(true_loss)), name
+        size = torch.cat([gradient.flatten() for gradient in truth.values()]).norm()
+        assert (size > 0) == (name != "no gradient at all")
+        for key, gradient in gradients.items():
+            assert (gradient - truth[key]).norm() <= bound * max(size, 1e-30), (name, key)
+
+
+def test_replicas_have_the_same_gradients(cases, of_one_process):
+    """Four ranks, two copies of two shards each."""
+    chosen = [{**cases["no gradient for half of the rows"], "replicas": 2}]
+    ((loss, gradients),), *_ = ranks.run_ranks(4, ranks.loss_and_gradients, chosen)
+    true_loss, truth = of_one_process[list(cases).index("no gradient for half of the rows")]
+    assert loss == pytest.approx(true_loss, rel=1e-6)
+    for key, gradient in gradients.items():
+        assert (gradient - truth[key]).norm() <= 1e-6 * truth[key].norm()
+
+
+# Whole runs
+
+RUN = {"num_steps": 6, "eval_size": 5, "eval_interval": 2, "checkpoint_interval": 2, "max_tokens_per_microbatch": 60}
+RUN |= {"learning_rate": 5e-5}  # Adam makes updates of gradients that are nothing but rounding
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    return dense_task(tmp_path_factory.mktemp("task"))
+
+
+def run_on(count, argv, log):
+    """A run of `grpo.py` on some ranks; fails with their output if one of them does."""
+    codes = [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
+    assert not any(codes), "".join(path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*"))
+
+
+@pytest.fixture(scope="module")
+def lone_run(task, tmp_path_factory):
+    place = tmp_path_factory.mktemp("lone")
+    run_on(1, options(place, task=task, **RUN), place / "log")
+    return place / "run"
+
+
+def assert_nearly_the_same(run_dir, other):
+    """Completions, rewards and lengths are equal; other metrics up to rounding."""
+    same_text = (run_dir / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
+    assert same_text
+    for found, expected in zip(metrics(run_dir), metrics(other), strict=True):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            if key.startswith(("reward", "response_length", "eval", "step", "lag")):
+                assert found[key] == value, key
+            else:
+                assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_run_on_several_ranks_is_that_of_one(count, task, lone_run, tmp_path):
+    run_on(count, options(tmp_path, task=task, **RUN), tmp_path / "log")
+    assert_nearly_the_same(tmp_path / "run", lone_run)
+
+
+@pytest.mark.parametrize("schedule", [(2, 0), (1, 1), (3, 2)])
+def test_samplers_beside_the_ranks(schedule, task, tmp_path):
+    lag = {"sync_interval": schedule[0], "sync_offset": schedule[1]}
+    for count, name, serial in ((1, "one", True), (2, "two", False)):
+        run_on(
+            count, options(tmp_path, name=name, task=task, **{**RUN, **lag, "serial": serial}), tmp_path / f"{name}.log"
+        )
+    assert_nearly_the_same(tmp_path / "two", tmp_path / "one")
+
+
+def test_two_ranks_resume_bit_for_bit(task, tmp_path):
+    lag = {"sync_interval": 2, "sync_offset": 1}
+    run_on(2, options(tmp_path, name="whole", task=task, **{**RUN, **lag}), tmp_path / "log")
+    run_on(2, options(tmp_path, name="parts", task=task, **{**RUN, **lag, "num_steps": 4}), tmp_path / "log")
+    run_on(2, resume(tmp_path / "parts", "--num-steps", 6), tmp_path / "log")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
+def test_another_number_of_ranks_goes_on(before, after, task, lone_run, tmp_path):
+    run_on(before, options(tmp_path, task=task, **{**RUN, "num_steps": 4}), tmp_path / "log")
+    run_on(after, resume(tmp_path / "run", "--num-steps", 6), tmp_path / "log")
+    assert_nearly_the_same(tmp_path / "run", lone_run)
+
+
+# Failing together
+
+
+class Torchrun:
+    """`torchrun grpo.py …`, with whatever it starts; all of it has the log's path in its environment."""
+
+    def __init__(self, argv, log, *more):
+        self.log, self.mark = Path(log), f"STARTED_FOR={log}"
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *more]
+        environment = {**os.environ, "STARTED_FOR": str(log), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        with open(log, "ab") as file:
+            self.agent = subprocess.Popen(
+                [*command, str(REPOSITORY / "grpo.py"), *map(str, argv)],
+                stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=REPOSITORY, env=environment,
+            )  # fmt: skip
+
+        Torchrun.started.append(self)
+
+    started: ClassVar = []
+
+    def processes(self):
+        """Ids and command lines of all that are alive."""
+        found = {}
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and self.mark.encode() in (path / "environ").read_bytes():
+                    found[int(path.name)] = (path / "cmdline").read_text()
+            except OSError:
+                continue
+        return found
+
+    def find(self, *words):
+        """The first process with all these words in its command line; waits until there is one."""
+
+        def look():
+            assert self.agent.poll() is None, self.log.read_text()[-4000:]
+            return next((pid for pid, line in self.processes().items() if all(word in line for word in words)), None)
+
+        return wait_for(look)
+
+    def is_over(self, seconds=10):
+        """Whether nothing of it is alive after so many seconds; `said` has its output then."""
+        deadline = time.monotonic() + seconds
+        while (self.agent.poll() is None or self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.said = self.log.read_text()
+        return self.agent.poll() is not None and not self.processes()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays():
+    """Of a test that failed, either."""
+    yield
+    while Torchrun.started:
+        for pid in Torchrun.started.pop().processes():
+            os.kill(pid, signal.SIGKILL)
+
+
+LONG = {"num_steps": 10_000, "max_tokens_per_microbatch": 60}
+
+
+def started(task, tmp_path, *more, **settings):
+    run = Torchrun(options(tmp_path, task=task, **{**LONG, **settings}), tmp_path / "log", *more)
+    wait_for(lambda: num_logged(tmp_path / "run") > 2 or run.agent.poll() is not None)
+    assert run.agent.poll() is None, run.log.read_text()[-4000:]
+    return run
+
+
+def test_a_killed_rank_ends_all(task, tmp_path):
+    run = started(task, tmp_path)
+    os.kill(run.find("grpo.py", "-u"), signal.SIGKILL)
+    assert run.is_over()
+    assert "exitcode  : -9" in run.said and run.agent.returncode
+
+
+def test_ranks_do_not_outlive_torchrun_nor_their_samplers(task, tmp_path):
+    run = started(task, tmp_path, sync_interval=2, serial=False)
+    assert run.find("spawn_main")
+    run.agent.kill()
+    assert run.is_over()
+
+
+def test_a_killed_sampler_is_named_once(task, tmp_path):
+    run = started(task, tmp_path, sync_interval=2, serial=False)
+    os.kill(run.find("spawn_main"), signal.SIGKILL)
+    assert run.is_over()
+    assert run.said.count("The sampler's process died (exit code -9") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_all_ranks_finish_the_step(number, task, tmp_path):
+    run = started(task, tmp_path)
+    run.agent.send_signal(number)
+    assert run.is_over(20)
+    step = num_logged(tmp_path / "run") - 1
+    assert (tmp_path / "run" / "checkpoints" / f"step_{step:06d}.pt").exists()
+    assert run.said.count(f"Stopped after step {step} of 10000; there is a checkpoint.") == 1
+    run_on(1, resume(tmp_path / "run", "--num-steps", step + 1), tmp_path / "log-2")
+
+
+def test_two_machines(task, lone_run, tmp_path):
+    """Two agents on this machine, with a rank each, meet at a port."""
+    port = ranks.free_port()
+    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    argv = options(tmp_path, task=task, **RUN)
+    agents = [Torchrun(argv, tmp_path / f"log-{number}", *meet, "--rdzv-id", "1") for number in range(2)]
+    for agent in agents:
+        assert agent.agent.wait(90) == 0, agent.log.read_text()[-3000:]
+    assert_nearly_the_same(tmp_path / "run", lone_run)
+
+
+def failing_on_rank_1(tmp_path, what):
+    """The dense task, with a line of code that rank 1 runs before its rewards."""
+    line = f"        if os.environ.get('RANK') == '1':\n            {what}\n        return sum"
+    text = "import os, time\n" + DENSE_TASK.replace("        return sum", line)
+    return f"{write_task(tmp_path, text)}:Digits"
+
+
+def said_by_ranks(tmp_path, argv, count=2):
+    """The exit codes of a run on two ranks, and what each of them said."""
+    codes = ranks.run_ranks(count, ranks.script, argv, tmp_path / "log")
+    return codes, [(tmp_path / f"log-{rank}").read_text() for rank in range(count)]
+
+
+def test_a_reward_that_raises_on_one_rank_names_it(tmp_path):
+    task = failing_on_rank_1(tmp_path, "raise KeyError('oh')")
+    _, (zero, one) = said_by_ranks(tmp_path, options(tmp_path, task=task))
+    assert "rank 1: Digits.reward raised KeyError('oh')" in one
+    assert "Digits.reward" not in zero and "Communication between ranks failed" in zero
+
+
+def test_a_rank_that_hangs_is_named(tmp_path):
+    task = failing_on_rank_1(tmp_path, "time.sleep(20)")
+    _, (zero, _) = said_by_ranks(tmp_path, options(tmp_path, task=task, sampler_timeout=4.0, eval_size=1))
+    assert re.search(r"Communication between ranks failed \(.*[Rr]ank.? 1", zero), zero
+
+
+def test_bad_input_is_said_once_with_exit_code_2(task, tmp_path):
+    run = Torchrun(options(tmp_path, task=task, prompts_per_step=1), tmp_path / "log")
+    assert run.is_over(60)
+    assert run.said.count("--prompts-per-step 1 is less than 2 ranks: raise it.") == 1
+    assert "exitcode  : 2" in run.said and 'Traceback (most recent call last):\n  File "/grpo' not in run.said
