@@ -147,12 +147,6 @@ def observations(groups):
     ]
 
 
-def clipped(runs):
-    """Clipped tokens in the steps with the largest lag, just before a sync: plain, and weighted by 1 − p."""
-    late = [record for records in runs for record in records if record["lag"] == SYNC_INTERVAL - 1]
-    return [f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")]
-
-
 def write_text(groups, everything, args, script_options):
     published = json.loads(PUBLISHED.read_text())["curves"]
     curves = []
@@ -168,7 +162,7 @@ def write_text(groups, everything, args, script_options):
         accuracies = [column(records, "eval/accuracy")[-1] for records in runs]
         behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
         others.append([label, ", ".join(f"{a:.3f}" for a in accuracies), f"{np.mean(accuracies):.3f}"])
-        others[-1] += [*clipped(runs), f"{behaviour:.3f}"]
+        others[-1] += [*reporting.clipped(runs), f"{behaviour:.3f}"]
     rows, key = [], "kl/ref_k2"
     for label in (RED, *TAUS):
         ends = tenths(everything[label], key)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything in this repository that waits for a GPU, the most valuable first; about eight minutes on one H100.
+# Checks and benchmarks for one GPU, the most valuable first; about ten minutes on an H200.
 #
 #     bash benchmarks/on_gpu.sh                     writes to benchmarks/results/on_gpu/
 #     bash benchmarks/on_gpu.sh --rehearse DIR      the same in miniature on a CPU, to see that every part runs

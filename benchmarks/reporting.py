@@ -37,6 +37,13 @@ def column(records, key):
     return np.array([record[key] for record in records if key in record], dtype=float)
 
 
+def clipped(runs):
+    """Clipped tokens in the steps with the largest lag, just before a sync: plain, and weighted by 1 − p."""
+    largest = max(record["lag"] for record in runs[0])
+    late = [record for records in runs for record in records if record["lag"] == largest]
+    return [f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")]
+
+
 def moving_average(values, width=SMOOTHING):
     """A centred average over `width` values, over fewer at the ends."""
     kernel = np.ones(min(width, len(values)))

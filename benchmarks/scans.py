@@ -1,7 +1,7 @@
 """Every setting that was tried for the two figures, on seeds that the figures do not use.
 
-    python benchmarks/scans.py sync_modes           24 runs per start model, two at a time; a quarter of an hour in all
-    python benchmarks/scans.py algorithms           half an hour
+    python benchmarks/scans.py sync_modes --seeds 11          16 runs, two at a time; a quarter of an hour
+    python benchmarks/scans.py algorithms --seeds 11          9 runs; a quarter of an hour
 
 The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table says what became of
 the curves and how many of the observations about the published figure hold (those about time left out: runs share the
@@ -83,14 +83,6 @@ def ends(runs, key):
     return f"{first:.3g} → {last:.3g}"
 
 
-def clipped(runs):
-    """Clipped tokens in the steps with the largest lag: all of them, and weighted by 1 − p."""
-    largest = max(record["lag"] for record in runs[0])
-    late = [record for records in runs for record in records if record["lag"] == largest]
-    plain, weighted = (column(late, f"ratio/clip_fraction{kind}").mean() for kind in ("", "_weighted"))
-    return f"{plain:.2%} ({weighted:.2%})"
-
-
 def main(args):
     module = {"sync_modes": sync_modes, "algorithms": algorithms}[args.figure]
     parts = []
@@ -105,7 +97,12 @@ def main(args):
             label: np.mean([column(r, "kl/behaviour_k3").max() for r in runs]) for label, runs in groups.items()
         }
         rows = [
-            [label, *(ends(runs, key) for key in module.PANELS), clipped(runs), f"{behaviour[label]:.2g}"]
+            [
+                label,
+                *(ends(runs, key) for key in module.PANELS),
+                "{} ({})".format(*reporting.clipped(runs)),
+                f"{behaviour[label]:.2g}",
+            ]
             for label, runs in groups.items()
         ]
         header = ["curve", *module.PANELS.values(), "clipped at the largest lag (weighted)", "largest behaviour KL"]

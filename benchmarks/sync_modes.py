@@ -298,8 +298,7 @@ def cost_of_staleness(groups):
         cells = [f"{np.mean([r[int(share * len(r)) - 1] for r in rewards]):.3f}" for share in (0.25, 0.5, 0.75, 1.0)]
         lag = max(record["lag"] for record in runs[0])
         late = [record for records in runs for record in records if record["lag"] == lag]
-        clipped = [f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")]
-        rows.append([mode, lag, *cells, *clipped, f"{column(late, 'kl/behaviour_k3').mean():.4f}"])
+        rows.append([mode, lag, *cells, *reporting.clipped(runs), f"{column(late, 'kl/behaviour_k3').mean():.4f}"])
     header = ["mode", "largest lag", "reward after 1/4 of the steps", "1/2", "3/4", "all"]
     return table([*header, "clipped at that lag", "weighted by 1 − p", "behaviour KL at that lag"], rows)
 
