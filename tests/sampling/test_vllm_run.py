@@ -17,10 +17,23 @@ from common.sampling.process import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import make_vllm_sampler
 from tests.conftest import build_model
-from tests.helpers import Run, dense_task, kill, metrics, num_logged, options, resume, steps, wait_for
+from tests.helpers import (
+    DENSE_TASK,
+    Run,
+    dense_task,
+    kill,
+    metrics,
+    num_logged,
+    options,
+    resume,
+    steps,
+    wait_for,
+    write_task,
+)
 from tests.sampling import vllm_engines  # noqa: F401 (skips this file where there is no vLLM)
 from tests.sampling.test_transformers import trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
+from tests.test_distributed import Torchrun, nothing_stays  # noqa: F401 (the latter is a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -199,3 +212,44 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
         with pytest.raises(RunStopped, match=r"died .* while sampling batch 2 with weights of version 1"):
             rollouts.next(2)
         assert time.monotonic() - started < 5
+
+
+# Several ranks
+
+
+def test_each_rank_has_an_engine_with_verified_weights(settings, tmp_path):
+    run = Torchrun(options(tmp_path, **{**settings, "sync_interval": 1, "num_steps": 3}), tmp_path / "log")
+    assert run.agent.wait(400) == 0, run.log.read_text()[-4000:]
+    records = steps(tmp_path / "run")
+    assert [record["weights_version"] for record in records] == [0, 0, 1]
+    first = [record for record in records if "time/sync_verify" in record]
+    assert [record["step"] for record in first] == [1, 3]
+    assert all(record["sampler_mismatch/max"] < 1e-4 for record in first)
+    assert run.is_over()
+
+
+FLIP_A_BIT_ON_RANK_1 = """
+import os
+import torch
+from common.sampling.process import SharedWeights
+
+write = SharedWeights.write
+
+def faulty_write(self, slot, version, model):
+    write(self, slot, version, model)
+    if version == 1 and os.environ.get("RANK") == "1":
+        self.tensors(slot)["model.layers.0.mlp.up_proj.weight"].view(torch.int32)[3, 4] ^= 1
+
+SharedWeights.write = faulty_write
+"""
+
+
+def test_a_faulty_delivery_on_one_rank_stops_all(settings, tmp_path):
+    task = f"{write_task(tmp_path, DENSE_TASK + FLIP_A_BIT_ON_RANK_1)}:Digits"
+    run = Torchrun(
+        options(tmp_path, **{**settings, "sync_interval": 1, "task": task, "num_steps": 9}), tmp_path / "log"
+    )
+    assert run.agent.wait(400), run.log.read_text()[-4000:]
+    assert run.is_over()
+    assert run.said.count("Weights of version 1 did not reach") == 1
+    assert len(steps(tmp_path / "run")) <= 2  # the third batch would have been the first from these weights
