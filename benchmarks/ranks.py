@@ -1,10 +1,11 @@
-"""The overhead of torchrun: step times of one process with two threads, and of two ranks with one thread each.
+"""The overhead of torchrun: one process with two threads, against two ranks with one thread each.
 
-    python benchmarks/ranks.py                  three minutes on two idle cores
+    python benchmarks/ranks.py                  four minutes on two idle cores
 
-A random model of 25 million parameters trains on the same batches, at a learning rate of 1e-9, so that every step is
+A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so that every step is
 the same work. Each of the two ranks holds half of the weights, gradients, moments and reference; in every pass they
-exchange weights and gradients with gloo. The two kinds of runs alternate; times are medians over steps.
+exchange weights and gradients with gloo. The two kinds of runs alternate; times are medians over steps. Memory is
+measured with few tokens and two models, of 24 and 227 million parameters: what more the larger one takes is its state.
 
 Writes `ranks.md`.
 """
@@ -28,6 +29,8 @@ from benchmarks.launcher import ROOT
 from benchmarks.reporting import column, table
 from common.models import TINY_MODEL, load_tokenizer
 
+SIZES = (512, 8), (1152, 15)  # hidden size and layers
+BYTES = {1: 20, 2: 20 / 2 + 4}  # per parameter, by number of ranks
 KEYS = {"time/sample": "sampling", "time/train": "training", "time/step": "step"}
 
 
@@ -41,10 +44,10 @@ class Args:
     """where ranks.md goes"""
 
 
-def make_model(directory):
+def make_model(directory, hidden, layers):
     """A random model with the embedded model's tokenizer; returns its number of parameters."""
     tokenizer = load_tokenizer(TINY_MODEL)
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8}
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     torch.manual_seed(0)
@@ -54,13 +57,13 @@ def make_model(directory):
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def run(ranks, model, name, directory, steps):
+def run(ranks, model, name, directory, steps, prompts=8, group=4):
     """Train; returns the directory of the run. Memory is that of rank 0, at its peak."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = {
-        "model": model, "num-steps": steps, "prompts-per-step": 8, "group-size": 4, "eval-size": 1, "device": "cpu",
-        "eval-interval": 1000, "checkpoint-interval": 1000, "learning-rate": 1e-9, "threads": 2 // ranks,
-        "task": f"{directory}/signal.py:Turns", "output": directory, "name": name,
+        "model": model, "num-steps": steps, "prompts-per-step": prompts, "group-size": group, "eval-size": 2,
+        "device": "cpu", "eval-interval": 1000, "checkpoint-interval": 1000, "learning-rate": 1e-9,
+        "threads": 2 // ranks, "task": f"{directory}/signal.py:Turns", "output": directory, "name": name,
     }  # fmt: skip
     command = [sys.executable, *launcher, "grpo.py", *(f"--{key}={value}" for key, value in options.items())]
     environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks)}
@@ -89,30 +92,39 @@ class Turns(Task):
 
 
 def main(args):
-    found = {1: [], 2: []}
+    times, peaks = {1: [], 2: []}, {1: [], 2: []}
     with tempfile.TemporaryDirectory() as directory:
-        parameters = make_model(f"{directory}/model")
+        paths = f"{directory}/small", f"{directory}/large"
+        models = {make_model(path, *sizes): path for path, sizes in zip(paths, SIZES, strict=True)}
         Path(directory, "signal.py").write_text(TASK)
         for round_ in range(args.rounds):
-            for ranks, runs in found.items():
-                runs.append(run(ranks, f"{directory}/model", f"{ranks}-{round_}", directory, args.steps))
-        records = {ranks: [r for path in runs for r in reporting.read_steps(path)[1:]] for ranks, runs in found.items()}
-        environment = reporting.environment_of(found[1][0]).replace(directory, "DIRECTORY")
-    rows = []
-    for ranks, steps in records.items():
-        times = [f"{np.median(column(steps, key)):.2f}" for key in KEYS]
-        held = 4 * 5 * parameters / ranks / 2**30
-        rows.append([ranks, *times, f"{column(steps, 'memory/peak_gib').max():.2f}", f"{held:.2f}"])
+            for ranks, runs in times.items():
+                runs.append(run(ranks, models[min(models)], f"{ranks}-{round_}", directory, args.steps))
+        for ranks, found in peaks.items():
+            for parameters, model in models.items():
+                steps = reporting.read_steps(run(ranks, model, f"{ranks}-{parameters}", directory, 2, 2, 2))
+                found.append(column(steps, "memory/peak_gib").max())
+        records = {ranks: [r for path in runs for r in reporting.read_steps(path)[1:]] for ranks, runs in times.items()}
+        environment = reporting.environment_of(times[1][0]).replace(directory, "DIRECTORY")
+    small, large = models
+    time_rows = [[ranks, *(f"{np.median(column(steps, key)):.2f}" for key in KEYS)] for ranks, steps in records.items()]
+    memory_rows = []
+    for ranks, found in peaks.items():
+        held = BYTES[ranks] * (large - small) / 2**30
+        memory_rows.append([ranks, *(f"{peak:.2f}" for peak in (*found, found[1] - found[0], held))])
     one, two = (np.median(column(records[ranks], "time/step")) for ranks in (1, 2))
-    header = ["ranks", *(f"{name} (s)" for name in KEYS.values()), "peak memory of a rank (GiB)"]
     report = f"""# Two ranks on two cores, against one process with two threads
 
-`python benchmarks/ranks.py`: a random model of {parameters / 1e6:.0f} million parameters, 8 × 4 responses a step,
+`python benchmarks/ranks.py`: a random model of {small / 1e6:.0f} million parameters, 8 × 4 responses a step,
 medians over {args.rounds} runs of each. Two ranks take **{two / one:.2f}** times as long.
 
-{table([*header, "computed for weights, gradients, moments, reference"], rows)}
+{table(["ranks", *(f"{name} (s)" for name in KEYS.values())], time_rows)}
 
-The peak has much besides: Python with its libraries, activations, and while a rank samples, all weights.
+Peak memory of rank 0 in GiB, with 2 × 2 responses a step. What the larger model takes more is mostly its state:
+weights, gradients, two moments and the reference, 20 bytes per parameter. Of two ranks, each holds half, and all
+weights while it samples: 14 bytes. The rest of a peak is Python with its libraries, and activations.
+
+{table(["ranks", f"{small / 1e6:.0f} million", f"{large / 1e6:.0f} million", "difference", "computed"], memory_rows)}
 """
     reporting.write_report(args.output / "ranks.md", report, environment)
 

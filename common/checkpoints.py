@@ -2,75 +2,105 @@
 
 A checkpoint is one file, `checkpoints/step_000040.pt`. It is written under another name, flushed to disk and then
 renamed, which a file system does completely or not at all. It is a zip archive with a CRC-32 of every tensor, so that
-later damage is noticed when a run is resumed.
+later damage is noticed when a run is resumed. What several ranks hold of a large model goes into a directory instead,
+`step_000040.shards`, that `torch.distributed.checkpoint` writes and reads.
 """
 
 import os
+import shutil
 import zipfile
 from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from common.commandline import BadInput, RunStopped
-from common.distributed import gather, part_like, rank, whole_state
+from common.distributed import gather, part_like, rank, size, whole_state
 
 KEEP = 2  # how many of the newest checkpoints stay
+ONE_FILE = 2**35  # bytes of weights and moments, 3 billion parameters; beyond, with several ranks, a directory
+SHARDED = ("model", "optimizer")
+OTHERS = "others.pt"  # what such a directory has besides
 
 
 def save_checkpoint(run_dir, step, parts):
     """Write the `state_dict()` of each of `parts`, a dict by name; delete all but the newest `KEEP` checkpoints.
 
-    With several ranks, all of them call this, and rank 0 writes whole tensors, which must fit into its memory. Raises
-    `RunStopped` where it cannot be written; the checkpoints before are still there.
+    With several ranks, all of them call this. Rank 0 writes the file, with whole tensors, which must fit into its
+    memory; where they would take more than `ONE_FILE` bytes, each rank writes its own part of them into a directory.
+    Raises `RunStopped` where a checkpoint cannot be written; those before are still there.
     """
-    states = {name: whole_state(part.state_dict()) for name, part in parts.items()}
-    if rank() == 0:
-        _write(run_dir, step, states)
-    gather(None, timedelta(hours=1))  # writing may take longer than anything else
-
-
-def _write(run_dir, step, states):
-    directory = Path(run_dir) / "checkpoints"
-    final = directory / f"step_{step:06d}.pt"
+    directory = Path(gather(run_dir)[0]) / "checkpoints"  # rank 0 has named the run
+    sharded = SHARDED if _is_large(parts["model"]) else ()
+    final = directory / f"step_{step:06d}{'.shards' if sharded else '.pt'}"
     unfinished = final.with_suffix(".unfinished")
+    states = whole_state({name: part.state_dict() for name, part in parts.items() if name not in sharded})
     try:
-        directory.mkdir(exist_ok=True)
-        with open(unfinished, "wb") as file:
-            torch.save(states, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, final)
-    except (OSError, RuntimeError) as error:  # torch.save turns an OSError into a RuntimeError
-        unfinished.unlink(missing_ok=True)
+        if sharded:
+            dcp.save(_sharded_state(parts), checkpoint_id=unfinished)
+        if rank() == 0:
+            directory.mkdir(exist_ok=True)
+            with open(unfinished / OTHERS if sharded else unfinished, "wb") as file:
+                torch.save(states, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(unfinished, final)
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:  # torch.save turns the first into the second
+        if rank() == 0:
+            _delete(unfinished)
         what = f"{final} cannot be written ({error.__context__ or error})"
         raise RunStopped(f"{what}: make room, and go on with --resume.") from error
-    directory_handle = os.open(directory, os.O_RDONLY)
-    os.fsync(directory_handle)  # the renaming itself, too
-    os.close(directory_handle)
-    for old in [*_checkpoints(run_dir)[:-KEEP], *directory.glob("*.unfinished")]:  # the latter of a killed run
-        old.unlink()
+    if rank() == 0:
+        directory_handle = os.open(directory, os.O_RDONLY)
+        os.fsync(directory_handle)  # the renaming itself, too
+        os.close(directory_handle)
+        for old in [*_checkpoints(run_dir)[:-KEEP], *directory.glob("*.unfinished")]:  # the latter of a killed run
+            _delete(old)
+    gather(None, timedelta(hours=1))  # writing may take longer than anything else
 
 
 def load_checkpoint(run_dir, parts):
     """Give each of `parts` its state in the newest checkpoint of a run, if there is one. Raises `BadInput`.
 
-    Every rank reads the file, and takes what it holds itself: it may have been written by another number of ranks.
+    Every rank reads it, and takes what it holds itself: it may have been written by another number of ranks.
     """
     if not (paths := _checkpoints(run_dir)):
         return
     *older, path = paths
+    file = path / OTHERS if path.is_dir() else path
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             if archive.testzip():
                 raise zipfile.BadZipFile("a checksum is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # as varied as the kinds of damage
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=size() > 1)  # one copy for all ranks
+        if path.is_dir():
+            sharded = _sharded_state(parts)
+            dcp.load(sharded, checkpoint_id=path)
+            _set_sharded_state(parts, sharded)
+    except (Exception, dcp.CheckpointException) as error:  # as varied as the kinds of damage
         where = f"from {older[-1].name}" if older else "from the start"
         how = f"if it is damaged, delete it to continue {where}"
         raise BadInput(f"--resume: {path} cannot be read ({str(error)[:200]}); {how}.") from error
-    for name, part in parts.items():
-        part.load_state_dict(_as_held_by(part, state[name]))
+    for name in state:
+        parts[name].load_state_dict(_as_held_by(parts[name], state[name]))
+
+
+def _is_large(model):
+    """Whether weights and AdamW's two moments are sharded, and larger than one file should be."""
+    return size() > 1 and 3 * sum(parameter.nbytes for parameter in model.parameters()) > ONE_FILE
+
+
+def _sharded_state(parts):
+    """Dict of tensors of which every rank writes its own part, or reads it."""
+    weights, moments = get_state_dict(parts["model"], parts["optimizer"])
+    return {"model": weights, "optimizer": moments}
+
+
+def _set_sharded_state(parts, state):
+    states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
+    set_state_dict(parts["model"], parts["optimizer"], **states)
 
 
 def _as_held_by(part, state):
@@ -85,4 +115,9 @@ def _as_held_by(part, state):
 
 
 def _checkpoints(run_dir):
-    return sorted(Path(run_dir).glob("checkpoints/step_" + "[0-9]" * 6 + ".pt"))
+    name = "checkpoints/step_" + "[0-9]" * 6
+    return sorted([*Path(run_dir).glob(f"{name}.pt"), *Path(run_dir).glob(f"{name}.shards")])
+
+
+def _delete(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,9 +1,8 @@
 """One run on several GPUs or machines: what the ranks that `torchrun` starts do together.
 
 Every rank runs the same script. It samples and grades its share of the prompts, then gathers the other shares, so that
-all ranks have the same batch, N and micro-batches as a single process. Each rank computes some of the micro-batches
-(`deal`). Policy, reference and AdamW's moments are sharded over the ranks (FSDP2); gradients are summed over them.
-Without `torchrun` there is one rank: it gets everything, and nothing is sharded or sent.
+all have the batch, N and micro-batches of a single process. Each computes some of the micro-batches (`deal`). Policy,
+reference and AdamW's moments are sharded (FSDP2); gradients are summed. Without `torchrun`, one rank has everything.
 """
 
 import dataclasses
@@ -14,7 +13,6 @@ import time
 import types
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import chain
 
 import torch
 import torch.distributed as dist
@@ -54,12 +52,11 @@ def size():
 
 def gather(value, patience=None):
     """Every rank's value, of any type, in the order of ranks. Raises `RunStopped`, naming a rank that is late."""
-    if size() == 1:
-        return [value]
-    values = [None] * size()
+    values = [value] * size()
     try:
-        dist.monitored_barrier(_between_cpus, patience or _patience, wait_all_ranks=True)
-        dist.all_gather_object(values, value, _between_cpus)
+        if size() > 1:
+            dist.monitored_barrier(_between_cpus, patience or _patience, wait_all_ranks=True)
+            dist.all_gather_object(values, value, _between_cpus)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
         raise RunStopped(f"Communication between ranks failed ({reason}): continue with --resume.") from error
@@ -76,13 +73,11 @@ def gather_batch(batch, *lists):
     if size() == 1:
         return batch, *lists
     parts, *others = zip(*gather((batch, *lists)), strict=True)
-    whole_lists = {
-        name: [*chain(*(getattr(part, name) for part in parts))]
-        for name, value in vars(batch).items()
-        if isinstance(value, list)
-    }
-    metrics = {key: max(part.metrics[key] for part in parts) for key in batch.metrics}  # the slowest rank's times
-    return dataclasses.replace(batch, metrics=metrics, **whole_lists), *([*chain(*values)] for values in others)
+    names = [name for name, value in vars(batch).items() if isinstance(value, list)]
+    whole_lists = {name: [item for part in parts for item in getattr(part, name)] for name in names}
+    metrics = {key: max(part.metrics[key] for part in parts) for key in batch.metrics}  # slowest rank, worst mismatch
+    joined = ([item for part in values for item in part] for values in others)
+    return dataclasses.replace(batch, metrics=metrics, **whole_lists), *joined
 
 
 def deal(splits, kinds):
@@ -128,7 +123,12 @@ def one_pass(function):
 
     @functools.wraps(function)
     def wrapped(model, *args):
-        return model.as_one_pass(function, *args) if isinstance(model, FSDPModule) else function(model, *args)
+        if not isinstance(model, FSDPModule):
+            return function(model, *args)
+        result = model.as_one_pass(function, *args)
+        if not torch.is_grad_enabled():
+            model.reset_iter_state()  # else FSDP2 keeps a list of all layers passed, up to the next backward pass
+        return result
 
     return wrapped
 

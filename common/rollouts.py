@@ -36,9 +36,6 @@ def make_rollouts(
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     own_gpu = cuda and verified and torch.cuda.device_count() >= 2 * ranks_here
     in_turns = serial or (plan.sync_interval, plan.sync_offset) == (1, 0) or (cuda and not own_gpu)
-    in_turns &= not (verified and size() > 1)  # an engine would take the ranks' process group for its own
-    if cuda and not in_turns and not own_gpu:
-        raise BadInput(f"--engine vllm with {ranks_here} ranks needs as many GPUs more: start half of the ranks.")
     threads = threads or (2 if in_turns and size() == 1 else 1)
     use_threads(threads)
     check_decoding(model, plan.prompts + eval_prompts, min(8, max_tokens), temperature, precision, name)
@@ -47,7 +44,7 @@ def make_rollouts(
     if in_turns and not verified:
         return SerialRollouts(model, TransformersSampler(model, *generation), plan)
     if in_turns:
-        if model.device.index:
+        if model.device.index and size() == 1:
             raise BadInput(f"--device {model.device}: vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead.")
         sampler = make_vllm_sampler(name, revision, threads, *generation, longest_prompt, beside=model)
         return SerialRollouts(model, sampler, plan, verified)

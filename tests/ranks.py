@@ -14,6 +14,7 @@ import torch
 import grpo
 from common import commandline, distributed, logprobs
 from common.models import load_model
+from common.sampling import verify
 from tests import helpers
 from tests.test_sequence_level_loss import LOOP
 
@@ -89,3 +90,13 @@ def loss_and_gradients(cases):
         gradients = {name: distributed.whole(parameter.grad) for name, parameter in model.named_parameters()}
         results.append((names["total_loss"], gradients))
     return results if distributed.rank() == 0 else None
+
+
+def layers_remembered(directory):
+    """How many layers FSDP2 remembers to have passed, after two passes without gradients."""
+    distributed.join_ranks(CPU, 60)
+    model = load_model(directory, "", CPU, "float32")
+    distributed.shard(model, CPU)
+    for _ in range(2):
+        verify.logprobs_of(model, [[5, 6, 7]], "float32")
+    return len(model._get_fsdp_state()._comm_ctx.post_forward_order)

@@ -125,6 +125,11 @@ def test_replicas_have_the_same_gradients(cases, of_one_process):
         assert (gradient - truth[key]).norm() <= 1e-6 * truth[key].norm()
 
 
+def test_passes_without_gradients_leave_no_trace(tmp_path):
+    """Else a reference's memory grows with every step: it never makes a backward pass, which clears them."""
+    assert ranks.run_ranks(2, ranks.layers_remembered, build_model("qwen2", tmp_path / "model")) == [0, 0]
+
+
 # Whole runs
 
 RUN = {"num_steps": 6, "eval_size": 5, "eval_interval": 2, "checkpoint_interval": 2, "max_tokens_per_microbatch": 60}
@@ -191,6 +196,25 @@ def test_another_number_of_ranks_goes_on(before, after, task, lone_run, tmp_path
     run_on(before, options(tmp_path, task=task, **{**RUN, "num_steps": 4}), tmp_path / "log")
     run_on(after, resume(tmp_path / "run", "--num-steps", 6), tmp_path / "log")
     assert_nearly_the_same(tmp_path / "run", lone_run)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (2, 3)])
+def test_a_large_model_is_saved_in_parts(before, after, lone_run, tmp_path):
+    """A model is large here from the first byte on, in every rank that reads the task."""
+    text = f"{DENSE_TASK}\n\nfrom common import checkpoints\n\ncheckpoints.ONE_FILE = 0\n"
+    task = f"{write_task(tmp_path, text)}:Digits"
+    run_on(before, options(tmp_path, task=task, **{**RUN, "num_steps": 4}), tmp_path / "log")
+    made = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in made] == ["step_000002.shards", "step_000004.shards"]
+    assert len([*made[1].glob("*.distcp")]) == before
+    run_on(after, resume(tmp_path / "run", "--num-steps", 6), tmp_path / "log")
+    assert_nearly_the_same(tmp_path / "run", lone_run)
+    if before == after:
+        run_on(2, options(tmp_path, name="whole", task=task, **RUN), tmp_path / "log")
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+        (tmp_path / "run" / "checkpoints" / "step_000006.shards" / "__1_0.distcp").write_bytes(b"damaged")
+        codes, said = said_by_ranks(tmp_path, resume(tmp_path / "run", "--num-steps", 7))
+        assert all(codes) and "step_000006.shards cannot be read" in said[0]
 
 
 # Failing together

@@ -19,7 +19,7 @@ import torch
 
 from common.batching import collate
 from common.commandline import NOT_FINITE, RunStopped
-from common.distributed import whole
+from common.distributed import part_like, whole
 from common.logprobs import token_logprobs
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
@@ -142,9 +142,10 @@ def perturbed(model, names, strength=0.5):
     generator = torch.Generator().manual_seed(1)
     try:
         for name in names:
-            noise = torch.randn(saved[name].shape, generator=generator).to(saved[name])
-            size = saved[name].square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)  # some biases are 0
-            parameters[name].data.add_(noise * strength * size)
+            before = whole(saved[name])
+            noise = torch.randn(before.shape, generator=generator).to(before)
+            size = before.square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)  # some biases are 0
+            parameters[name].data.add_(part_like(parameters[name], noise * strength * size))
         yield
     finally:
         for name in names:

@@ -7,8 +7,10 @@ batches as it likes, so that repeating a call repeats its distribution, but not 
 import os
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from common.commandline import BadInput, RunStopped
+from common.distributed import size, whole
 from common.kernels.cpu import use_threads
 from common.models import load_model, location
 from common.sampling import Sampler, Samples
@@ -66,9 +68,11 @@ class VllmSampler(Sampler):
         sharing = {}
         if self.can_sleep:
             torch.cuda.empty_cache()
-            parameter_bytes = sum(parameter.nbytes for parameter in beside.parameters())
-            share = share_of_gpu(*torch.cuda.mem_get_info(beside.device), parameter_bytes)
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in beside.parameters()]  # of shards, the rank's
+            share = share_of_gpu(*torch.cuda.mem_get_info(beside.device), sum(part.nbytes for part in held))
             sharing = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
+        if beside is not None and size() > 1:  # several engines, one per rank, that share the ranks' process group
+            sharing["distributed_executor_backend"] = "external_launcher"
         try:
             from vllm import LLM
             from vllm.platforms import current_platform
@@ -129,7 +133,7 @@ class VllmSampler(Sampler):
         def stream():
             for name, tensor in tensors.items():
                 self.heartbeat += 1
-                yield name, tensor.detach()
+                yield name, whole(tensor.detach())
 
         def reload():
             heads = self.llm.apply_model(_packed_head)

@@ -217,8 +217,10 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
 # Several ranks
 
 
-def test_each_rank_has_an_engine_with_verified_weights(settings, tmp_path):
-    run = Torchrun(options(tmp_path, **{**settings, "sync_interval": 1, "num_steps": 3}), tmp_path / "log")
+@pytest.mark.parametrize("serial", [False, True])
+def test_each_rank_has_an_engine_with_verified_weights(serial, settings, tmp_path):
+    sync = {"sync_interval": 1, "serial": serial}
+    run = Torchrun(options(tmp_path, **{**settings, **sync, "num_steps": 3}), tmp_path / "log")
     assert run.agent.wait(400) == 0, run.log.read_text()[-4000:]
     records = steps(tmp_path / "run")
     assert [record["weights_version"] for record in records] == [0, 0, 1]
