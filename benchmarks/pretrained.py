@@ -1,0 +1,207 @@
+"""A pretrained model, SmolLM2-135M-Instruct, trained on a CPU: three algorithms, two tasks, and a reward shaped badly.
+
+    pip install gguf accelerate
+    python benchmarks/pretrained.py             20 runs, two at a time; an hour and a half on two cores, bf16
+    python benchmarks/pretrained.py --quick     the same in miniature, to see that it works; five minutes
+    python benchmarks/pretrained.py --gsm8k ../shared/data/gsm8k          besides, two steps on grade-school problems
+
+`smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`. `Sentiment` is learned
+in a few steps: nearly all that the model lacks is the format. `Extraction` takes longer. `FourKeys` is a lesson: its
+reward rises while what one wants falls.
+
+Writes a figure per task, `curves.csv`, `completions.md` (answers to the first ten held-out problems, before and after)
+and `report.md`. Repeat the command to continue where it was stopped.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import reporting, smollm2
+from benchmarks.algorithms import COLOURS, SCRIPTS
+from benchmarks.launcher import Run, run_all
+from benchmarks.reporting import PANELS, column, table
+from common.models import end_of_sequence_ids, load_model, load_tokenizer
+from common.runlog import read_metrics
+from common.sampling.transformers import TransformersSampler
+from common.tasks import load_problem_sets
+
+TASKS = {  # steps, tokens of a response at most, and which algorithms
+    "Sentiment": (5, 16, list(SCRIPTS)),
+    "Extraction": (6, 48, list(SCRIPTS)),
+    "FourKeys": (12, 64, ["GRPO"]),
+}
+TASK_FILE = "benchmarks/chat_tasks.py"
+
+
+@dataclass
+class Args:
+    learning_rate: float = 1e-5
+    """of all runs"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+    """seeds of each algorithm on each task"""
+    eval_size: int = 32
+    """held-out problems"""
+    jobs: int = 2
+    """how many runs at a time, one thread each"""
+    gsm8k: Path | None = None
+    """directory with train.jsonl and test.jsonl of GSM8K, to run two steps on"""
+    quick: bool = False
+    """two steps of 4 × 4 responses with one seed, into directories of their own"""
+    model: Path = reporting.RUNS / "smollm2"
+    """where the converted model is, or is put"""
+    runs: Path = reporting.RUNS / "pretrained"
+    """where the training runs go, and are looked for when the command is repeated"""
+    output: Path = reporting.RESULTS / "pretrained"
+    """where figures, completions and report go"""
+
+
+def main(args):
+    smollm2.main(args.model)
+    batch = {"prompts-per-step": 8, "group-size": 8}
+    if args.quick:
+        args.seeds, args.eval_size, batch = args.seeds[:1], 8, {"prompts-per-step": 4, "group-size": 4}
+        reporting.use_quick_directories(args, Args.output)
+    parts, curves = [], {}
+    for task, (steps, tokens, labels) in TASKS.items():
+        options = {
+            "model": args.model, "task": f"{TASK_FILE}:{task}", "learning-rate": args.learning_rate, **batch,
+            "max-response-tokens": tokens, "precision": "bfloat16", "threads": 1, "serial": True,
+            "eval-size": args.eval_size, "eval-interval": 2, "checkpoint-interval": 1000,
+        }  # fmt: skip
+        names = {label: [f"{task}-{SCRIPTS[label]}-{seed}" for seed in args.seeds] for label in labels}
+        runs = [
+            Run(name, SCRIPTS[label], [*as_words(options), f"--seed={seed}"])
+            for label in labels
+            for name, seed in zip(names[label], args.seeds, strict=True)
+        ]
+        run_all(runs, 2 if args.quick else steps, args.runs, args.jobs)
+        groups = {label: [read_metrics(args.runs / name) for name in names[label]] for label in labels}
+        panels = PANELS | ({"keys_present": "share of the keys present"} if task == "FourKeys" else {})
+        reporting.plot_runs(args.output / f"{task.lower()}.png", groups, COLOURS, panels)
+        curves |= {f"{task}, {label}": records for label, records in groups.items()}
+        parts.append(section(task, groups, steps))
+    reporting.write_curves(args.output / "curves.csv", curves, args.seeds, ["step", *PANELS, "keys_present"])
+    (args.output / "completions.md").write_text(completions(args))
+    if args.gsm8k:
+        parts.append(on_gsm8k(args))
+    report = f"""# SmolLM2-135M-Instruct, trained on two CPU cores
+
+`python benchmarks/pretrained.py`: seeds {", ".join(map(str, args.seeds))}, {batch["prompts-per-step"]} × \
+{batch["group-size"]} responses a step, learning rate {args.learning_rate:g}, bf16, `sync_interval` 1,
+{args.eval_size} held-out problems. Lines are means over seeds, bands their range. [completions.md](completions.md) has
+answers before and after, not selected. The weights come from a 4-bit file (see `smollm2.py`).
+
+{chr(10).join(parts)}"""
+    first = next(args.runs.glob("*/environment.txt")).parent
+    reporting.write_report(args.output / "report.md", report, reporting.environment_of(first))
+
+
+def as_words(options):
+    """Command-line options from a dict; True is a flag."""
+    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
+
+
+def section(task, groups, steps):
+    """The part of the report about one task."""
+    rows = []
+    for label, runs in groups.items():
+        reward, kl, length = (
+            [column(records, key)[[0, -1]] for records in runs]
+            for key in ("reward/mean", "kl/ref_k2", "response_length/mean")
+        )
+        accuracy = [column(records, "eval/accuracy") for records in runs]
+        peak = max(column(records, "memory/peak_gib").max() for records in runs)
+        seconds = np.median(np.concatenate([column(records, "time/step") for records in runs]))
+        after = ", ".join(f"{values[-1]:.2f}" for values in accuracy)
+        rows.append([label, arrow(reward), f"{accuracy[0][0]:.2f}", after, arrow(length, ".1f")])
+        rows[-1] += [f"{np.mean(kl, axis=0)[1]:.3f}", f"{seconds:.0f}", f"{peak:.1f}"]
+    header = ["algorithm", "sampled reward", "held-out accuracy before", "after, by seed", "length", "KL at the end"]
+    header += ["seconds per step", "peak memory (GiB)"]
+    lesson = ""
+    if task == "FourKeys":
+        keys, exact = (
+            [column(records, key)[[0, -1]] for records in groups["GRPO"]] for key in ("keys_present", "eval/accuracy")
+        )
+        lesson = f"""
+The reward is the share of right values among four: {arrow(reward)} sampled. Exact match on held-out problems:
+{arrow(exact)}. Of the four keys, {arrow(keys)} are present.
+"""
+    about = {
+        "Sentiment": "One word, positive or negative.",
+        "Extraction": "A sentence as JSON with three keys; only an exact match is rewarded.",
+        "FourKeys": "Four keys, and a reward that is shaped badly.",
+    }
+    return f"""## {task}: {steps} steps
+
+{about[task]}
+
+![{task}]({task.lower()}.png)
+
+{table(header, rows)}
+{lesson}"""
+
+
+def arrow(ends, digits=".2f"):
+    """Means over seeds of the first and the last value, as text."""
+    first, last = np.mean(ends, axis=0)
+    return f"{first:{digits}} → {last:{digits}}"
+
+
+def completions(args):
+    """A page of greedy answers to the first ten held-out problems of each task, before and after (first seed)."""
+    tokenizer = load_tokenizer(str(args.model))
+    page = [
+        "# Answers before and after, to the first ten held-out problems",
+        "Greedy, with the runs of the first seed.",
+    ]
+    for task, (_, tokens, labels) in TASKS.items():
+        _, problems = load_problem_sets(f"{TASK_FILE}:{task}", "", "", args.eval_size, tokenizer, 1024)
+        models = {"before": args.model}
+        models |= {label: args.runs / f"{task}-{SCRIPTS[label]}-{args.seeds[0]}" / "model" for label in labels}
+        columns = [answers(path, tokenizer, problems.prompts[:10], tokens) for path in models.values()]
+        prompts = [cell(problem["prompt"][0]["content"].split("\n")[0]) for problem in problems.problems[:10]]
+        page += [f"## {task}", table(["problem", *models], zip(prompts, *columns, strict=True))]
+    return "\n\n".join(page) + "\n"
+
+
+def answers(path, tokenizer, prompts, tokens):
+    """Greedy answers of the model at `path`, as cells of a table."""
+    model = load_model(str(path), "", torch.device("cpu"), "bfloat16")
+    sampler = TransformersSampler(model, end_of_sequence_ids(model, tokenizer), tokens, 1.0, "bfloat16")
+    responses = sampler.greedy(prompts).responses
+    return [cell(tokenizer.decode(response, skip_special_tokens=True)) for response in responses]
+
+
+def cell(text):
+    """Text of a model in a cell of a Markdown table, whatever it contains."""
+    return "`" + text.replace("`", "'").replace("|", "\\|").replace("\n", "⏎") + "`"
+
+
+def on_gsm8k(args):
+    """Two steps on GSM8K, and what they show."""
+    options = {
+        "model": args.model, "task": "gsm8k", "data": args.gsm8k / "train.jsonl",
+        "eval-data": args.gsm8k / "test.jsonl", "learning-rate": args.learning_rate, "prompts-per-step": 8,
+        "max-response-tokens": 256, "precision": "bfloat16", "threads": 1, "serial": True, "eval-size": 16,
+        "eval-interval": 1000,
+    }  # fmt: skip
+    run_all([Run("gsm8k", "grpo", as_words(options))], 2, args.runs, args.jobs)
+    records = read_metrics(args.runs / "gsm8k")
+    accuracy = column(records, "eval/accuracy")[0]
+    right = round(64 * column(records, "reward/mean").sum())
+    return f"""## GSM8K: out of reach for this model
+
+{right} of 128 sampled answers and {accuracy:.0%} of 16 greedy ones were right. Where every reward is 0 there is nothing
+to learn from: it takes a larger model, easier problems first, or examples to imitate.
+"""
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
