@@ -48,7 +48,7 @@ import torch
 from common import distributed
 from common.batching import collate, split_by_token_budget
 from common.checkpoints import load_checkpoint, save_checkpoint
-from common.commandline import finish_step_on_interrupt, run
+from common.commandline import finish_step_on_interrupt, progress, run
 from common.logprobs import token_logprobs
 from common.metrics import StepMetrics
 from common.models import check_context, choose_device, load_model, load_tokenizer, save_model
@@ -105,7 +105,7 @@ class Args:
     """softmax temperature in sampler, trainer, reference and entropy"""
 
     learning_rate: float = 2e-4
-    """AdamW learning rate; 1e-6 is usual for pretrained models"""
+    """AdamW learning rate; the default is for the embedded model, and 1e-6 is usual for pretrained ones"""
     warmup_steps: int = 0
     """steps of linear warm-up; the learning rate is constant afterwards"""
     max_grad_norm: float = 1.0
@@ -229,7 +229,7 @@ def main(args):
             splits = split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient)
             # Under torchrun, these are this rank's micro-batches. All ranks must make equally many passes, so one that
             # has too few repeats a row with real=False, which adds 0 to loss and gradient.
-            for rows, real in distributed.deal(splits, has_gradient):
+            for rows, real in progress(distributed.deal(splits, has_gradient), "micro-batches"):
                 micro = collate(batch, rows, device)
                 advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
                 with torch.set_grad_enabled(has_gradient[rows[0]]):

@@ -1,6 +1,7 @@
 """Tasks for a small chat model, generated from templates: the sentiment of a review, and a sentence as JSON.
 
-python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
+For example:
+    python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
 """
 
 import json

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import tyro
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 # What a resumed run may change: none of these changes what an update is.
 CHANGEABLE = {"resume", "num_steps", "eval_interval", "checkpoint_interval", "threads", "sampler_timeout", "replicas"}
 CHANGEABLE |= {"track", "wandb_project", "data", "eval_data"}  # (data may have moved; checksums tell if it differs)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that is closed
+SHOW_AFTER = 10  # seconds
 BUILT_IN = ("tiny", "addition", "gsm8k")  # a model and two tasks, also where a file happens to be called so
 
 
@@ -70,7 +73,13 @@ def parse(Args, script, argv):
     description = about.split("\n")[0] + f"\n\nUsage:{usage}"
     cli = partial(tyro.cli, Args, args=argv, prog=Path(script).name, description=description)
     if run_dir is None:
-        return _with_absolute_paths(cli())
+        args = _with_absolute_paths(cli())
+        if args.model != "tiny" and not any(word.replace("_", "-").startswith("--learning-rate") for word in argv):
+            what = f"the default, {args.learning_rate:g}, is for the embedded model"
+            raise BadInput(
+                f"--learning-rate: {what}; give one for --model {args.model} (1e-6 is usual, 1e-5 if small)."
+            )
+        return args
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -131,6 +140,12 @@ def finish_step_on_interrupt():
         for number in caught:
             before.callback(signal.signal, number, signal.signal(number, on_interrupt))
         yield interrupt
+
+
+def progress(items, what, total=None):
+    """`items`, with a bar below the run's own if they take longer than `SHOW_AFTER`; not in samplers or other ranks."""
+    hidden = os.environ.get("RANK", "0") != "0" or multiprocessing.parent_process() is not None
+    return tqdm(items, what, total, leave=False, delay=SHOW_AFTER, disable=hidden, dynamic_ncols=True)
 
 
 def _option(name):

@@ -53,8 +53,11 @@ def load_config(name, revision):
         if revision:
             raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+            if any(path.glob("*.gguf")):
+                how = "save it as a Hugging Face directory first, as benchmarks/smollm2.py does"
+                raise BadInput(f"--model {name} has its weights in a GGUF file: {how}.")
             raise BadInput(f"--model {name} has no weights (*.safetensors): give a directory with a saved model.")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1:
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
         raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
     return _load(AutoConfig, name, revision)
 
@@ -122,6 +125,8 @@ def _load(auto_class, name, revision, **options):
         return auto_class.from_pretrained(location(name), **options)
     except Exception as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
         reason = f"{auto_class.__name__}: {str(error)[:300]}"
+        if not os.path.exists(location(name)):
+            reason = f"there is no such directory, and on the hub: {reason}"
         raise BadInput(f"--model {name} cannot be loaded ({reason}): give a causal language model.") from error
 
 

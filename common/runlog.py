@@ -38,6 +38,11 @@ PANELS = {
 }
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
+STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
+NO_SIGNAL = (
+    f"For {STEPS_WITHOUT_SIGNAL} steps in a row, all rewards of each group were equal, so there was nothing to learn: "
+    "see completions.jsonl. If all are wrong, try easier problems, a larger --group-size, or reward parts of an answer."
+)
 
 
 class RunLog:
@@ -52,7 +57,7 @@ class RunLog:
         unnamed = f"{self.script}-{Path(args['task']).stem}-{args['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
         self.dir = Path(args["resume"] or _new_directory(args["output"], args["name"] or unnamed))
         self.lock = _locked(self.dir) if args["resume"] else None
-        self.step, self.elapsed_seconds, self.skipped_in_a_row = 0, 0.0, 0
+        self.step, self.elapsed_seconds, self.skipped_in_a_row, self.without_signal = 0, 0.0, 0, 0
         self.offsets = {"metrics.jsonl": 0, "completions.jsonl": 0}
         self.wandb = None
 
@@ -131,6 +136,9 @@ class RunLog:
             with contextlib.suppress(OSError):  # Ctrl-C also kills "| tee log"; the checkpoint must still be written
                 self.bar.update()
         self.step = step
+        self.without_signal = self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
+        if self.without_signal == STEPS_WITHOUT_SIGNAL:
+            tqdm.write(NO_SIGNAL, file=sys.stderr)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("update_skipped") else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
             what = f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or gradient"

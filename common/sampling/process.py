@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 
-from common.commandline import STOP_SIGNALS, BadInput, RunStopped
+from common.commandline import STOP_SIGNALS, BadInput, RunStopped, progress
 from common.distributed import gather, gather_batch, part_like, whole
 from common.sampling import Batch
 from common.sampling.verify import deliver, describe, sampler_mismatch
@@ -47,6 +47,7 @@ class OverlappedRollouts:
         self.weights = SharedWeights(model, self.evaluation_slot + 1)
         self.slot_of = {}  # version: its slot, for the versions still needed
         self.published = -1  # the newest version the sampler has been told of
+        self.last_update = -1  # that the model's weights are after
         self.last_arrived = 0
         self.waiting = {}  # batches that have arrived but not been trained on, by number
 
@@ -93,6 +94,7 @@ class OverlappedRollouts:
 
     def publish(self, update):
         """The model's weights are now those after `update`: hand them over if that is a version of the schedule."""
+        self.last_update = update
         for version in [v for v in self.slot_of if self.plan.batches_of(v)[-1] <= update]:
             del self.slot_of[version]  # all its batches have been trained on
         if update % self.plan.sync_interval == 0:
@@ -119,7 +121,8 @@ class OverlappedRollouts:
             self._accept(message)
         weights = {}
         for version, slot in self.slot_of.items():  # cloned: with a view, torch.save would write all memory it lies in
-            weights[version] = {name: tensor.clone() for name, tensor in self.weights.tensors(slot).items()}
+            tensors = self.weights.tensors(slot) if version < self.last_update else {}  # else they are the model's own
+            weights[version] = {name: tensor.clone() for name, tensor in tensors.items()}
         last_arrived = min(gather(self.last_arrived))  # on all ranks
         waiting = [vars(gather_batch(batch)[0]) for k, batch in sorted(self.waiting.items()) if k <= last_arrived]
         return {"waiting": waiting, "last_arrived": last_arrived, "published": self.published, "weights": weights}
@@ -130,9 +133,10 @@ class OverlappedRollouts:
         self.waiting = self.plan.share_of(state["waiting"])
         self.last_arrived, self.published = state["last_arrived"], state["published"]
         for slot, (version, tensors) in enumerate(state["weights"].items()):
-            for name, tensor in self.weights.tensors(slot).items():
-                tensor.copy_(tensors[name])
-            self.weights.versions[slot], self.slot_of[version] = version, slot
+            self.weights.write(slot, version, self.model)  # which has been loaded before
+            for name, tensor in tensors.items():
+                self.weights.tensors(slot)[name].copy_(tensor)
+            self.slot_of[version] = slot
 
     def _order_batches(self, version):
         numbers = [k for k in self.plan.batches_of(version) if k > self.last_arrived]
@@ -145,11 +149,16 @@ class OverlappedRollouts:
 
     def _receive(self):
         """The sampler's next message; waits for it as long as the heart beats."""
+        with progress(None, self._its_work()) as bar:
+            return self._checked(self._next_message(bar))
+
+    def _next_message(self, bar):
         beat, silent = self.weights.heartbeat.item(), 0.0
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._checked(self.inbox.get(timeout=1.0))
+                return self.inbox.get(timeout=1.0)
             before, beat = beat, self.weights.heartbeat.item()
+            bar.update(beat - before)
             silent = silent + 1.0 if beat == before else 0.0
             if silent >= (self.timeout if beat else max(self.timeout, START_UP_SECONDS)):
                 what = f"The sampler's process has not decoded a token for {silent:g} s while {self._its_work()}"

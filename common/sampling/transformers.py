@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common.commandline import NOT_FINITE, RunStopped
+from common.commandline import NOT_FINITE, RunStopped, progress
 from common.distributed import gathered
 from common.logprobs import autocast
 from common.sampling import Sampler, Samples
@@ -99,7 +99,7 @@ class TransformersSampler(Sampler):
             streams = [np.random.default_rng(seed).random((group_size, self.max_tokens)) for seed in seeds]
             uniforms_BT = torch.from_numpy(np.concatenate(streams)).to(device)
 
-        for t in range(self.max_tokens):
+        for t in progress(range(self.max_tokens), "tokens sampled, at most"):
             step_logprobs_BV = torch.log_softmax(logits_BV.float() / self.temperature, dim=-1)
             if seeds is None:
                 token_B1 = step_logprobs_BV.argmax(dim=-1, keepdim=True)

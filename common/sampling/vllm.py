@@ -9,7 +9,7 @@ import os
 import torch
 from torch.distributed.tensor import DTensor
 
-from common.commandline import BadInput, RunStopped
+from common.commandline import BadInput, RunStopped, progress
 from common.distributed import size, whole
 from common.kernels.cpu import use_threads
 from common.models import load_model, location
@@ -187,11 +187,13 @@ class VllmSampler(Sampler):
                 engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
 
         _or_stop(add, "refused a prompt")
-        while engine.has_unfinished_requests():
-            outputs = _or_stop(engine.step, "failed")
-            self.heartbeat += 1
-            for output in outputs:
-                yield int(output.request_id), output
+        with progress(None, "prompts answered", len(requests)) as bar:
+            while engine.has_unfinished_requests():
+                outputs = _or_stop(engine.step, "failed")
+                self.heartbeat += 1
+                bar.update(len(outputs))
+                for output in outputs:
+                    yield int(output.request_id), output
 
     def _samples(self, outputs):
         """`Samples` of one batch from the engine's outputs, one per prompt."""
