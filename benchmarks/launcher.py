@@ -32,7 +32,7 @@ class Run:
 
     name: str
     script: str
-    """name without .py"""
+    """path without .py, as seen from the repository's root"""
     options: list[str]
     """command-line options besides --num-steps, --output and --name"""
 
@@ -75,8 +75,10 @@ def _start(run, num_steps, directory):
         command += ["--resume", str(directory / run.name)]  # which refuses if the options are not those of that run
     else:
         command += ["--output", str(directory), "--name", run.name]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # scripts elsewhere need common/
+    environment = {**os.environ, "PYTHONPATH": path}
     with open(directory / f"{run.name}.log", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _is_finished(run_dir, num_steps):

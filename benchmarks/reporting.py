@@ -117,6 +117,24 @@ def plot_runs(path, groups, colours, panels, x="step", x_label="training steps",
     save_figure(figure, axes[0], path)
 
 
+def plot_strip(path, panels, key, label_of_axis, colours):
+    """One metric over steps in two rows of small panels, {title: {label: [run, …]}}; `colours` by label."""
+    shape = (2, -(-len(panels) // 2))
+    options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
+    figure, axes = plt.subplots(*shape, figsize=(2.6 * shape[1], 5), **options)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis, (title, groups) in zip(axes.flat, panels.items(), strict=False):
+        for label, runs in groups.items():
+            plot_band(axis, runs, key, "step", label, colours[label])
+        axis.set_title(title, fontsize="medium")
+        axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("training steps")
+    figure.supylabel(label_of_axis, fontsize="medium")
+    save_figure(figure, axes[0, 0], path)
+
+
 # Files
 
 
@@ -157,6 +175,14 @@ def yes(holds):
 
 
 SPREAD = "within the seeds' spread"
+
+
+def difference(values, others):
+    """ "above" or "below": by how the means of two lists differ; `SPREAD` if by no more than both ranges added up."""
+    gap = np.mean(values) - np.mean(others)
+    if abs(gap) <= np.ptp(values) + np.ptp(others):
+        return SPREAD
+    return "above" if gap > 0 else "below"
 
 
 def compare(observations, runs, seeds):
