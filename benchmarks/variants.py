@@ -1,7 +1,7 @@
 """Ten more algorithms, each of them a few lines in place of `grpo.py`'s.
 
     python benchmarks/variants.py --write gspo mine.py      write one as a script; run it with: python mine.py
-    python benchmarks/variants.py                           train with each of them; MINUTES minutes
+    python benchmarks/variants.py                           train with each of them; about 40 minutes
     python benchmarks/variants.py --quick                   the same in miniature, to see that it works
 
 A class below is what a variant puts into the four fenced regions of `grpo.py`: docstring, options, `advantages` and
@@ -36,8 +36,9 @@ are the mean and the standard deviation of its group. π_old is the policy that 
 
     ρ_ijt = π_θ(y_ijt | x_i, y_ij,<t) / π_old(y_ijt | x_i, y_ij,<t)
 
-is a token's ratio to it. N is the number of response tokens in the whole batch, |y_ij| that in one response. sg(·) lets
-no gradient through. Each batch gives one update, and there is no KL penalty.
+is a token's ratio to it. N is the number of response tokens in the whole batch, |y_ij| that in one response. Where a
+paper divides by something else, that is a factor, the same for all tokens of a batch, which AdamW nearly divides out.
+sg(·) lets no gradient through. Each batch gives one update, and there is no KL penalty.
 """
 
 
@@ -68,8 +69,7 @@ class RLOO:
         A_ij = r_ij − 1/(G−1) Σ_k≠j r_ik
         loss = −1/N Σ_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
-    A is G/(G−1) (r − r̄): REINFORCE but for a factor, which AdamW divides out. The paper divides by the number of
-    responses, not of tokens: another factor, the same for a whole batch.
+    A is G/(G−1) (r_ij − r̄_i). The paper divides by the number of responses, not by N.
     """
 
     def advantages(rewards_PG, args):
@@ -88,8 +88,7 @@ class DrGRPO:
         A_ij = r_ij − r̄_i
         loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)
 
-    Dividing by σ favours prompts that are solved nearly always or nearly never. The paper divides by a constant where
-    this divides by N: a factor, the same for a whole batch. (Neither divides by |y_ij|, as GRPO's paper does.)
+    Dividing by σ favours prompts solved nearly always or nearly never. The paper divides by a constant, not by N.
     """
 
     advantages = Reinforce.advantages
@@ -118,8 +117,7 @@ class GSPO:
         s_ij = exp(1/|y_ij| Σ_t log ρ_ijt)                                  the ratio of the whole response
         loss = −1/N Σ_ij min(s_ij A_ij, clip(s_ij, 1−ε_low, 1+ε_high) A_ij)
 
-    A response is clipped as a whole. The mean of its log-ratios varies less than they do, hence the small ε. The paper
-    divides by the number of responses, not by N: a factor, the same for a whole batch.
+    All tokens of a response are clipped, or none. The paper divides by the number of responses, not by N.
     """
 
     clip_low: float = 3e-4

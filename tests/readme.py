@@ -8,13 +8,16 @@ A result that is missing, or has another form than expected, raises an error ins
 """
 
 import difflib
+import inspect
 import json
 import os
 import re
+import textwrap
 from pathlib import Path
 
 import grpo
 from benchmarks.reporting import SPREAD
+from benchmarks.variants import CISPO
 from common import checkpoints, logprobs, runlog
 from common.sampling import transformers
 
@@ -59,6 +62,13 @@ def code_diff(one, other):
     return f"```diff\n{functions.rstrip()}\n```"
 
 
+def code_of_variant(variant):
+    """The body of a class in variants.py, without docstrings."""
+    body = textwrap.dedent(inspect.getsource(variant).partition("\n")[2])
+    code = re.sub(r'^ *""".*?"""\n+', "", body, flags=re.DOTALL | re.MULTILINE).replace("\ndef ", "\n\n\ndef ")
+    return f"```python\n{code.rstrip()}\n```"
+
+
 def default_run():
     """The table of the default run: means over seeds."""
     rows = _json("default_run/default_run.json")["rows"]
@@ -86,6 +96,7 @@ def worked_out():
 
 BLOCKS = {
     "diff grpo.py red_weight.py": lambda: code_diff("grpo.py", "red_weight.py"),
+    "CISPO": lambda: code_of_variant(CISPO),
     "default run": default_run,
     "worked out": worked_out,
 }

@@ -63,9 +63,8 @@ def centred(group):
 
 
 def normalised(group):
-    mean = math.fsum(group) / len(group)
-    std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / len(group))
-    return [(r - mean) / (std + 1e-6) for r in group]
+    std = math.sqrt(math.fsum(a * a for a in centred(group)) / len(group))
+    return [a / (std + 1e-6) for a in centred(group)]
 
 
 def leave_one_out(group):
@@ -132,14 +131,14 @@ def loss_and_gradient(script, new, old, split):
     advantages = script.advantages(torch.tensor(REWARDS, dtype=torch.float64), script.Args()).flatten()
     total, gradient = 0.0, [None] * len(new)
     for rows in split:
-        starts = [3 + row % 4 for row in rows]  # prompts and padding hold what must not count
-        shape = len(rows), max(start + LENGTHS[row] for start, row in zip(starts, rows, strict=True)) + 1
+        places = [(i, slice(3 + row % 4, 3 + row % 4 + LENGTHS[row])) for i, row in enumerate(rows)]
+        shape = len(rows), 1 + max(place.stop for _, place in places)
+        # Prompts and padding hold numbers that must not count.
         logprobs, sampler = torch.full(shape, 7.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-        mask, places = torch.zeros(shape, dtype=torch.bool), []
-        for i, (start, row) in enumerate(zip(starts, rows, strict=True)):
-            places.append((i, slice(start, start + LENGTHS[row])))
-            logprobs[places[i]], sampler[places[i]] = torch.tensor([new[row], old[row]], dtype=torch.float64)
-            mask[places[i]] = True
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for row, place in zip(rows, places, strict=True):
+            logprobs[place], sampler[place] = torch.tensor([new[row], old[row]], dtype=torch.float64)
+            mask[place] = True
         logprobs.requires_grad_()
         losses = script.per_token_loss(logprobs, sampler, advantages[rows].unsqueeze(1), mask, script.Args())
         loss = losses[mask].sum() / sum(LENGTHS)  # as in `main`
