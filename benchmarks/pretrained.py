@@ -34,8 +34,8 @@ from common.tasks import load_problem_sets
 
 TASKS = {  # steps, tokens of a response at most, and which algorithms
     "Sentiment": (5, 16, list(SCRIPTS)),
-    "Extraction": (6, 48, list(SCRIPTS)),
-    "FourKeys": (12, 64, ["GRPO"]),
+    "Extraction": (5, 48, list(SCRIPTS)),
+    "FourKeys": (10, 64, ["GRPO"]),
 }
 TASK_FILE = "benchmarks/chat_tasks.py"
 

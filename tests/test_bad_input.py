@@ -245,8 +245,28 @@ def test_model_directory_is_missing(given, refused, tmp_path):
     refused(*given(model=tmp_path / "absent"), names=f"--model {tmp_path / 'absent'}")
 
 
+def test_model_directory_is_mistyped(given, refused, tmp_path, monkeypatch):
+    """Beside one that is there: it is no name on the hub, which would be tried for half a minute."""
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "no such directory" in refused(*given(model="models/mime"), names="--model models/mime")
+
+
 def test_model_is_not_on_this_machine(given, refused):
-    refused(*given(model="no-such-user/no-such-model"), names="--model no-such-user/no-such-model")
+    line = refused(*given(model="no-such-user/no-such-model"), names="--model no-such-user/no-such-model")
+    assert "no such directory, and on the hub: " in line
+
+
+def test_model_is_a_gguf_file(given, refused, model, tmp_path):
+    directory = broken_model(model, tmp_path / "model", remove=["model.safetensors"], write={"model.gguf": "GGUF"})
+    assert "smollm2.py" in refused(*given(model=directory), names=f"--model {directory}")
+
+
+def test_a_model_gets_no_learning_rate_by_default(given, refused, model):
+    argv = given(model=model, task="gsm8k")
+    place = argv.index("--learning-rate")
+    line = refused(*argv[:place], *argv[place + 2 :], names="--learning-rate: the default, 0.0002, ")
+    assert f"--model {model}" in line
 
 
 def broken_model(model, directory, remove=(), truncate=(), write=None):

@@ -31,7 +31,7 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import checkpoints, runlog
+from common import checkpoints, commandline, runlog
 from common.commandline import RunStopped
 from common.models import TINY_MODEL
 from common.runlog import read_metrics
@@ -576,6 +576,21 @@ def test_diverged_policy_that_must_sample_stops_the_run(settings, tmp_path, caps
     assert line.startswith("grpo.py: error: ") and "no longer finite" in line
     assert "metrics.jsonl" in line and "--learning-rate" in line
     assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1]  # what it says to look at is there
+
+
+@pytest.mark.parametrize("learns", [False, True])
+def test_a_run_without_signal_says_so_once(learns, tmp_path, capsys):
+    text = DENSE_TASK if learns else DENSE_TASK.replace("return sum", "return 0.0 and sum")
+    task = f"{write_task(tmp_path, text)}:Digits"
+    train(tmp_path, task=task, num_steps=runlog.STEPS_WITHOUT_SIGNAL + 2)
+    assert capsys.readouterr().err.count("all rewards of each group were equal") == (0 if learns else 1)
+
+
+def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(commandline, "SHOW_AFTER", 0)
+    train(tmp_path, num_steps=1)
+    shown = capsys.readouterr().err
+    assert "tokens sampled, at most: " in shown and "micro-batches: " in shown
 
 
 def test_skipped_updates_that_are_not_in_a_row_are_survived(settings, keep_all, monkeypatch, tmp_path):
