@@ -6,6 +6,7 @@ seed. A figure shows the mean over seeds as a line and their range as a band; it
 
 import csv
 import json
+import math
 
 import matplotlib
 import numpy as np
@@ -55,6 +56,31 @@ def use_quick_directories(args, default_output):
     args.runs = args.runs.with_name(f"{args.runs.name}-quick")
     if args.output == default_output:
         args.output = args.runs.with_name(f"{args.runs.name}-results")
+
+
+# Confidence intervals, at 95 %
+
+Z = 1.959964  # so many standard deviations to either side hold 95 % of a normal distribution
+
+# A bootstrap and a normal interval have no width where all values agree, say at 0 or 1, however few there are: of a
+# share of 0.02, 16 values show nothing three times in four. So `mean_interval` adds imagined values at both ends of the
+# possible range. For values of 0 and 1, two at each end give the interval of Agresti and Coull (1998), which contains
+# Wilson's. For differences, one at each end gives a little more than Agresti and Min (2005) recommend.
+OF_SHARES, OF_DIFFERENCES = (0, 0, 1, 1), (-1, 1)
+
+
+def wilson(right, total):
+    """Wilson's score interval for a probability, from so many successes in so many trials: (low, high)."""
+    share, centre = right / total, (right + Z**2 / 2) / (total + Z**2)
+    half = Z / (1 + Z**2 / total) * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def mean_interval(values, imagined):
+    """Interval for the mean that independent values, and the `imagined` ones, are a sample of: (low, high)."""
+    values = np.array([*values, *imagined], dtype=float)
+    half = Z * values.std() / math.sqrt(len(values))
+    return max(min(imagined), values.mean() - half), min(max(imagined), values.mean() + half)
 
 
 # Figures
