@@ -73,7 +73,7 @@ class Args:
 
 
 def with_options_of_run(run):
-    """The command line parsed once more, with a run's options as defaults; and the run's model. Raises `BadInput`."""
+    """The command line parsed once more, with the options of a run as defaults. Raises `BadInput`."""
     path = Path(run) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -83,9 +83,7 @@ def with_options_of_run(run):
         raise BadInput(f"--run {run}: {path} holds no run ({error!r}); give the directory of a run.") from error
     if not (Path(run) / "model").exists():
         raise BadInput(f"--run {run} has no trained model yet: finish it with python {script}.py --resume {run}.")
-    args = tyro.cli(Args, default=defaults)
-    commandline.check(args)
-    return args
+    return tyro.cli(Args, default=defaults)
 
 
 def pass_at_k(n, right, k):
@@ -141,9 +139,8 @@ def table(results):
     def cell(mean, *interval):
         return f"{mean:.3f}" + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
 
-    names = dict.fromkeys(name for result in results.values() for name in result)
-    columns = results.values()
-    rows = [[name, *(cell(*found[name]) if name in found else "" for found in columns)] for name in names]
+    names = next(iter(results.values()))  # the first model's: the difference has fewer
+    rows = [[name, *(cell(*of[name]) if name in of else "" for of in results.values())] for name in names]
     return reporting.table(["", *results], rows)
 
 
@@ -172,7 +169,7 @@ def main(args):
             plan, [], model, tokenizer, *generation, engine=args.engine, serial=True, timeout=0, threads=args.threads,
             name=name, revision=revision,
         ).sampler  # fmt: skip
-        tensors = {parameter_name: parameter.detach() for parameter_name, parameter in model.named_parameters()}
+        tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         if args.engine == "vllm":  # which copies the weights, and must show that it uses them
             deliver(sampler, tensors, describe(model, 0, precision))
         else:
@@ -185,13 +182,9 @@ def main(args):
     print(f"{len(eval_set)} prompts, {n} sampled responses to each; in brackets, 95 % confidence intervals.\n")
     print(table(results))
     output = args.output or (run or reporting.RUNS) / "evaluation.json"
-    reporting.write_json(
-        output,
-        options=vars(args) | {"output": str(output)},
-        environment=describe_environment().splitlines(),
-        results=results,
-        prompts={label: values for label, (values, _) in measured.items()},
-    )
+    described = {"options": vars(args) | {"output": str(output)}, "environment": describe_environment().splitlines()}
+    values = {label: of_prompts for label, (of_prompts, _) in measured.items()}
+    reporting.write_json(output, **described, results=results, prompts=values)
     print(f"\nThese numbers, and those of each prompt, are in {output}.")
 
 

@@ -115,7 +115,7 @@ def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("evaluate")
     task = f"{write_task(directory, LENIENT, 'lenient.py')}:Lenient"
     lengths = {"eval_size": 16, "max_response_tokens": 40}
-    return train(directory, task=task, eval_interval=2, learning_rate=3e-3, **lengths)
+    return train(directory, task=task, eval_interval=2, learning_rate=1e-3, **lengths)
 
 
 def means_of(result):

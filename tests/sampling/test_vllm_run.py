@@ -2,8 +2,11 @@
 
 import copy
 import itertools
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -16,7 +19,8 @@ from common.sampling import Plan
 from common.sampling.process import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import make_vllm_sampler
-from tests.conftest import build_model
+from tests.benchmarks.test_evaluate import LENIENT
+from tests.conftest import REPOSITORY, build_model
 from tests.helpers import (
     DENSE_TASK,
     Run,
@@ -27,6 +31,7 @@ from tests.helpers import (
     options,
     resume,
     steps,
+    train,
     wait_for,
     write_task,
 )
@@ -115,6 +120,26 @@ def test_an_engine_that_cannot_start_is_one_line_naming_the_option(serial, setti
     )
     assert "Traceback" not in run.log.read_text()
     assert not serial or not (tmp_path / "run").exists()  # in turns, nothing has been begun by then
+
+
+def test_an_evaluation_before_and_after_a_run_agrees_with_transformers(tmp_path):
+    task = f"{write_task(tmp_path, LENIENT)}:Lenient"
+    run_dir = train(tmp_path, task=task, learning_rate=1e-3, max_response_tokens=40, eval_size=16)
+    found = {}
+    for engine in ("transformers", "vllm"):
+        output = tmp_path / f"{engine}.json"
+        script = [sys.executable, REPOSITORY / "benchmarks" / "evaluate.py", "--run", run_dir, "--engine", engine]
+        done = subprocess.run([*script, "-n", "32", "--output", output], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        found[engine] = json.loads(output.read_text())["results"]
+    for label in ("before", "after"):
+        ours, theirs = (found[engine][label] for engine in ("transformers", "vllm"))
+        assert ours.keys() == theirs.keys()
+        for name in (name for name in ours if name.startswith("greedy")):
+            assert theirs[name] == pytest.approx(ours[name])
+        # Means over 512 responses of the same distribution: five standard deviations of their difference.
+        assert theirs["pass@1"][0] == pytest.approx(ours["pass@1"][0], abs=5 * (2 * 0.25 / 512) ** 0.5)
+    assert found["vllm"]["after"]["greedy accuracy"] != found["vllm"]["before"]["greedy accuracy"]
 
 
 # The rollouts as the scripts use them beside training
