@@ -2,7 +2,7 @@
 
     pip install gguf accelerate
     python benchmarks/pretrained.py             20 runs, two at a time; an hour and a half on two cores, bf16
-    python benchmarks/pretrained.py --quick     the same in miniature, to see that it works; five minutes
+    python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three minutes
     python benchmarks/pretrained.py --gsm8k ../shared/data/gsm8k          besides, two steps on grade-school problems
 
 `smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`. `Sentiment` is learned
@@ -53,7 +53,7 @@ class Args:
     gsm8k: Path | None = None
     """directory with train.jsonl and test.jsonl of GSM8K, to run two steps on"""
     quick: bool = False
-    """two steps of 4 × 4 responses with one seed, into directories of their own"""
+    """GRPO, two steps of 4 × 4 responses, one seed, into directories of their own"""
     model: Path = reporting.RUNS / "smollm2"
     """where the converted model is, or is put"""
     runs: Path = reporting.RUNS / "pretrained"
@@ -64,12 +64,13 @@ class Args:
 
 def main(args):
     smollm2.main(args.model)
-    batch = {"prompts-per-step": 8, "group-size": 8}
+    tasks, batch = TASKS, {"prompts-per-step": 8, "group-size": 8}
     if args.quick:
+        tasks = {task: (2, tokens, labels[:1]) for task, (_, tokens, labels) in TASKS.items()}
         args.seeds, args.eval_size, batch = args.seeds[:1], 8, {"prompts-per-step": 4, "group-size": 4}
         reporting.use_quick_directories(args, Args.output)
     parts, curves = [], {}
-    for task, (steps, tokens, labels) in TASKS.items():
+    for task, (steps, tokens, labels) in tasks.items():
         options = {
             "model": args.model, "task": f"{TASK_FILE}:{task}", "learning-rate": args.learning_rate, **batch,
             "max-response-tokens": tokens, "precision": "bfloat16", "threads": 1, "serial": True,
@@ -81,14 +82,14 @@ def main(args):
             for label in labels
             for name, seed in zip(names[label], args.seeds, strict=True)
         ]
-        run_all(runs, 2 if args.quick else steps, args.runs, args.jobs)
+        run_all(runs, steps, args.runs, args.jobs)
         groups = {label: [read_metrics(args.runs / name) for name in names[label]] for label in labels}
         panels = PANELS | ({"keys_present": "share of the keys present"} if task == "FourKeys" else {})
         reporting.plot_runs(args.output / f"{task.lower()}.png", groups, COLOURS, panels)
         curves |= {f"{task}, {label}": records for label, records in groups.items()}
         parts.append(section(task, groups, steps))
     reporting.write_curves(args.output / "curves.csv", curves, args.seeds, ["step", *PANELS, "keys_present"])
-    (args.output / "completions.md").write_text(completions(args))
+    (args.output / "completions.md").write_text(completions(tasks, args))
     if args.gsm8k:
         parts.append(on_gsm8k(args))
     report = f"""# SmolLM2-135M-Instruct, trained on two CPU cores
@@ -154,14 +155,14 @@ def arrow(ends, digits=".2f"):
     return f"{first:{digits}} → {last:{digits}}"
 
 
-def completions(args):
+def completions(tasks, args):
     """A page of greedy answers to the first ten held-out problems of each task, before and after (first seed)."""
     tokenizer = load_tokenizer(str(args.model))
     page = [
         "# Answers before and after, to the first ten held-out problems",
         "Greedy, with the runs of the first seed.",
     ]
-    for task, (_, tokens, labels) in TASKS.items():
+    for task, (_, tokens, labels) in tasks.items():
         _, problems = load_problem_sets(f"{TASK_FILE}:{task}", "", "", args.eval_size, tokenizer, 1024)
         models = {"before": args.model}
         models |= {label: args.runs / f"{task}-{SCRIPTS[label]}-{args.seeds[0]}" / "model" for label in labels}
