@@ -130,6 +130,8 @@ class Args:
     """number of held-out problems"""
     checkpoint_interval: int = 25
     """write a checkpoint every so many steps and at the end"""
+    rollouts_interval: int = 10
+    """record two groups token by token every so many steps, for the page rollouts.html; 0 switches it off"""
     output: str = "runs"
     """the run's directory is OUTPUT/NAME"""
     name: str = ""
@@ -201,7 +203,7 @@ def main(args):
             log.write(0, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics()
+            metrics = StepMetrics(log.recorded_rows(step))
 
             # Sample G responses to each of P prompts, with the log-prob of every sampled token. By default, this call
             # does it, with the current weights. With --sync-interval or --sync-offset the weights may be older, and a
@@ -266,7 +268,7 @@ def main(args):
             measured = {"loss": total_loss, "grad_norm": grad_norm, "lr": lr, "update_skipped": float(not finite)}
             log.write(step, measured | evaluation | metrics.result(batch, rewards_PG, grades, device, precision))
             problems = [train_set.problems[number] for number in batch.problems]
-            log.write_completions(step, problems, texts, rewards_PG.flatten(), advantages_B)
+            log.write_completions(step, batch, problems, texts, rewards_PG, advantages_B, metrics.tokens)
             last = step == args.num_steps or any(distributed.gather(interrupt.requested))
             if last or step % args.checkpoint_interval == 0:
                 save_checkpoint(log.dir, step, checkpointed)

@@ -20,6 +20,7 @@ class MicroBatch:
     targets_BT: torch.Tensor  # int64: the token that each position predicts
     mask_BT: torch.Tensor  # bool: the predicted token belongs to the response (EOS included), not to prompt or padding
     sampler_logprobs_BT: torch.Tensor  # float32: what the sampler reported for the token; 0 outside the mask
+    rows: list[int]  # of the batch, which these sequences are
 
 
 def collate(batch, rows, device="cpu"):
@@ -51,6 +52,7 @@ def collate(batch, rows, device="cpu"):
         targets_BT=tokens_BT[:, 1:].to(device),
         mask_BT=mask_BT[:, 1:].to(device),
         sampler_logprobs_BT=logprobs_BT[:, 1:].to(device),
+        rows=list(rows),
     )
 
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 # What a resumed run may change: none of these changes what an update is.
 CHANGEABLE = {"resume", "num_steps", "eval_interval", "checkpoint_interval", "threads", "sampler_timeout", "replicas"}
-CHANGEABLE |= {"track", "wandb_project", "data", "eval_data"}  # (data may have moved; checksums tell if it differs)
+CHANGEABLE |= {"track", "wandb_project", "rollouts_interval"}
+CHANGEABLE |= {"data", "eval_data"}  # (data may have moved; checksums tell if it differs)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that is closed
 SHOW_AFTER = 10  # seconds
 BUILT_IN = ("tiny", "addition", "gsm8k")  # a model and two tasks, also where a file happens to be called so
@@ -111,11 +112,11 @@ def _with_absolute_paths(args):
 
 
 def check(args):
-    """Raise `BadInput` for integers below 1 (`group_size` 2; `seed` or a default of 0: 0), other numbers up to 0."""
+    """Raise `BadInput` for integers below 1 (`group_size` 2; where 0 means something: 0), other numbers up to 0."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.type is int:
-            least = {"seed": 0, "group_size": 2}.get(field.name, min(field.default, 1))
+            least = {"seed": 0, "rollouts_interval": 0, "group_size": 2}.get(field.name, min(field.default, 1))
             if value < least:
                 raise BadInput(f"{_option(field.name)} {value} cannot work: give a number of at least {least}.")
         elif field.type is float and not value > 0:

@@ -15,12 +15,17 @@ import torch
 from common.distributed import gather
 from common.sampling.verify import TOLERANCE
 from common.tasks import means
+from common.viewer import token_values
 
 
 class StepMetrics:
-    """Collects the metrics of one step; its clock starts when it is made."""
+    """Collects the metrics of one step; its clock starts when it is made.
 
-    def __init__(self):
+    Of the rows of the batch in `recorded_rows`, `tokens` gets the values of each token: see `viewer.token_values`.
+    """
+
+    def __init__(self, recorded_rows=range(0)):
+        self.recorded_rows, self.tokens = recorded_rows, {}
         self.times = {"time/step_started_at": time.time()}
         self.sums = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0, "weights": 0.0}
         self.maxima = {}
@@ -43,6 +48,8 @@ class StepMetrics:
 
         With a lag, tokens are slightly off-policy and so are the estimates.
         """
+        if self.recorded_rows:
+            self.tokens |= token_values(micro, self.recorded_rows, logprobs_BT, entropy_BT, ref_logprobs_BT)
         mask_BT = micro.mask_BT
         lp = logprobs_BT.detach()[mask_BT].double()
         if logprobs_BT.requires_grad:
@@ -69,17 +76,18 @@ class StepMetrics:
         Warns, once, where sampler and trainer with equal weights differ by more than `verify.TOLERANCE`.
         """
         sums, maxima = Counter(), {}
-        for more, larger in gather((self.sums, self.maxima)):
+        for more, larger, tokens in gather((self.sums, self.maxima, self.tokens)):
             sums.update(more)  # adds
+            self.tokens |= tokens
             maxima |= {key: float(np.maximum(maxima.get(key, 0.0), value)) for key, value in larger.items()}
         lengths = [len(response) for response in batch.responses]
         lag = batch.number - 1 - batch.version
         weights = sums.pop("weights") or 1.0
-        tokens = {key: value / sum(lengths) for key, value in sums.items()} | maxima
-        tokens["ratio/clip_fraction_weighted"] *= sum(lengths) / weights
+        averages = {key: value / sum(lengths) for key, value in sums.items()} | maxima
+        averages["ratio/clip_fraction_weighted"] *= sum(lengths) / weights
         if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
-            tokens = {key: value for key, value in tokens.items() if not key.startswith("sampler_mismatch")}
-        if (tokens | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:
+            averages = {key: value for key, value in averages.items() if not key.startswith("sampler_mismatch")}
+        if (averages | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:
             what = "sampler_mismatch/mean is larger than rounding explains"
             warnings.warn(f"{what}: do not trust this run before you know why.", stacklevel=2)
         steps = [value for key, value in self.times.items() if key not in ("time/step_started_at", "time/eval")]
@@ -91,7 +99,7 @@ class StepMetrics:
             "response_length/mean": float(np.mean(lengths)),
             "response_length/max": float(max(lengths)),
             "response_length/truncated": float(np.mean(batch.truncated)),
-            **tokens,
+            **averages,
             **batch.metrics,
             "lag": lag,
             "weights_version": batch.version,

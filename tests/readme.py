@@ -18,7 +18,7 @@ from pathlib import Path
 import grpo
 from benchmarks.reporting import SPREAD
 from benchmarks.variants import CISPO
-from common import checkpoints, logprobs, runlog
+from common import checkpoints, logprobs, runlog, viewer
 from common.sampling import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -189,6 +189,11 @@ NUMBERS = {
     "large_vocabulary": lambda: f"{logprobs.LARGE_VOCABULARY:,}",
     "most_skipped": lambda: str(runlog.MOST_SKIPPED_UPDATES),
     "completions": lambda: str(runlog.COMPLETIONS_PER_STEP),
+    "rollouts_interval": lambda: default("rollouts_interval"),
+    "rollouts.groups": lambda: str(viewer.GROUPS),
+    "rollouts.held_out": lambda: str(viewer.HELD_OUT),
+    "rollouts.most_tokens": lambda: f"{viewer.MOST_TOKENS:,}",
+    "rollouts.share": lambda: f"{viewer.MOST_TOKENS // (viewer.GROUPS * grpo.Args.group_size):,}",
     "checkpoints": lambda: str(checkpoints.KEEP),
     "default_run.seconds": lambda: f"{_mean(row['seconds'] for row in _rows()):.0f}",
     "step_time.1": lambda: speed_against_trl(1),

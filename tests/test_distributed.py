@@ -26,6 +26,7 @@ from tests.helpers import (
     num_logged,
     options,
     resume,
+    rollouts,
     wait_for,
     write_task,
 )
@@ -154,10 +155,19 @@ def lone_run(task, tmp_path_factory):
     return place / "run"
 
 
+def leaves(value):
+    """Everything in nested lists and dicts, keys included."""
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    return [leaf for part in parts for leaf in leaves(part)] if isinstance(value, dict | list) else [value]
+
+
 def assert_nearly_the_same(run_dir, other):
     """Completions, rewards and lengths are equal; other metrics up to rounding."""
     same_text = (run_dir / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
     assert same_text
+    found, expected = (rollouts(place) for place in (run_dir, other))
+    for one, truth in zip(leaves(found), leaves(expected), strict=True):
+        assert one == (pytest.approx(truth, rel=0.01, abs=1e-4) if isinstance(truth, float) else truth)
     for found, expected in zip(metrics(run_dir), metrics(other), strict=True):
         assert found.keys() == expected.keys()
         for key, value in expected.items():

@@ -1,7 +1,8 @@
 """A run that was killed, interrupted or extended ends as if nothing had happened: bit for bit the same files.
 
-"The same" is what `helpers.assert_same_run` compares: `metrics.jsonl` without measured times, `completions.jsonl`, and
-the trained weights. Kills are SIGKILL to a real process, at random moments; a failing test prints its seed.
+"The same" is what `helpers.assert_same_run` compares: `metrics.jsonl` without measured times, `completions.jsonl`,
+`rollouts.jsonl`, and the trained weights. Kills are SIGKILL to a real process, at random moments; a failing test prints
+its seed.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ def place(tmp_path_factory):
     model, task = build_model("qwen2", directory / "model"), dense_task(directory)
     settings = {
         "model": model, "task": task, "num_steps": NUM_STEPS, "eval_interval": 3, "checkpoint_interval": 1,
-        "warmup_steps": 4,
+        "warmup_steps": 4, "rollouts_interval": 2,
     }  # fmt: skip
     return directory, settings
 
@@ -234,8 +235,9 @@ def test_what_was_logged_after_the_last_checkpoint_is_written_again(place, unint
     run_dir = train(tmp_path, **{**settings, "num_steps": 3})
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "reward/mean": 0.0}\n{"step": 5, "rew')  # two steps more, the second half-written
-    with open(run_dir / "completions.jsonl", "a") as file:
-        file.write('{"step": 4, "prompt": "')
+    for name in ("completions.jsonl", "rollouts.jsonl"):
+        with open(run_dir / name, "a") as file:
+            file.write('{"step": 4, "prompt": "')
     assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 0
     assert_same_run(run_dir, expected)
 
@@ -402,7 +404,7 @@ def test_a_damaged_checkpoint_is_named(damage, short_run, uninterrupted, capsys)
     assert_same_run(short_run, uninterrupted((1, 0)))
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl", "rollouts.jsonl"])
 @pytest.mark.parametrize("damage", ["deleted", "cut"])
 def test_a_log_that_was_cut_is_not_filled_up(damage, name, short_run, capsys):
     lines = (short_run / name).read_bytes().splitlines(keepends=True)

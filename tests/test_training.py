@@ -178,7 +178,7 @@ def test_files_of_a_run(settings, tmp_path):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoints", "model",
-        "lock",
+        "lock", "rollouts.jsonl", "rollouts.html",
     }  # fmt: skip
 
 
@@ -193,6 +193,7 @@ def test_a_few_completions_of_each_step_are_written(prompts, group_size, num_wri
         share = sum(c.isdigit() for c in completion["response"]) / max(1, len(completion["response"]))
         assert completion["reward"] == share
         assert completion["prompt"].startswith("Q: ") and math.isfinite(completion["advantage"])
+        assert completion["answer"] is None and (not completion["truncated"] or completion["tokens"] == 16)
 
 
 # The final model

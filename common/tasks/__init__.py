@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
@@ -94,6 +94,7 @@ class ProblemSet:
     tokenizer: object
     problems: list[dict]
     prompts: list[list[int]]
+    answers: list = field(default_factory=list)  # of the last evaluation: problem, text of the response, grade
 
     def __len__(self):
         return len(self.problems)
@@ -137,8 +138,9 @@ class ProblemSet:
         """
         started, mine = time.perf_counter(), share(len(self))  # with several ranks, each answers a part
         responses = rollouts.greedy(self.prompts[mine]).responses
-        parts = gather((self.grade(range(len(self))[mine], responses)[0], responses))
-        grades, responses = ([*chain(*lists)] for lists in zip(*parts, strict=True))
+        parts = gather((*self.grade(range(len(self))[mine], responses), responses))
+        grades, texts, responses = ([*chain(*lists)] for lists in zip(*parts, strict=True))
+        self.answers = list(zip(self.problems, texts, grades, strict=True))
         if all(grade["reward"] in (0, 1) for grade in grades):
             grades = [{"accuracy": grade["reward"], **grade} for grade in grades]
         return {
