@@ -3,7 +3,7 @@
     pip install gguf accelerate
     python benchmarks/pretrained.py             20 runs, two at a time; an hour and a half on two cores, bf16
     python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three minutes
-    python benchmarks/pretrained.py --gsm8k ../shared/data/gsm8k          besides, two steps on grade-school problems
+    python benchmarks/pretrained.py --math DIRECTORY            besides, two steps on GSM8K, which is in there
 
 `smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`. `Sentiment` is learned
 in a few steps: nearly all that the model lacks is the format. `Extraction` takes longer. `FourKeys` is a lesson: its
@@ -50,7 +50,7 @@ class Args:
     """held-out problems"""
     jobs: int = 2
     """how many runs at a time, one thread each"""
-    gsm8k: Path | None = None
+    math: Path | None = None
     """directory with train.jsonl and test.jsonl of GSM8K, to run two steps on"""
     quick: bool = False
     """GRPO, two steps of 4 × 4 responses, one seed, into directories of their own"""
@@ -90,7 +90,7 @@ def main(args):
         parts.append(section(task, groups, steps))
     reporting.write_curves(args.output / "curves.csv", curves, args.seeds, ["step", *PANELS, "keys_present"])
     (args.output / "completions.md").write_text(completions(tasks, args))
-    if args.gsm8k:
+    if args.math:
         parts.append(on_gsm8k(args))
     report = f"""# SmolLM2-135M-Instruct, trained on two CPU cores
 
@@ -188,8 +188,8 @@ def cell(text):
 def on_gsm8k(args):
     """Two steps on GSM8K, and what they show."""
     options = {
-        "model": args.model, "task": "gsm8k", "data": args.gsm8k / "train.jsonl",
-        "eval-data": args.gsm8k / "test.jsonl", "learning-rate": args.learning_rate, "prompts-per-step": 8,
+        "model": args.model, "task": "gsm8k", "data": args.math / "train.jsonl",
+        "eval-data": args.math / "test.jsonl", "learning-rate": args.learning_rate, "prompts-per-step": 8,
         "max-response-tokens": 256, "precision": "bfloat16", "threads": 1, "serial": True, "eval-size": 16,
         "eval-interval": 1000,
     }  # fmt: skip
