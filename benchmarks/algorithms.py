@@ -3,9 +3,10 @@
     python benchmarks/algorithms.py             25 runs on the embedded task, two at a time; half an hour
     python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
 
-RED-Weight has τ = 1, as in its authors' code. As an ablation, it is also trained with τ = 0.25 and 0.125. A response's
-weight is exp(A/τ); with rewards 0 and s, a wrong response has exp(−s/τ) times the weight of a right one in its group,
-whatever the group's mean: 0.37 for s/τ = 1, 0.018 for 4, and 0.0003 for 8, where little but imitation is left.
+A right answer earns 8 here, as the axis of the published figure suggests. That matters to RED-Weight, which has τ = 1,
+as in its authors' code. A response's weight is exp(A/τ); with rewards 0 and s, a wrong response has exp(−s/τ) times the
+weight of a right one in its group, whatever the group's mean: 0.0003 for s/τ = 8, where little but imitation is left,
+0.018 for 4, and 0.37 for 1. As an ablation, it is also trained with τ = 2 and 8.
 
 Writes `figure.png`, `tau.png`, `curves.csv` and `report.md`, which compares our curves with the published ones. The
 setting was chosen by `scans.py`, on other seeds. Repeat the command to continue where it was stopped.
@@ -29,11 +30,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import reporting
 from benchmarks.launcher import ROOT, Run, run_all
 from benchmarks.reporting import column, table, yes
+from common.tasks.addition import Addition
 
 SYNC_INTERVAL = 20
 SCRIPTS = {"GRPO": "grpo", "REC-OneSide-NoIS (0.2)": "rec_oneside_nois", "RED-Weight": "red_weight"}
 RED = list(SCRIPTS)[2]
-TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (0.25, 0.125)}
+TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (2, 8)}
+RIGHT = 8  # the reward of a right answer
 COLOURS = dict(zip([*SCRIPTS, *TAUS], ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue"), strict=True))
 PANELS = {
     "reward/mean": "Training Reward",
@@ -50,6 +53,8 @@ class Args:
     """training steps of each run"""
     learning_rate: float = 5e-5
     """of all runs; the scripts' default is for fresh batches, and too high for batches up to 19 updates old"""
+    temperature: float = 1.2
+    """of all runs; above 1, responses are more varied"""
     prompts_per_step: int = 8
     """P; with groups of 8, 64 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
@@ -70,6 +75,7 @@ def main(args, script_options):
         reporting.use_quick_directories(args, Args.output)
     options = ["--sync-interval", str(SYNC_INTERVAL), "--threads", "1", "--serial"]
     options += ["--prompts-per-step", str(args.prompts_per_step), "--learning-rate", str(args.learning_rate)]
+    options += ["--temperature", str(args.temperature), "--task", "benchmarks/algorithms.py:AdditionForMore"]
     curves = {label: (script, []) for label, script in SCRIPTS.items()}
     curves |= {label: (SCRIPTS[RED], ["--tau", str(tau)]) for label, tau in TAUS.items()}
     names = {
@@ -97,6 +103,14 @@ def main(args, script_options):
     reporting.write_curves(args.output / "curves.csv", everything, args.seeds, ["step", *PANELS])
     report = write_text(groups, everything, args, script_options)
     reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
+
+
+class AdditionForMore(Addition):
+    """The default task with another reward for a right answer."""
+
+    def reward(self, problem, response):
+        correct = super().reward(problem, response)
+        return {"reward": RIGHT * correct, "accuracy": correct}
 
 
 def tenths(runs, key):
@@ -169,7 +183,8 @@ def write_text(groups, everything, args, script_options):
         middle = np.array([column(records, key).max() for records in everything[label]])
         rows.append([label, *(", ".join(f"{value:.3f}" for value in values) for values in (ends[:, -1], middle))])
     answers, summary = reporting.compare(observations, groups, args.seeds)
-    setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model and task"
+    setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model"
+    setting += f", temperature {args.temperature:g}, {RIGHT} for a right answer"
     return f"""# Three algorithms at `sync_interval = {SYNC_INTERVAL}`
 
 {summary}
@@ -206,8 +221,8 @@ The last column is the largest KL(sampler ‖ policy) of a batch, the mean over 
 
 ## An ablation: RED-Weight's τ
 
-A wrong response has exp(−s/τ) times the weight of a right one in its group, where s is the scale of the rewards, here
-1: 0.37, 0.018 and 0.0003 for the three values. KL to the initial policy, by seed:
+A wrong response has exp(−s/τ) times the weight of a right one in its group, where s is the reward of a right one, here
+{RIGHT}: 0.0003 for τ = 1, 0.018 for 2 and 0.37 for 8. KL to the initial policy, by seed:
 
 ![reward, KL, entropy and length for three values of τ](tau.png)
 
