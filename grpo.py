@@ -10,17 +10,17 @@ standard deviation σ_i,
     loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)
 
 where N is the number of response tokens in the whole batch. There is no value function: the group's mean is the
-baseline, an estimate of the reward to expect for this prompt. The ratio ρ is an importance weight, which corrects for
-sampling from an older policy. Clipping removes a token's gradient once ρ is beyond 1+ε_high (if A > 0) or 1−ε_low (if
-A < 0).
+baseline, an estimate of the reward to expect for this prompt. The ratio ρ is an importance weight, which partly
+corrects for sampling from an older policy. Clipping removes a token's gradient once ρ is beyond 1+ε_high (if A > 0) or
+1−ε_low (if A < 0). A group with equal rewards has A = 0: it adds no gradient, though its tokens count in N.
 
 Differences from the paper:
-- Every token has the same weight 1/N, whichever response it is in (as in DAPO, arXiv 2503.14476). The paper averages
-  within each response first, so that each token of a long response gets a smaller gradient.
+- Every token has the same weight 1/N, whichever response it is in (DAPO, arXiv 2503.14476, does so within a group). The
+  paper averages within each response first, so that each token of a long response gets a smaller gradient.
 - No KL penalty, as in all methods compared in this repository; the KL to the initial policy is logged.
 - π_old is what the sampler reported with the token; the trainer does not recompute it. Each batch gives one update. So
-  by default ρ = 1 up to rounding, and nothing is clipped; with --sync-interval or --sync-offset the sampler's weights
-  are some updates old, and ρ moves away from 1.
+  by default ρ = 1 up to rounding: the gradient is that of A log π, and next to nothing is clipped. With --sync-interval
+  or --sync-offset the sampler's weights lag by some updates, and ρ moves away from 1.
 - ε_low and ε_high are separate; the paper has one ε for both.
 
 Usage:
@@ -34,7 +34,8 @@ Usage:
 
 # Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences (P·G in a batch,
 # group by group; fewer in a micro-batch), T predicted tokens of a padded sequence, 1 broadcast. grpo.py,
-# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else.
+# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. What `distributed`
+# does matters under torchrun only: on a first reading, skip it.
 
 import copy
 import math
@@ -79,7 +80,7 @@ class Args:
     """seed of the order of the problems and of sampling"""
 
     num_steps: int = 150
-    """training steps; each samples one batch and makes one update"""
+    """training steps; each trains on one batch, with one update"""
     prompts_per_step: int = 32
     """P: prompts in a batch"""
     group_size: int = 8
@@ -87,7 +88,7 @@ class Args:
     sync_interval: int = 1
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
-    """O: sampling is O batches ahead, with weights O to O + I − 1 updates old; (1, 1) is one-step off-policy"""
+    """O: sampling is O batches ahead, so weights lag by O to O + I − 1 updates; I = O = 1 is one-step off-policy"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
     serial: bool = False
@@ -120,7 +121,7 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
     replicas: int = 1
-    """with torchrun: number of copies of the model, each sharded over an equal number of ranks; one per machine, say"""
+    """with torchrun: copies of the model, each sharded over an equal share of the ranks, such as one machine's"""
     threads: int = 0
     """CPU threads per process (affects rounding); 0 means 2 for a single process, 1 each for several"""
 
@@ -149,7 +150,7 @@ def advantages(rewards_PG, args):
     """A = (r − r̄) / (σ + 1e-6) with the group's mean and population standard deviation; float64 in and out."""
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(dim=1, correction=0, keepdim=True) + 1e-6)
-    # Equal rewards carry no signal: exactly 0, which `main` looks for. (Rounding of the mean could leave a little.)
+    # Equal rewards: exactly 0, where rounding could leave a little. `main` gives them no backward pass.
     all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
     return advantages_PG.masked_fill(all_equal_P1, 0.0)
 
@@ -181,8 +182,8 @@ def main(args):
     model = load_model(args.model, args.revision, device, precision, args.gradient_checkpointing)
     log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
     reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
-    for network in [model, reference] if reference else [model]:
-        distributed.shard(network, device, args.replicas)
+    distributed.shard(model, device, args.replicas)
+    distributed.shard(reference, device, args.replicas)
     # No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     schedule = (args.sync_interval, args.sync_offset)
@@ -203,13 +204,13 @@ def main(args):
             log.write(0, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))
+            metrics = StepMetrics(log.recorded_rows(step))  # rows to record token by token; none on most steps
 
             # Sample G responses to each of P prompts, with the log-prob of every sampled token. By default, this call
-            # does it, with the current weights. With --sync-interval or --sync-offset the weights may be older, and a
-            # second process samples while this one trains, unless --serial is given (see common/sampling).
+            # does it, with the current weights. With --sync-interval or --sync-offset the weights lag, and sampling may
+            # run beside training, in a second process (see common/README.md, "Schedule and lag").
             batch = rollouts.next(step)
-            metrics.lap("wait")
+            metrics.lap("wait")  # for the batch, or to sample it
 
             # Grade each response, and turn the rewards of a group into advantages.
             grades, texts = train_set.grade(batch.problems, batch.responses)
@@ -219,29 +220,29 @@ def main(args):
             metrics.lap("grade")
 
             # Loss and gradient, in micro-batches. N counts the whole batch, so the split does not change the gradient.
-            # Where the advantage is 0, so is the gradient: these responses get micro-batches of their own, which make
-            # a forward pass only, for the metrics.
-            num_tokens = sum(len(response) for response in batch.responses)
+            # Responses with advantage 0 have gradient 0: they form micro-batches of their own, with a forward pass
+            # only, for the metrics.
+            N = sum(len(response) for response in batch.responses)
             has_gradient = (advantages_B != 0).tolist()
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # not None: AdamW would skip it, and keep its momentum
+            for parameter in model.parameters():  # zeros, not None: AdamW steps on its momentum in any case
+                parameter.grad = torch.zeros_like(parameter)
             total_loss = 0.0
             splits = split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient)
-            # Under torchrun, these are this rank's micro-batches. All ranks must make equally many passes, so one that
-            # has too few repeats a row with real=False, which adds 0 to loss and gradient.
+            # Under torchrun: this rank's share. Where real is False, a row is repeated, with weight 0.
             for rows, real in progress(distributed.deal(splits, has_gradient), "micro-batches"):
                 micro = collate(batch, rows, device)
                 advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
-                with torch.set_grad_enabled(has_gradient[rows[0]]):
+                backward = has_gradient[rows[0]]  # equal for all rows of a micro-batch
+                with torch.set_grad_enabled(backward):
                     logprobs_BT, entropy_BT = token_logprobs(model, micro, args.temperature, precision)
                     losses_BT = per_token_loss(
                         logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, micro.mask_BT, args
                     )
-                    loss = real * losses_BT[micro.mask_BT].sum() / num_tokens  # 1/N Σ over response tokens
-                if loss.requires_grad:
+                    loss = real * losses_BT[micro.mask_BT].sum() / N  # 1/N Σ over response tokens
+                if backward:
                     logprobs_BT.retain_grad()  # for the metrics: a response token with gradient 0 was clipped
                     loss.backward()  # gradients accumulate over micro-batches, and are summed over ranks
-                with torch.no_grad():
+                with torch.no_grad():  # None without a reference
                     ref_logprobs_BT = reference and token_logprobs(reference, micro, args.temperature, precision)[0]
                 if real:
                     metrics.add_tokens(micro, logprobs_BT, entropy_BT, ref_logprobs_BT)
@@ -252,7 +253,8 @@ def main(args):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             grad_norm = distributed.whole(grad_norm).item()
             lr = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / max(1, args.warmup_steps))
-            if finite := math.isfinite(total_loss + grad_norm):  # else skip it; log.write ends the run after a few
+            finite = math.isfinite(total_loss + grad_norm)
+            if finite:  # else skip the update; log.write ends the run after several in a row
                 optimizer.step()
             metrics.lap("train")
 

@@ -38,7 +38,8 @@ Usage:
 
 # Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences (P·G in a batch,
 # group by group; fewer in a micro-batch), T predicted tokens of a padded sequence, 1 broadcast. grpo.py,
-# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else.
+# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. What `distributed`
+# does matters under torchrun only: on a first reading, skip it.
 
 import copy
 import math
@@ -81,7 +82,7 @@ class Args:
     """seed of the order of the problems and of sampling"""
 
     num_steps: int = 150
-    """training steps; each samples one batch and makes one update"""
+    """training steps; each trains on one batch, with one update"""
     prompts_per_step: int = 32
     """P: prompts in a batch"""
     group_size: int = 8
@@ -89,7 +90,7 @@ class Args:
     sync_interval: int = 1
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
-    """O: sampling is O batches ahead, with weights O to O + I − 1 updates old; (1, 1) is one-step off-policy"""
+    """O: sampling is O batches ahead, so weights lag by O to O + I − 1 updates; I = O = 1 is one-step off-policy"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
     serial: bool = False
@@ -122,7 +123,7 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
     replicas: int = 1
-    """with torchrun: number of copies of the model, each sharded over an equal number of ranks; one per machine, say"""
+    """with torchrun: copies of the model, each sharded over an equal share of the ranks, such as one machine's"""
     threads: int = 0
     """CPU threads per process (affects rounding); 0 means 2 for a single process, 1 each for several"""
 
@@ -180,8 +181,8 @@ def main(args):
     model = load_model(args.model, args.revision, device, precision, args.gradient_checkpointing)
     log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
     reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
-    for network in [model, reference] if reference else [model]:
-        distributed.shard(network, device, args.replicas)
+    distributed.shard(model, device, args.replicas)
+    distributed.shard(reference, device, args.replicas)
     # No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
     schedule = (args.sync_interval, args.sync_offset)
@@ -202,13 +203,13 @@ def main(args):
             log.write(0, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))
+            metrics = StepMetrics(log.recorded_rows(step))  # rows to record token by token; none on most steps
 
             # Sample G responses to each of P prompts, with the log-prob of every sampled token. By default, this call
-            # does it, with the current weights. With --sync-interval or --sync-offset the weights may be older, and a
-            # second process samples while this one trains, unless --serial is given (see common/sampling).
+            # does it, with the current weights. With --sync-interval or --sync-offset the weights lag, and sampling may
+            # run beside training, in a second process (see common/README.md, "Schedule and lag").
             batch = rollouts.next(step)
-            metrics.lap("wait")
+            metrics.lap("wait")  # for the batch, or to sample it
 
             # Grade each response, and turn the rewards of a group into advantages.
             grades, texts = train_set.grade(batch.problems, batch.responses)
@@ -218,29 +219,29 @@ def main(args):
             metrics.lap("grade")
 
             # Loss and gradient, in micro-batches. N counts the whole batch, so the split does not change the gradient.
-            # Where the advantage is 0, so is the gradient: these responses get micro-batches of their own, which make
-            # a forward pass only, for the metrics.
-            num_tokens = sum(len(response) for response in batch.responses)
+            # Responses with advantage 0 have gradient 0: they form micro-batches of their own, with a forward pass
+            # only, for the metrics.
+            N = sum(len(response) for response in batch.responses)
             has_gradient = (advantages_B != 0).tolist()
-            for parameter in model.parameters():
-                parameter.grad = torch.zeros_like(parameter)  # not None: AdamW would skip it, and keep its momentum
+            for parameter in model.parameters():  # zeros, not None: AdamW steps on its momentum in any case
+                parameter.grad = torch.zeros_like(parameter)
             total_loss = 0.0
             splits = split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient)
-            # Under torchrun, these are this rank's micro-batches. All ranks must make equally many passes, so one that
-            # has too few repeats a row with real=False, which adds 0 to loss and gradient.
+            # Under torchrun: this rank's share. Where real is False, a row is repeated, with weight 0.
             for rows, real in progress(distributed.deal(splits, has_gradient), "micro-batches"):
                 micro = collate(batch, rows, device)
                 advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
-                with torch.set_grad_enabled(has_gradient[rows[0]]):
+                backward = has_gradient[rows[0]]  # equal for all rows of a micro-batch
+                with torch.set_grad_enabled(backward):
                     logprobs_BT, entropy_BT = token_logprobs(model, micro, args.temperature, precision)
                     losses_BT = per_token_loss(
                         logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, micro.mask_BT, args
                     )
-                    loss = real * losses_BT[micro.mask_BT].sum() / num_tokens  # 1/N Σ over response tokens
-                if loss.requires_grad:
+                    loss = real * losses_BT[micro.mask_BT].sum() / N  # 1/N Σ over response tokens
+                if backward:
                     logprobs_BT.retain_grad()  # for the metrics: a response token with gradient 0 was clipped
                     loss.backward()  # gradients accumulate over micro-batches, and are summed over ranks
-                with torch.no_grad():
+                with torch.no_grad():  # None without a reference
                     ref_logprobs_BT = reference and token_logprobs(reference, micro, args.temperature, precision)[0]
                 if real:
                     metrics.add_tokens(micro, logprobs_BT, entropy_BT, ref_logprobs_BT)
@@ -251,7 +252,8 @@ def main(args):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             grad_norm = distributed.whole(grad_norm).item()
             lr = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / max(1, args.warmup_steps))
-            if finite := math.isfinite(total_loss + grad_norm):  # else skip it; log.write ends the run after a few
+            finite = math.isfinite(total_loss + grad_norm)
+            if finite:  # else skip the update; log.write ends the run after several in a row
                 optimizer.step()
             metrics.lap("train")
 

@@ -102,7 +102,7 @@ def shard(model, device, replicas=1):
     """
     if size() % replicas:
         raise BadInput(f"--replicas {replicas} does not divide {size()} ranks: give a divisor.")
-    if size() == 1:
+    if size() == 1 or model is None:
         return
     mesh = init_device_mesh(device.type, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]

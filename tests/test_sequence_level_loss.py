@@ -26,7 +26,7 @@ from tests.helpers import import_script
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # From the number of tokens to the last micro-batch's loss: everything between the advantages and the update.
-LOOP = re.compile(r"^ *num_tokens = .*?^ *total_loss = sum\(.*?\n", re.DOTALL | re.MULTILINE)
+LOOP = re.compile(r"^ *N = .*?^ *total_loss = sum\(.*?\n", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE)
 
 # The sequence's ratio s = exp(1/|y| Σ_t log ρ_t) replaces the tokens' ratios, and every token has its sequence's loss
