@@ -99,7 +99,7 @@ def main(args, script_options):
     }
     reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, published=marks)
     ablation = {label: runs for label, runs in everything.items() if label.startswith(RED)}
-    reporting.plot_runs(args.output / "tau.png", ablation, COLOURS, PANELS)
+    reporting.plot_runs(args.output / "tau.png", ablation, COLOURS, PANELS, logarithmic=["kl/ref_k2"])
     reporting.write_curves(args.output / "curves.csv", everything, args.seeds, ["step", *PANELS])
     report = write_text(groups, everything, args, script_options)
     reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))

@@ -129,15 +129,17 @@ def save_figure(figure, axis, path):
     plt.close(figure)
 
 
-def plot_runs(path, groups, colours, panels, x="step", x_label="training steps", published=None):
+def plot_runs(path, groups, colours, panels, x="step", x_label="training steps", published=None, logarithmic=()):
     """One panel per metric, {key: label of the y-axis}, with a curve for each group; `colours` by the group's label.
 
-    `published`, for `mark_published`, is {key: {label: [(x, y), (x, y)]}}.
+    `published`, for `mark_published`, is {key: {label: [(x, y), (x, y)]}}; `logarithmic` are keys.
     """
     figure, axes = new_figure(panels.values(), x_label)
     for axis, key in zip(axes, panels, strict=True):
         for label, runs in groups.items():
             plot_band(axis, runs, key, x, label, colours[label])
+        if key in logarithmic:
+            axis.set(yscale="log", ylim=(max(axis.get_ylim()[0], 1e-4), None))  # the first step's KL is 0
         if published:
             mark_published(axis, published[key], colours)
     save_figure(figure, axes[0], path)
@@ -216,7 +218,7 @@ def compare(observations, runs, seeds):
 
     `observations` takes groups of runs, {label: [run, …]}, with the runs in the order of `seeds`, and returns
     (statement, bool) pairs. The answer is that for the means over seeds if at least four in five seeds, each looked at
-    alone, agree with it; else the runs do not tell, and it is `SPREAD`. Returns a table, and three sentences about it.
+    alone, agree with it; else the runs do not tell, and it is `SPREAD`. Returns a table, and a summary of it.
     """
     columns = [observations(runs)]
     columns += [observations({label: [group[i]] for label, group in runs.items()}) for i in range(len(seeds))]
@@ -237,8 +239,11 @@ def compare(observations, runs, seeds):
     listed = {answer: "; ".join(found) or "nothing" for answer, found in statements.items()}
     summary = f"""Of {len(rows)} observations about the published figure, {len(statements["yes"])} hold here,
 {len(statements["no"])} do not, and {len(statements[SPREAD])} are within the seeds' spread: fewer than four in five
-seeds agree with the mean. **Reproduced:** {listed["yes"]}. **Not reproduced:** {listed["no"]}; **within the seeds'
-spread:** {listed[SPREAD]}."""
+seeds agree with the mean.
+
+- **Reproduced:** {listed["yes"]}.
+- **Not reproduced:** {listed["no"]}.
+- **Within the seeds' spread:** {listed[SPREAD]}."""
     return table(header, [*rows, count]), summary
 
 
