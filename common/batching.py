@@ -24,14 +24,10 @@ class MicroBatch:
 
 
 def collate(batch, rows, device="cpu"):
-    """Concatenate prompt and response of the given rows, pad on the right and shift by one.
+    """Concatenate prompt and response of the given rows, in this order, pad on the right and shift by one.
 
-    Args:
-        batch: has `prompts`, `responses` (lists of token ids, per sequence; a response includes its EOS, if it ended
-            with one) and `logprobs` (one float per response token).
-        rows: the sequences to take, in this order.
-
-    Returns a `MicroBatch`. Raises ValueError where log-probs are not one per token.
+    `batch` has `prompts`, `responses` and `logprobs` as a `Batch` has. Returns a `MicroBatch`. Raises ValueError where
+    log-probs are not one per token.
     """
     starts = [len(batch.prompts[row]) for row in rows]
     ends = [start + len(batch.responses[row]) for start, row in zip(starts, rows, strict=True)]
@@ -57,21 +53,17 @@ def collate(batch, rows, device="cpu"):
 
 
 def split_by_token_budget(lengths, max_tokens, group_by):
-    """Split sequences into micro-batches of at most `max_tokens` tokens, padding included.
+    """Split sequences into micro-batches of one `group_by` value each: a list of lists of row numbers.
 
-    Sequences are sorted by length, so that those of a micro-batch are similar and little is padding. The longest of
+    Rows × longest row is at most `max_tokens`, prompts and padding included, except for a single longer sequence.
+    Sequences are sorted by length, so that those of a micro-batch are similar and little is padding; the longest of
     each `group_by` value come first, so that running out of memory shows early.
-
-    `lengths` count prompt and response tokens. Rows × longest row is at most `max_tokens`, except for a single longer
-    sequence. All sequences of a micro-batch have the same `group_by` value (any sortable one). Returns a list of lists
-    of row numbers, each row in exactly one.
     """
     splits = []
     for row in sorted(range(len(lengths)), key=lambda row: (group_by[row], -lengths[row], row)):
-        if splits and group_by[splits[-1][0]] == group_by[row]:
-            longest = lengths[splits[-1][0]]  # the first row is the longest
-            if (len(splits[-1]) + 1) * longest <= max_tokens:
-                splits[-1].append(row)
-                continue
-        splits.append([row])
+        first = splits[-1][0] if splits else row  # the longest of its micro-batch
+        if splits and group_by[first] == group_by[row] and (len(splits[-1]) + 1) * lengths[first] <= max_tokens:
+            splits[-1].append(row)
+        else:
+            splits.append([row])
     return splits

@@ -25,12 +25,9 @@ def token_logprobs(model, micro, temperature, precision="float32"):
 
     Equation: logprob = log softmax(z / τ)_y and entropy = −Σ_v p_v log p_v with p = softmax(z / τ), z = head(backbone).
 
-    `model` is a Hugging Face causal language model. `micro` has `inputs_BT` and `targets_BT` (int64), the tokens read
-    and those predicted, and `mask_BT` (bool), true where the target is a response token; padding is on the right, where
-    causal attention does not look. `precision` is "float32", or "bfloat16" for autocast.
-
-    Returns `logprobs_BT` (differentiable) and `entropy_BT` (detached), float32, exactly 0 outside the mask. Raises
-    ValueError for a model of another dtype than float32 or bfloat16.
+    `model` is a Hugging Face causal language model, `micro` a `MicroBatch`, `precision` "float32", or "bfloat16" for
+    autocast. Returns `logprobs_BT` (differentiable) and `entropy_BT` (detached), float32, exactly 0 outside the mask.
+    Raises ValueError for a model of another dtype than float32 or bfloat16.
     """
     mask_BT = micro.mask_BT
     places_N = mask_BT.flatten().nonzero().squeeze(1)  # indices: each use of a mask would make the CPU wait for the GPU
@@ -57,23 +54,17 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
 
     Equation: logprob = log softmax(W h)_y and entropy = −Σ_v p_v log p_v with p = softmax(W h).
 
-    Args:
-        hidden_NH, weight_VH: float32 or bfloat16. Products are taken in hidden's dtype, sums in float32. A float32
-            weight may come with bfloat16 hidden states, as under autocast: it is rounded for the products, and its
-            gradient is float32. (On a CPU, float64 works, too; below `LARGE_VOCABULARY` it is returned.)
-        targets_N: int64, from 0 to V − 1.
-
-    With slices and kernels, rows whose upstream gradients are exactly zero cost no backward work, and a gradient cannot
-    be differentiated again: that raises a RuntimeError. Gradients have the dtypes of h and W.
+    h and W are float32 or bfloat16, y int64. Products have the dtype of h, sums are float32. A float32 W may come with
+    bfloat16 h, as under autocast: it is rounded for the products, and its gradient is float32. (On a CPU, float64
+    works, too; below `LARGE_VOCABULARY` it is returned.) With slices and kernels, rows whose upstream gradients are
+    exactly zero cost no backward work, and a gradient cannot be differentiated again: that raises a RuntimeError.
     Returns `logprobs_N` and `entropy_N`, float32. Raises ValueError for shapes or dtypes that do not fit.
     """
     dtypes, f32, bf16 = (hidden_NH.dtype, weight_VH.dtype), torch.float32, torch.bfloat16
     known = [(f32, f32), (bf16, bf16), (bf16, f32)] + [(torch.float64, torch.float64)] * (not weight_VH.is_cuda)
     if dtypes not in known or hidden_NH.shape != (*targets_N.shape, weight_VH.shape[-1]):
-        raise ValueError(
-            f"hidden [N, H], weight [V, H] and targets [N] do not fit: {[*hidden_NH.shape]}, {[*weight_VH.shape]} and "
-            f"{[*targets_N.shape]} of {dtypes}, which must both be float32, or bfloat16 with weights of either."
-        )
+        shapes = [list(tensor.shape) for tensor in (hidden_NH, weight_VH, targets_N)]
+        raise ValueError(f"hidden [N, H], weight [V, H] and targets [N] do not fit: {shapes} of {dtypes}.")
     if hidden_NH.is_cuda:
         from common.kernels import triton  # a CPU does without
 
