@@ -2,8 +2,7 @@
 
 A checkpoint is one file, `checkpoints/step_000040.pt`. It is written under another name, flushed to disk and then
 renamed, which a file system does completely or not at all. It is a zip archive with a CRC-32 of every tensor, so that
-later damage is noticed when a run is resumed. What several ranks hold of a large model goes into a directory instead,
-`step_000040.shards`, that `torch.distributed.checkpoint` writes and reads.
+later damage is noticed when a run is resumed. Several ranks write a large model into a directory, `step_000040.shards`.
 """
 
 import os
@@ -28,9 +27,8 @@ OTHERS = "others.pt"  # what such a directory has besides
 def save_checkpoint(run_dir, step, parts):
     """Write the `state_dict()` of each of `parts`, a dict by name; delete all but the newest `KEEP` checkpoints.
 
-    With several ranks, all of them call this. Rank 0 writes the file, with whole tensors, which must fit into its
-    memory; where they would take more than `ONE_FILE` bytes, each rank writes its own part of them into a directory.
-    Raises `RunStopped` where a checkpoint cannot be written; those before are still there.
+    All ranks call this. Rank 0 writes the file, with whole tensors; where they would take more than `ONE_FILE` bytes,
+    each rank writes its own part of them into a directory. Raises `RunStopped` where that fails.
     """
     directory = Path(gather(run_dir)[0]) / "checkpoints"  # rank 0 has named the run
     sharded = SHARDED if _is_large(parts["model"]) else ()

@@ -45,8 +45,6 @@ class StepMetrics:
         estimators of KL(policy ‖ reference) in Schulman's "Approximating KL Divergence" (2020) are
 
             k1 = lp − ref      k2 = (lp − ref)² / 2      k3 = exp(ref − lp) − (ref − lp) − 1
-
-        With a lag, tokens are slightly off-policy and so are the estimates.
         """
         if self.recorded_rows:
             self.tokens |= token_values(micro, self.recorded_rows, logprobs_BT, entropy_BT, ref_logprobs_BT)

@@ -73,7 +73,6 @@ def load_tokenizer(name, revision=""):
 def load_model(name, revision, device, precision, gradient_checkpointing=False):
     """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
 
-    A mixture of experts trains on the policy loss alone: no auxiliary loss balances the load of its experts.
     Raises `BadInput` for weights that do not load or do not fit the configuration.
     """
     config = load_config(name, revision)
@@ -147,10 +146,7 @@ def check_context(name, revision, prompts, max_response_tokens):
 
 
 def end_of_sequence_ids(model, tokenizer):
-    """All ids that end a response: the tokenizer's, and those of the generation config (Llama 3 and Qwen have two).
-
-    Nothing else of the generation config is used: a checkpoint may switch on top-p or penalties there.
-    """
+    """All ids that end a response: the tokenizer's, and those of the generation config (Llama 3 and Qwen have two)."""
     ids = model.generation_config.eos_token_id
     ids = {i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None}
     if not ids:

@@ -23,12 +23,10 @@ def make_rollouts(
 ):  # fmt: skip
     """`SerialRollouts` or `OverlappedRollouts`, and PyTorch's number of threads set to match.
 
-    Both take turns in this process if `serial`, if the schedule leaves nothing to overlap, (I, O) = (1, 0), and on any
-    GPU, unless vLLM samples on another one. Arguments named like options are these options. `plan` is a `Plan`,
-    `eval_prompts` are the prompts that `greedy` will get, model and tokenizer are the trainer's; `name` and `revision`
-    load the model once more in another process.
-
-    Raises `BadInput` where an engine cannot start, and for a model that `check_decoding` refuses.
+    Which of them: see the table in common/README.md, Schedule and lag. Arguments named like options are these options.
+    `plan` is a `Plan`, `eval_prompts` are the prompts that `greedy` will get, model and tokenizer are the trainer's;
+    `name` and `revision` load the model once more in another process. Raises `BadInput` where an engine cannot start,
+    and for a model that `check_decoding` refuses.
     """
     if plan.prompts_per_step < size():
         raise BadInput(f"--prompts-per-step {plan.prompts_per_step} is less than {size()} ranks: raise it.")

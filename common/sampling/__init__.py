@@ -7,8 +7,6 @@ update j. With I = `sync_interval` and O = `sync_offset`, batch k is sampled wit
 
 (I, O) = (1, 0) is on-policy training; with (1, 1), one step off-policy, batch k + 1 can be sampled while batch k is
 trained on (Pan et al., Trinity-RFT, arXiv 2505.17826).
-
-With `TransformersSampler`, batch k depends only on (seed, k) and the weights: resuming needs no generator's state.
 """
 
 import time
@@ -49,10 +47,7 @@ class Samples:
 
 
 class Sampler:
-    """Samples from softmax(logits / temperature), and records the log-prob of every token as it was sampled.
-
-    There is no top-p, top-k or penalty: the log-probs of a truncated distribution are not the policy's.
-    """
+    """Samples from softmax(logits / temperature), without top-p, top-k or penalty; records each token's log-prob."""
 
     heartbeat: torch.Tensor  # int64 [1], grows while the sampler works: tells another process slow from stuck
 

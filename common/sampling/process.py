@@ -30,11 +30,10 @@ START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before th
 class OverlappedRollouts:
     """Delivers the batches of `rollouts.SerialRollouts` from a process that samples while the trainer trains.
 
-    A context manager: the process runs inside the context, and ends with the trainer, however that ends. It calls
-    `make_sampler` (picklable), which returns a `Sampler` with this `temperature` and `precision`. `verified` means that
-    the sampler copies the weights of `model` and must pass `verify.deliver`. The process gets the extra variables in
-    `environment`, and counts as hung after `timeout` seconds without a decoded token while the trainer waits. Methods
-    raise `RunStopped` if it has died or hangs, `BadInput` if its sampler cannot start.
+    A context manager: the process runs inside the context, and ends with the trainer, however that ends. It gets the
+    variables in `environment`, and calls `make_sampler` (picklable), which returns a `Sampler` with this `temperature`
+    and `precision`. If `verified`, that one copies the weights, and must pass `verify.deliver`. Methods raise
+    `RunStopped` if the process has died, or decodes nothing for `timeout` seconds; `BadInput` if no sampler can start.
     """
 
     def __init__(self, model, make_sampler, plan, temperature, precision, timeout, verified=False, environment=None):

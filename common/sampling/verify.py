@@ -1,12 +1,7 @@
 """Is the sampler using the weights that the trainer sent? A sync that is not verified is not a sync.
 
-Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copies the weights; none notices everything:
-
-- Checksums, at every sync, notice tensors that are old, lost or changed; not what the engine then does with them.
-- The canary, at start-up, notices tensors that never reach the engine's arithmetic: with strongly perturbed weights its
-  log-probs must equal the trainer's.
-- Probes, at every sync, notice an engine that only sometimes goes wrong. They are log-probs of a few fixed tokens; one
-  update at a learning rate of 1e-6 moves them by less than the rounding error of bfloat16.
+Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copies the weights: checksums and probes at
+every sync, a canary at start-up. common/README.md ("Handing over weights") says what each finds that the others miss.
 """
 
 import time

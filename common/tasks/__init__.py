@@ -102,9 +102,8 @@ class ProblemSet:
     def grade(self, numbers, responses):
         """Decode and grade `responses`, lists of token ids; `numbers` are the indices of their problems.
 
-        Returns `(grades, texts)`: per response a dict of floats with "reward" and whatever else the task reports, and
-        the decoded text. Raises `RunStopped` when the reward function raises or returns something not finite, and
-        `BadInput` for a value named like one of the log's metrics.
+        Returns `(grades, texts)`: per response a dict of finite floats with "reward" and whatever else the task
+        reports, else raises `RunStopped`; and the text. Raises `BadInput` for a value named like one of the log's own.
         """
         problems, name = [self.problems[number] for number in numbers], type(self.task).__name__
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
@@ -168,12 +167,10 @@ def means(grades):
 
 
 def load_problems(task, split, tokenizer, max_prompt_tokens):
-    """The `ProblemSet` of `split`, "train" or "eval".
+    """The `ProblemSet` of `split`, "train" or "eval", without the problems of more than `max_prompt_tokens` tokens.
 
-    Plain text gets the special tokens that the tokenizer puts in front of it (a BOS, say), and none at its end. Chat
-    messages go through the tokenizer's chat template, which writes its own. Problems whose prompt is longer than
-    `max_prompt_tokens` are left out, and their number is printed. Raises `BadInput` if none is left, and for prompts
-    that cannot be encoded.
+    Plain text gets the special tokens that the tokenizer puts in front of it (a BOS, say), and none at its end. Raises
+    `BadInput` if no problem is left, and for prompts that cannot be encoded.
     """
     name = f"--task {type(task).__name__}"
 

@@ -18,10 +18,8 @@ INSTRUCTION = (  # in the user's message: some chat templates refuse system mess
 class GSM8K(Task):
     """Grade-school word problems (Cobbe et al., arXiv 2110.14168), answered in free form, graded by math-verify.
 
-    `data` is a JSONL or Parquet file with columns `question` and `answer` (whose last line is `#### <number>`), a hub
-    dataset ("openai/gsm8k:main"), or empty for the sample of 256 rows in this repository. Held out are `eval_data`,
-    else the dataset's test split, else the last `eval_size` rows of `data` (of the sample: at most 64).
-
+    `data` has columns `question` and `answer`, whose last line is `#### <number>`; see `read_rows`. Held out are
+    `eval_data`, else the dataset's test split, else the last `eval_size` rows of `data` (of the sample: at most 64).
     The reward is 1 for a right answer and 0 otherwise. `format` (did the response box its answer?) is logged only.
     """
 

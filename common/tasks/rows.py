@@ -15,10 +15,9 @@ HALF_CHARACTER = re.compile(r"[\ud800-\udfff]")  # JSON can spell one, but no to
 def read_rows(source, option, columns):
     """Read rows that have a non-empty string in each of `columns`; numbers are turned into strings.
 
-    `source` is a JSONL, JSON (one array) or Parquet file, or a directory or hub name that `load_dataset`
-    accepts, with a configuration after a colon ("openai/gsm8k:main"). Returns `(rows, test_rows)`, lists of dicts;
-    `test_rows` is empty where the source has no split called "test". Raises `BadInput`, which names the `option` and,
-    if one is malformed, the row.
+    `source` is a JSONL, JSON (one array) or Parquet file, or a directory or hub name that `load_dataset` accepts, with
+    a configuration after a colon ("openai/gsm8k:main"). Returns `(rows, test_rows)`, lists of dicts; the latter are of
+    the split called "test", if there is one. Raises `BadInput`, which names `option` and a malformed row.
     """
     if source.endswith((".jsonl", ".json", ".parquet")) and not os.path.exists(source):
         raise BadInput(f"{option} {source}: there is no such file; give an existing .jsonl or .parquet file.")
