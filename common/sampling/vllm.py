@@ -5,6 +5,7 @@ batches as it likes, so that repeating a call repeats its distribution, but not 
 """
 
 import os
+from contextlib import contextmanager
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -135,28 +136,27 @@ class VllmSampler(Sampler):
                 self.heartbeat += 1
                 yield name, whole(tensor.detach())
 
-        def reload():
+        unread = stream()
+        with _or_stop("did not take new weights"):
+            if self.asleep:  # weights first: room for keys and values only when loading has freed its own
+                torch.cuda.empty_cache()  # PyTorch keeps memory of freed tensors, which the engine cannot have
+                self.llm.wake_up(["weights"])
             heads = self.llm.apply_model(_packed_head)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
             self.llm.apply_model(lambda model: _repack_tied_head(model, heads[0]))
-
-        if self.asleep:  # weights first: room for keys and values only when loading has freed its own
-            torch.cuda.empty_cache()  # PyTorch keeps memory of freed tensors, which the engine cannot have
-            _or_stop(lambda: self.llm.wake_up(["weights"]), "did not wake up")
-        unread = stream()
-        _or_stop(reload, "did not take new weights")
+            if self.asleep:
+                self.llm.wake_up(["kv_cache"])
+        self.asleep = False
         if left := [name for name, _ in unread]:
             raise RunStopped(f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine.")
-        if self.asleep:
-            _or_stop(lambda: self.llm.wake_up(["kv_cache"]), "did not wake up")
-            self.asleep = False
         if not self.llm.reset_prefix_cache():
             raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
 
     def sleep(self):
         """Discards weights, keys and values, without a backup: `use_weights` must come before anything else."""
         if self.can_sleep:
-            _or_stop(lambda: self.llm.sleep(level=2), "did not fall asleep")
+            with _or_stop("did not fall asleep"):
+                self.llm.sleep(level=2)
             self.asleep = True
 
     def _params(self, group_size, temperature, seed):
@@ -179,17 +179,15 @@ class VllmSampler(Sampler):
     def _run(self, requests):
         """Put (prompt, parameters) into the engine; yields (position in `requests`, output), the first done first."""
         engine = self.llm.llm_engine
-
-        def add():
+        with _or_stop("refused a prompt"):
             for number, (prompt, params) in enumerate(requests):
                 if len(prompt) + params.max_tokens > self.room:  # vLLM would cut the response short without a word
                     raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
                 engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
-
-        _or_stop(add, "refused a prompt")
         with progress(None, "prompts answered", len(requests)) as bar:
             while engine.has_unfinished_requests():
-                outputs = _or_stop(engine.step, "failed")
+                with _or_stop("failed"):
+                    outputs = engine.step()
                 self.heartbeat += 1
                 bar.update(len(outputs))
                 for output in outputs:
@@ -217,10 +215,11 @@ def _repack_tied_head(model, before):
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
 
-def _or_stop(action, what):
-    """`action()`; if it fails, `RunStopped` says so."""
+@contextmanager
+def _or_stop(what):
+    """Context whose errors become `RunStopped`, which says what the engine did."""
     try:
-        return action()
+        yield
     except Exception as error:
         raise RunStopped(f"The vLLM engine {what} ({_reason(error)}): continue with --resume.") from error
 
