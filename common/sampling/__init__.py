@@ -81,12 +81,6 @@ def version_of_batch(k, sync_interval, sync_offset):
     return sync_interval * (max(0, k - 1 - sync_offset) // sync_interval)
 
 
-def batches_of_version(version, sync_interval, sync_offset):
-    """Numbers of the batches sampled with weights `version`, a multiple of `sync_interval`; a range."""
-    first = version + sync_offset + 1 if version else 1  # the initial weights sample the first O batches as well
-    return range(first, version + sync_offset + sync_interval + 1)
-
-
 def problems_of_batch(k, num_problems, prompts_per_step, seed):
     """Indices of the P problems of batch `k` (from 1): consecutive pieces of one shuffled pass after another."""
     places = range((k - 1) * prompts_per_step, k * prompts_per_step)
@@ -111,8 +105,9 @@ class Plan:
         return version_of_batch(k, self.sync_interval, self.sync_offset)
 
     def batches_of(self, version):
-        """Includes batches past the last step, so that a run extended later equals one that was long from the start."""
-        return batches_of_version(version, self.sync_interval, self.sync_offset)
+        """Range of the batches sampled with a version: past the last step, too, so that a run can be extended."""
+        first = version + self.sync_offset + 1 if version else 1  # the initial weights sample the first O as well
+        return range(first, version + self.sync_offset + self.sync_interval + 1)
 
     def shows_mismatch_only_now(self, k):
         """Whether batch k is the first of a version all of whose batches lag. (At lag 0, training shows a mismatch.)"""

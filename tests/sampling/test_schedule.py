@@ -11,7 +11,7 @@ import torch
 
 from common import rollouts as rollouts_module
 from common.rollouts import SerialRollouts
-from common.sampling import Plan, Sampler, Samples, batches_of_version, problems_of_batch, version_of_batch
+from common.sampling import Plan, Sampler, Samples, problems_of_batch, version_of_batch
 
 # (I, O): version and lag of batch k = 1, 2, 3, …
 TABLE = {
@@ -43,7 +43,7 @@ def test_batches_of_a_version_by_trying_all(interval, offset):
     complete = sorted(sampled_with)[:-1]  # the newest version's batches may reach beyond those tried
     assert len(complete) > 10
     for version in complete:
-        assert list(batches_of_version(version, interval, offset)) == sampled_with[version]
+        assert list(Plan([], 1, 2, interval, offset, seed=1).batches_of(version)) == sampled_with[version]
 
 
 @pytest.mark.parametrize("interval", range(1, 6))
