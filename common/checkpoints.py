@@ -20,7 +20,6 @@ from common.distributed import gather, part_like, rank, size, whole_state
 
 KEEP = 2  # how many of the newest checkpoints stay
 ONE_FILE = 2**35  # bytes of weights and moments, 3 billion parameters; beyond, with several ranks, a directory
-SHARDED = ("model", "optimizer")
 OTHERS = "others.pt"  # what such a directory has besides
 
 
@@ -31,7 +30,8 @@ def save_checkpoint(run_dir, step, parts):
     each rank writes its own part of them into a directory. Raises `RunStopped` where that fails.
     """
     directory = Path(gather(run_dir)[0]) / "checkpoints"  # rank 0 has named the run
-    sharded = SHARDED if _is_large(parts["model"]) else ()
+    num_bytes = 3 * sum(parameter.nbytes for parameter in parts["model"].parameters())  # with AdamW's two moments
+    sharded = ("model", "optimizer") if size() > 1 and num_bytes > ONE_FILE else ()
     final = directory / f"step_{step:06d}{'.shards' if sharded else '.pt'}"
     unfinished = final.with_suffix(".unfinished")
     states = whole_state({name: part.state_dict() for name, part in parts.items() if name not in sharded})
@@ -76,7 +76,8 @@ def load_checkpoint(run_dir, parts):
         if path.is_dir():
             sharded = _sharded_state(parts)
             dcp.load(sharded, checkpoint_id=path)
-            _set_sharded_state(parts, sharded)
+            states = {"model_state_dict": sharded["model"], "optim_state_dict": sharded["optimizer"]}
+            set_state_dict(parts["model"], parts["optimizer"], **states)
     except (Exception, dcp.CheckpointException) as error:  # as varied as the kinds of damage
         where = f"from {older[-1].name}" if older else "from the start"
         how = f"if it is damaged, delete it to continue {where}"
@@ -85,20 +86,10 @@ def load_checkpoint(run_dir, parts):
         parts[name].load_state_dict(_as_held_by(parts[name], state[name]))
 
 
-def _is_large(model):
-    """Whether weights and AdamW's two moments are sharded, and larger than one file should be."""
-    return size() > 1 and 3 * sum(parameter.nbytes for parameter in model.parameters()) > ONE_FILE
-
-
 def _sharded_state(parts):
     """Dict of tensors of which every rank writes its own part, or reads it."""
     weights, moments = get_state_dict(parts["model"], parts["optimizer"])
     return {"model": weights, "optimizer": moments}
-
-
-def _set_sharded_state(parts, state):
-    states = {"model_state_dict": state["model"], "optim_state_dict": state["optimizer"]}
-    set_state_dict(parts["model"], parts["optimizer"], **states)
 
 
 def _as_held_by(part, state):

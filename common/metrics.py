@@ -88,6 +88,9 @@ class StepMetrics:
         if (averages | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:
             what = "sampler_mismatch/mean is larger than rounding explains"
             warnings.warn(f"{what}: do not trust this run before you know why.", stacklevel=2)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process: Linux counts in KiB
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device)
         steps = [value for key, value in self.times.items() if key not in ("time/step_started_at", "time/eval")]
         return {
             "reward/mean": rewards_PG.mean().item(),
@@ -105,7 +108,7 @@ class StepMetrics:
             "time/step": sum(steps),
             "throughput/sampled_tokens_per_second": sum(lengths) / batch.metrics["time/sample"],
             "throughput/trained_tokens_per_second": sum(batch.lengths) / self.times["time/train"],
-            "memory/peak_gib": peak_memory_gib(device),
+            "memory/peak_gib": peak / 2**30,
         }
 
     def _sum(self, key, values):
@@ -114,10 +117,3 @@ class StepMetrics:
     def _max(self, key, values):
         if values.numel():  # `np.maximum` keeps a NaN, Python's `max` may lose it
             self.maxima[key] = float(np.maximum(self.maxima.get(key, 0.0), values.max().item()))
-
-
-def peak_memory_gib(device):
-    """Most memory ever held: PyTorch's on a GPU, the process's on a CPU (where Linux counts in KiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
