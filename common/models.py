@@ -53,10 +53,8 @@ def load_config(name, revision):
         if revision:
             raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            if any(path.glob("*.gguf")):
-                how = "save it as a Hugging Face directory first, as benchmarks/smollm2.py does"
-                raise BadInput(f"--model {name} has its weights in a GGUF file: {how}.")
-            raise BadInput(f"--model {name} has no weights (*.safetensors): give a directory with a saved model.")
+            how = "give a directory with a saved model (benchmarks/smollm2.py makes one of a GGUF file)"
+            raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
         raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
     return _load(AutoConfig, name, revision)
