@@ -50,9 +50,8 @@ def make_rollouts(
     if own_gpu:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         trainers = range(ranks_here) if size() > 1 else [model.device.index or 0]
-        environment = {
-            "CUDA_VISIBLE_DEVICES": another_gpu(visible.split(","), trainers, int(os.environ.get("LOCAL_RANK", 0)))
-        }
+        gpu = another_gpu(visible.split(","), trainers, int(os.environ.get("LOCAL_RANK", 0)))
+        environment = {"CUDA_VISIBLE_DEVICES": gpu}
     make_sampler = partial(load_sampler, name, revision, threads, *generation)
     if verified:
         make_sampler = partial(make_vllm_sampler, name, revision, threads, *generation, longest_prompt)

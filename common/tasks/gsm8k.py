@@ -43,10 +43,7 @@ class GSM8K(Task):
 
     def problems(self, split):
         return [
-            {
-                "prompt": [{"role": "user", "content": INSTRUCTION + row["question"]}],
-                "answer": _final_answer(row),
-            }
+            {"prompt": [{"role": "user", "content": INSTRUCTION + row["question"]}], "answer": _final_answer(row)}
             for row in self.rows[split]
         ]
 
