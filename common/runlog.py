@@ -33,10 +33,6 @@ PANELS = dict([*viewer.CURVES.items()][:6])  # of curves.png
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
-NO_SIGNAL = (
-    f"For {STEPS_WITHOUT_SIGNAL} steps in a row, all rewards of each group were equal, so there was nothing to learn: "
-    "see completions.jsonl. If all are wrong, try easier problems, a larger --group-size, or reward parts of an answer."
-)
 
 
 class RunLog:
@@ -119,10 +115,7 @@ class RunLog:
         self.lock.close()
 
     def write(self, step, metrics):
-        """Record the metrics of one step, a dict of numbers. JSON knows no infinity and no NaN: they become null.
-
-        Raises `RunStopped` after `MOST_SKIPPED_UPDATES` steps in a row with `update_skipped`.
-        """
+        """Record a step's metrics, a dict of numbers. Raises `RunStopped` after several skipped updates in a row."""
         self.elapsed_seconds += metrics.get("time/step", 0.0)
         record = {"step": step, **metrics, "time/elapsed_hours": self.elapsed_seconds / 3600}
         self._append("metrics.jsonl", {key: _finite(value) for key, value in record.items()})
@@ -138,7 +131,9 @@ class RunLog:
         self.step = step
         self.without_signal = self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
-            tqdm.write(NO_SIGNAL, file=sys.stderr)
+            what = f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see completions.jsonl)"
+            how = "if all are wrong, try easier problems, a larger --group-size, or reward parts of an answer"
+            tqdm.write(f"{what}: {how}.", file=sys.stderr)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("update_skipped") else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
             what = f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or gradient"
@@ -289,11 +284,10 @@ def describe_environment():
     describe = "git describe --always --abbrev=40 --dirty --exclude='*'"  # "-dirty" where files differ from the commit
     commit = subprocess.run(describe, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
     lines = [f"command: {' '.join(sys.argv)}", f"commit: {commit.strip() or 'unknown'}"]
-    lines.append(f"python: {platform.python_version()}")
+    lines += [f"python: {platform.python_version()}", f"threads: {torch.get_num_threads()}"]
     lines += sorted({f"{d.name}: {d.version}" for d in distributions() if d.name in PACKAGES})
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     lines.append(f"cpu: {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores")
-    lines.append(f"threads: {torch.get_num_threads()}")
     lines += [f"gpu: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
     return "\n".join(lines) + "\n"
 
