@@ -60,10 +60,7 @@ def save_checkpoint(run_dir, step, parts):
 
 
 def load_checkpoint(run_dir, parts):
-    """Give each of `parts` its state in the newest checkpoint of a run, if there is one. Raises `BadInput`.
-
-    Every rank reads it, and takes what it holds itself: it may have been written by another number of ranks.
-    """
+    """Give each of `parts` its state in the newest checkpoint of a run, if there is one. Raises `BadInput`."""
     if not (paths := _checkpoints(run_dir)):
         return
     *older, path = paths

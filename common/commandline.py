@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 # What a resumed run may change: none of these changes what an update is.
 CHANGEABLE = {"resume", "num_steps", "eval_interval", "checkpoint_interval", "threads", "sampler_timeout", "replicas"}
-CHANGEABLE |= {"track", "wandb_project", "rollouts_interval"}
-CHANGEABLE |= {"data", "eval_data"}  # (data may have moved; checksums tell if it differs)
+CHANGEABLE |= {"track", "wandb_project", "rollouts_interval", "data", "eval_data"}  # (checksums tell if data differs)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Ctrl-C, a scheduler, a terminal that is closed
 SHOW_AFTER = 10  # seconds
 BUILT_IN = ("tiny", "addition", "gsm8k")  # a model and two tasks, also where a file happens to be called so
@@ -63,10 +62,7 @@ def run(main, Args, script):
 
 
 def parse(Args, script, argv):
-    """Parse `argv`. With `--resume RUN_DIR`, the arguments saved there are the defaults and must not be contradicted.
-
-    Raises `BadInput`.
-    """
+    """Parse `argv`; with `--resume RUN_DIR`, the defaults are the arguments saved there. Raises `BadInput`."""
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--resume")
     run_dir = early.parse_known_args(argv)[0].resume
@@ -89,8 +85,7 @@ def parse(Args, script, argv):
         raise BadInput(f"--resume {run_dir} is a run of {started_by}.py: resume it with that script.")
     defaults = dataclasses.asdict(Args())
     if differ := [name for name in {**saved, **defaults} if type(saved.get(name)) is not type(defaults.get(name))]:
-        names = ", ".join(sorted(differ))
-        raise BadInput(f"--resume {run_dir} was written by another version of this script ({names}): resume with that.")
+        raise BadInput(f"--resume {run_dir} is of another version of this script ({', '.join(differ)}): use that one.")
     saved = dataclasses.asdict(_with_absolute_paths(Args(**saved)))
     args = _with_absolute_paths(cli(default=Args(**saved)))
     for name, value in saved.items():

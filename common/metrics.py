@@ -19,10 +19,7 @@ from common.viewer import token_values
 
 
 class StepMetrics:
-    """Collects the metrics of one step; its clock starts when it is made.
-
-    Of the rows of the batch in `recorded_rows`, `tokens` gets the values of each token: see `viewer.token_values`.
-    """
+    """Collects the metrics of a step from now on; `tokens` gets `viewer.token_values` of the `recorded_rows`."""
 
     def __init__(self, recorded_rows=range(0)):
         self.recorded_rows, self.tokens = recorded_rows, {}

@@ -69,10 +69,7 @@ def load_tokenizer(name, revision=""):
 
 
 def load_model(name, revision, device, precision, gradient_checkpointing=False):
-    """The policy in float32, whatever the checkpoint's dtype: at small learning rates a bf16 weight never moves.
-
-    Raises `BadInput` for weights that do not load or do not fit the configuration.
-    """
+    """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights that do not fit."""
     config = load_config(name, revision)
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})

@@ -55,10 +55,7 @@ class MathGrader:
         self.timeouts, self._worker, self._lock = 0, None, threading.Lock()
 
     def grade(self, golds, responses):
-        """Whether the graded part of each response equals its gold answer, a list of bools.
-
-        Raises RuntimeError if the worker cannot be started, ValueError if the two lists differ in length.
-        """
+        """Whether the graded part of each response equals its gold answer: bools. RuntimeError if no worker starts."""
         pairs = list(zip(golds, map(graded_part, responses), strict=True))
         # Responses to one prompt often agree, so each distinct pair is graded once.
         distinct = [(gold, part) for gold, part in dict.fromkeys(pairs) if part and len(part) <= LONGEST_PART]
