@@ -50,8 +50,8 @@ def make_rollouts(
     if own_gpu:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
         trainers = range(ranks_here) if size() > 1 else [model.device.index or 0]
-        gpu = another_gpu(visible.split(","), trainers, int(os.environ.get("LOCAL_RANK", 0)))
-        environment = {"CUDA_VISIBLE_DEVICES": gpu}
+        others = [gpu for place, gpu in enumerate(visible.split(",")) if place not in trainers]
+        environment = {"CUDA_VISIBLE_DEVICES": others[int(os.environ.get("LOCAL_RANK", 0))]}
     make_sampler = partial(load_sampler, name, revision, threads, *generation)
     if verified:
         make_sampler = partial(make_vllm_sampler, name, revision, threads, *generation, longest_prompt)
@@ -78,11 +78,6 @@ def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, prec
     disable_progress_bar()  # the trainer shows its own
     model = load_model(name, revision, torch.device("cpu"), precision)
     return TransformersSampler(model, eos_ids, max_tokens, temperature, precision)
-
-
-def another_gpu(visible, trainers, number):
-    """Of the visible GPUs, names as in CUDA_VISIBLE_DEVICES, without those of trainers, that of this number."""
-    return [name for place, name in enumerate(visible) if place not in trainers][number]
 
 
 class SerialRollouts:
@@ -115,8 +110,7 @@ class SerialRollouts:
             metrics = self._hand_over()
             for batch in self.plan.sample(self.sampler, numbers):
                 if self.plan.shows_mismatch_only_now(batch.number):
-                    temperature, precision = self.sampler.temperature, self.sampler.precision
-                    metrics |= sampler_mismatch(self.model, temperature, precision, batch)
+                    metrics |= sampler_mismatch(self.model, self.sampler.temperature, self.sampler.precision, batch)
                 batch.metrics |= metrics
                 metrics = {}
                 self.waiting[batch.number] = batch

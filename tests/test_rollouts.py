@@ -14,7 +14,7 @@ import torch
 from common import rollouts as module
 from common.commandline import BadInput
 from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
-from common.rollouts import SerialRollouts, another_gpu, make_rollouts
+from common.rollouts import SerialRollouts, make_rollouts
 from common.sampling import Plan
 from common.sampling.process import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
@@ -103,17 +103,20 @@ def test_beside_a_trainer_on_a_gpu_the_engine_gets_another_one(decide, monkeypat
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (visible_to_the_engine("cuda"), visible_to_the_engine("cuda:1")) == ("1", "0")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,5")
-    assert (visible_to_the_engine("cuda", 3), visible_to_the_engine("cuda:1", 3)) == ("3", "7")
+    for visible in (["7", "3", "5"], ["GPU-a", "GPU-b", "GPU-c"]):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(visible))
+        assert (visible_to_the_engine("cuda", 3), visible_to_the_engine("cuda:1", 3)) == (visible[1], visible[0])
     with pytest.raises(BadInput, match=r"--device cuda:1: .*CUDA_VISIBLE_DEVICES"):
         decide((1, 0), "cuda:1", "vllm", gpus=2)
 
 
-def test_the_engine_gets_a_gpu_that_is_not_the_trainers():
-    assert another_gpu(["0", "1"], [0], 0) == "1" and another_gpu(["0", "1"], [1], 0) == "0"
-    assert another_gpu(["7", "3", "5"], [0], 0) == "3" and another_gpu(["GPU-a", "GPU-b"], [1], 0) == "GPU-a"
-    # Two ranks on the first two of four GPUs: their engines get the other two.
-    assert [another_gpu(["4", "5", "6", "7"], range(2), rank) for rank in range(2)] == ["6", "7"]
+@pytest.mark.parametrize("rank, gpu", [(0, "6"), (1, "7")])
+def test_the_engines_of_two_ranks_get_the_gpus_that_are_not_theirs(rank, gpu, decide, monkeypatch):
+    for name, value in {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(module, "size", lambda: 2)
+    arguments, _ = decide((1, 1), f"cuda:{rank}", "vllm", gpus=4)["OverlappedRollouts"]
+    assert arguments[-1] == {"CUDA_VISIBLE_DEVICES": gpu}
 
 
 def test_an_engine_beside_the_trainer_leaves_room_for_the_optimizer():
