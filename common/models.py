@@ -86,10 +86,7 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
         speed_up(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # it acts in training mode only; there is no dropout left for that mode to switch on
-    else:
-        model.eval()
-    return model
+    return model.train(gradient_checkpointing)  # it acts in training mode only; no dropout is left to switch on
 
 
 def save_model(model, tokenizer, directory):
