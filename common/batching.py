@@ -24,10 +24,9 @@ class MicroBatch:
 
 
 def collate(batch, rows, device="cpu"):
-    """Concatenate prompt and response of the given rows, in this order, pad on the right and shift by one.
+    """The `MicroBatch` of these rows: prompts and responses are concatenated, padded on the right and shifted by one.
 
-    `batch` has `prompts`, `responses` and `logprobs` as a `Batch` has. Returns a `MicroBatch`. Raises ValueError where
-    log-probs are not one per token.
+    `batch` has `prompts`, `responses` and `logprobs`, as a `Batch` has. ValueError if log-probs are not one per token.
     """
     starts = [len(batch.prompts[row]) for row in rows]
     ends = [start + len(batch.responses[row]) for start, row in zip(starts, rows, strict=True)]

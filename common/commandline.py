@@ -40,10 +40,7 @@ class RunStopped(Exception):
 
 
 def run(main, Args, script):
-    """Parse the command line into `Args` and call `main(args)`.
-
-    Exit codes after a one-line error message: 2 for `BadInput`, 1 for `RunStopped` and OSError (a full disk).
-    """
+    """Parse the command line and call `main(args)`; exit with 2 after `BadInput`, 1 after `RunStopped` or OSError."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a terminal that knows no arrows should not end a run

@@ -1,8 +1,4 @@
-"""Log-probabilities and entropies of response tokens under a causal language model.
-
-`token_logprobs` goes from a micro-batch to log-probs, and applies the head to response tokens only. It calls
-`logprobs_and_entropy`, which takes the fastest way for a device and sizes; `kernels/__init__.py` explains them.
-"""
+"""From a micro-batch to log-probs and entropies of response tokens; `kernels/__init__.py` explains the fast ways."""
 
 import torch
 

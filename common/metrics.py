@@ -1,8 +1,4 @@
-"""What is measured in a step: token statistics, rewards, times.
-
-Token statistics are sums over all response tokens of the batch divided once by their number N. The sums are float64, so
-that the split into micro-batches does not show.
-"""
+"""What is measured in a step. Token statistics are float64 sums divided once by N: micro-batches do not show."""
 
 import resource
 import time
@@ -66,10 +62,7 @@ class StepMetrics:
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
 
     def result(self, batch, rewards_PG, grades, device, precision):
-        """All metrics of the step, a dict of numbers, for its `Batch`, float64 rewards, and the B dicts of grades.
-
-        Warns, once, where sampler and trainer with equal weights differ by more than `verify.TOLERANCE`.
-        """
+        """All metrics of a step, numbers, from its `Batch`, float64 rewards and B grades. Warns once of a mismatch."""
         sums, maxima = Counter(), {}
         for more, larger, tokens in gather((self.sums, self.maxima, self.tokens)):
             sums.update(more)  # adds

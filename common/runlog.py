@@ -1,8 +1,4 @@
-"""The files of a run in `runs/<name>/`, and what it shows while it goes.
-
-Metrics go to metrics.jsonl (one object per step, flushed at once), the progress bar, curves.png and, with `--track`,
-wandb, all by `RunLog.write`, so that they cannot disagree.
-"""
+"""The files of a run in `runs/<name>/`, and what it shows: all metrics go through `RunLog.write`, so they agree."""
 
 import contextlib
 import fcntl
@@ -36,11 +32,7 @@ STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
 
 
 class RunLog:
-    """Writes a run's files and shows its progress; a context manager, which creates the files.
-
-    `script` is the path of the training script, `args` a dict of its arguments. Raises `BadInput` where the run's
-    directory exists already or cannot be created, or another process has the run.
-    """
+    """A run's files and its progress bar; a context manager. `BadInput` if its directory is taken or cannot be made."""
 
     def __init__(self, script, args):
         self.script, self.args = Path(script).stem, args
@@ -307,11 +299,8 @@ def plot_curves(records, title, path):
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (key, label) in zip(axes.flat, PANELS.items(), strict=True):
         points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        if points:
-            axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
-        else:
-            axis.text(0.5, 0.5, "not logged", ha="center", va="center", transform=axis.transAxes)
-        axis.set(title=label, xlabel="step")
+        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
+        axis.set(title=label if points else f"{label}: not logged", xlabel="step")
         axis.grid(alpha=0.3)
     figure.suptitle(title)
     figure.savefig(path, dpi=120)

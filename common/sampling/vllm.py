@@ -1,8 +1,4 @@
-"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that samples.
-
-Log-probs, and what ends a response, are as in `TransformersSampler`. The random streams differ; and the engine forms
-batches as it likes, so that repeating a call repeats its distribution, but not every token.
-"""
+"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that samples."""
 
 import os
 from contextlib import contextmanager
@@ -23,10 +19,7 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**4
 
 
 def make_vllm_sampler(model, revision, threads, *options, beside=None):
-    """Make a `VllmSampler` in the engine's process and run `verify.canary`, which raises `RunStopped` if it fails.
-
-    `options` go to `VllmSampler`; `beside` is the trainer's model if it is in this process. `BadInput` if vLLM fails.
-    """
+    """A `VllmSampler` that `verify.canary` has tested; `BadInput` if it cannot start, `RunStopped` if it fails."""
     use_threads(threads)  # vLLM uses the thread count that PyTorch has at this point
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:

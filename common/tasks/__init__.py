@@ -1,7 +1,4 @@
-"""Tasks: problems to pose, and rewards that a program can compute from a response.
-
-A task of your own is a `Task` with two methods, in any file: `--task path/to/file.py:ClassName`.
-"""
+"""Tasks: problems to pose, and rewards that a program can compute. Your own: a `Task` with two methods, in any file."""
 
 import importlib.util
 import json
@@ -131,10 +128,7 @@ class ProblemSet:
         return grades, texts
 
     def evaluate(self, rollouts):
-        """Mean grades and response length (tokens) of greedy answers to these problems, with the trainer's weights.
-
-        Rewards of 0 and 1 count as "accuracy" if the task itself reports none.
-        """
+        """Metrics of greedy answers. Rewards of 0 and 1 count as "accuracy" if the task itself reports none."""
         started, mine = time.perf_counter(), share(len(self))  # with several ranks, each answers a part
         responses = rollouts.greedy(self.prompts[mine]).responses
         parts = gather((*self.grade(range(len(self))[mine], responses), responses))

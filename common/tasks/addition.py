@@ -9,10 +9,7 @@ from common.tasks import Task
 
 
 class Addition(Task):
-    """Chained additions with running totals: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."
-
-    The reward is 1 for a response that ends with the right answer, else 0.
-    """
+    """Chained additions: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."; the reward is 1 for a right end, else 0."""
 
     def __init__(self, data="", eval_data="", eval_size=256):
         super().__init__(data, eval_data, eval_size)
