@@ -99,8 +99,8 @@ class ProblemSet:
     def grade(self, numbers, responses):
         """Decode and grade `responses`, lists of token ids; `numbers` are the indices of their problems.
 
-        Returns `(grades, texts)`: per response a dict of finite floats with "reward" and whatever else the task
-        reports, else raises `RunStopped`; and the text. Raises `BadInput` for a value named like one of the log's own.
+        Returns `(grades, texts)`: per response a dict of finite floats, "reward" and what else the task reports, and
+        its text. Raises `RunStopped` if the task gives anything else, `BadInput` if it uses a name of the log's own.
         """
         problems, name = [self.problems[number] for number in numbers], type(self.task).__name__
         texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True) if responses else []
