@@ -207,6 +207,7 @@ def test_files_are_remembered_by_their_absolute_paths(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
     argv = ["--task", "task.py:Mine", "--data", "rows.jsonl", "--eval-data", "absent.jsonl", "--model", "model"]
+    argv += ["--learning-rate", "1e-5"]
     args = parse(grpo.Args, grpo.__file__, argv)
     assert (args.task, args.data) == (f"{tmp_path}/task.py:Mine", f"{tmp_path}/rows.jsonl")
     assert (args.eval_data, args.model) == ("absent.jsonl", f"{tmp_path}/model")
