@@ -14,7 +14,7 @@ setting was chosen by `scans.py`, on other seeds. Repeat the command to continue
 Options it does not know go to the training scripts, so the same command is the recipe for other models and data:
     python benchmarks/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs runs/algorithms-3b \
         --output results-3b --model Qwen/Qwen2.5-3B-Instruct --task gsm8k --data openai/gsm8k:main \
-        --learning-rate 1e-6 --max-response-tokens 1024 --gradient-checkpointing
+        --temperature 1.0 --learning-rate 1e-6 --max-response-tokens 1024 --gradient-checkpointing
 """
 
 import json
