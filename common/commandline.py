@@ -68,7 +68,8 @@ def parse(Args, script, argv):
     cli = partial(tyro.cli, Args, args=argv, prog=Path(script).name, description=description)
     if run_dir is None:
         args = _with_absolute_paths(cli())
-        if args.model != "tiny" and not any(word.replace("_", "-").startswith("--learning-rate") for word in argv):
+        to_train = hasattr(args, "learning_rate") and args.model != "tiny"
+        if to_train and not any(word.replace("_", "-").startswith("--learning-rate") for word in argv):
             what = f"the default, {args.learning_rate:g}, is for the embedded model"
             raise BadInput(f"--learning-rate: {what}; give one for --model {args.model} (1e-6, or 1e-5 if small).")
         return args
