@@ -192,9 +192,9 @@ def write_text(groups, everything, args, script_options):
 ![figure](figure.png)
 
 `python benchmarks/algorithms.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
-{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}. Lines are means over seeds and
-bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are start and end of the published
-curves, on the right-hand scale. The model, the task and the scale of the reward are not those of the published figure:
+{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}.
+Lines are means over seeds and bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are
+start and end of the published curves, on the right-hand scale. Model and task are not those of the published figure:
 directions and orders can be compared, values cannot. [scan.md](scan.md) has all settings that were tried.
 
 ## Start and end of the curves
