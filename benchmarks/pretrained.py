@@ -16,6 +16,7 @@ and `report.md`. Repeat the command to continue where it was stopped.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ TASK_FILE = "benchmarks/chat_tasks.py"
 
 @dataclass
 class Args:
+    tasks: tuple[Literal["Sentiment", "Extraction", "FourKeys"], ...] = ("Sentiment", "Extraction", "FourKeys")
+    """which of the tasks"""
     learning_rate: float = 1e-5
     """of all runs"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -64,9 +67,9 @@ class Args:
 
 def main(args):
     smollm2.main(args.model)
-    tasks, batch = TASKS, {"prompts-per-step": 8, "group-size": 8}
+    tasks, batch = {task: TASKS[task] for task in args.tasks}, {"prompts-per-step": 8, "group-size": 8}
     if args.quick:
-        tasks = {task: (2, tokens, labels[:1]) for task, (_, tokens, labels) in TASKS.items()}
+        tasks = {task: (2, tokens, labels[:1]) for task, (_, tokens, labels) in tasks.items()}
         args.seeds, args.eval_size, batch = args.seeds[:1], 8, {"prompts-per-step": 4, "group-size": 4}
         reporting.use_quick_directories(args, Args.output)
     parts, curves = [], {}
