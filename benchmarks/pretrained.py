@@ -97,10 +97,11 @@ def main(args):
         parts.append(on_gsm8k(args))
     report = f"""# SmolLM2-135M-Instruct, trained on two CPU cores
 
-`python benchmarks/pretrained.py`: seeds {", ".join(map(str, args.seeds))}, {batch["prompts-per-step"]} × \
-{batch["group-size"]} responses a step, learning rate {args.learning_rate:g}, bf16, `sync_interval` 1,
-{args.eval_size} held-out problems. Lines are means over seeds, bands their range. [completions.md](completions.md) has
-answers before and after, not selected. The weights come from a 4-bit file (see `smollm2.py`).
+`python benchmarks/pretrained.py --tasks {" ".join(tasks)} --seeds {" ".join(map(str, args.seeds))}`: \
+{batch["prompts-per-step"]} × {batch["group-size"]} responses a step, learning rate {args.learning_rate:g}, bf16,
+`sync_interval` 1, {args.eval_size} held-out problems. Lines are means over seeds, bands their range.
+[completions.md](completions.md) has answers before and after, not selected. The weights come from a 4-bit file (see
+`smollm2.py`).
 
 {chr(10).join(parts)}"""
     first = next(args.runs.glob("*/environment.txt")).parent
