@@ -5,7 +5,7 @@
 A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so that every step is
 the same work. Each of the two ranks holds half of the weights, gradients, moments and reference; in every pass they
 exchange weights and gradients with gloo. The two kinds of runs alternate; times are medians over steps. Memory is
-measured with few tokens and two models, of 24 and 227 million parameters: what more the larger one takes is its state.
+measured with few tokens and two models, of 24 and 229 million parameters: what more the larger one takes is its state.
 
 Writes `ranks.md`.
 """

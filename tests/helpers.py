@@ -98,12 +98,12 @@ def resume(run_dir, *more):
     return ["--resume", str(run_dir), *map(str, more)]
 
 
-def command(*argv):
-    """What `python grpo.py …` does, in this process: returns the exit code."""
+def command(*argv, module=grpo):
+    """What `python grpo.py …`, or another command, does in this process: returns the exit code."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [grpo.__file__, *map(str, argv)])
+        patch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
         try:
-            commandline.run(grpo.main, grpo.Args, grpo.__file__)
+            commandline.run(module.main, module.Args, module.__file__)
         except SystemExit as ended:
             return ended.code
     return 0

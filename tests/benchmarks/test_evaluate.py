@@ -3,8 +3,9 @@
 import itertools
 import json
 import math
-import sys
+from functools import partial
 
+import helpers
 import numpy as np
 import pytest
 import torch
@@ -12,7 +13,6 @@ from helpers import metrics, train, write_task
 
 from benchmarks import evaluate
 from benchmarks.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
-from common import commandline
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
@@ -98,15 +98,7 @@ def test_intervals_of_differences_cover_the_truth(worse, better, prompts):
 # Evaluations
 
 
-def command(*argv):
-    """What `python benchmarks/evaluate.py …` does, in this process: returns the exit code."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [evaluate.__file__, *map(str, argv)])
-        try:
-            commandline.run(evaluate.main, evaluate.Args, evaluate.__file__)
-        except SystemExit as ended:
-            return ended.code
-    return 0
+command = partial(helpers.command, module=evaluate)
 
 
 @pytest.fixture(scope="module")
