@@ -1,6 +1,6 @@
-"""The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy, three seeds each.
+"""The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy, five seeds each.
 
-    python benchmarks/sync_modes.py             half an hour on two otherwise idle cores
+    python benchmarks/sync_modes.py             45 minutes on two otherwise idle cores
     python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
 
 The start model is built first, in less than a minute: the embedded model, trained on with examples most of which state
@@ -14,9 +14,8 @@ far as the schedule lets it, while the first one trains. One more run of Sync (1
 default, since with one thread it leaves a core idle.
 
 Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and `report.md`. The setting was
-chosen by `scans.py`, on other seeds. Repeat the
-command to continue where it was stopped. (A run that was itself stopped has a gap in its time: delete its directory
-first.)
+chosen by `scans.py`, on other seeds. Repeat the command to continue where it was stopped. (A run that was itself
+stopped has a gap in its time: delete its directory first.)
 
 Options it does not know go to the training scripts, so the same command is the recipe for other models and data. What a
 mode would cost with other times: `benchmarks/schedule_replay.py`.
@@ -68,7 +67,7 @@ class Args:
     """share of answers at once in what the start model is trained on; 0 for the embedded model itself"""
     prompts_per_step: int = 16
     """P; with groups of 8, 128 rollouts a step"""
-    seeds: tuple[int, ...] = (1, 2, 3)
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     """seeds of each mode"""
     long_tail_steps: int = 30
     """steps of each run with long responses; of all runs, times leave out the first 10"""
