@@ -33,6 +33,7 @@ Writes `report.md`, `step_time.json` with its numbers, and `steps.csv` with ever
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -69,7 +70,7 @@ VARIANTS = {  # name: (is it TRL?, does it compute the reference's log-probs?)
     BASELINE: (True, False),
     "TRL, reference KL": (True, True),
 }
-MEASURED = ["seconds", "response_length", "reward", "zero_std_groups"]
+MEASURED = ["seconds", "response_length", "reward", "zero_std_groups", "peak_gib"]
 
 
 @dataclass
@@ -122,7 +123,7 @@ def run_grpo(work, model, threads, reference, steps, directory, microbatch):
     }  # fmt: skip
     command = [str(ROOT / "grpo.py"), "--reference-kl" if reference else "--no-reference-kl"]
     run_child(command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()], threads)
-    keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups")
+    keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups", "memory/peak_gib")
     return [[record[key] for key in keys] for record in reporting.read_steps(f"{directory}/run")]
 
 
@@ -140,6 +141,15 @@ def run_child(command, threads):
     done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def peak_gib(device):
+    """The largest memory of this process so far, as `grpo.py` measures its own."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
 
 
 def train_with_trl(work, model, threads, reference, steps, directory, batch_size):
@@ -171,6 +181,7 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
 
         def on_step_end(self, *_, **__):
             records[-1].insert(0, time.perf_counter() - self.started)
+            records[-1].append(peak_gib(work["device"]))
             # What is timed must contain the sampling and grading of exactly one batch.
             assert len(records) == self.batches_before + 1, "TRL generates outside of the timed part of a step"
 
@@ -241,7 +252,7 @@ def write_text(measured, settings, args, load):
         setting: np.array([[measured[*setting, s, r][WARM_UP:] for r in range(args.rounds)] for s in args.stages])
         for setting in settings
     }
-    policy = np.array([value.mean(axis=(1, 2)) for value in values.values()])[..., 1:]  # [settings, stages, 3]
+    policy = np.array([value.mean(axis=(1, 2)) for value in values.values()])[..., 1:4]  # [settings, stages, 3]
     lengths = policy[..., 0]
     if (lengths.max(axis=0) > 1.05 * lengths.min(axis=0)).any():
         sys.exit(f"No report: mean response lengths differ by more than 5 % ({lengths}), so the work was not the same.")
@@ -258,9 +269,10 @@ def write_text(measured, settings, args, load):
         speed = whole_run(baseline) / whole_run(medians)
         by_round = whole_run(np.median(theirs, axis=2)) / whole_run(np.median(ours, axis=2))
         cells += [f"{whole_run(medians):.3g}", f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})"]
-        rows.append([threads, name, *cells])
+        rows.append([threads, name, *cells, f"{values[threads, name][..., 4].max():.2f}"])
         results.append({"threads": threads, "variant": name, "speed_relative_to_trl": float(speed)})
     header = ["threads", "variant", *(f"after {stage}" for stage in args.stages), "in all (s)", "speed (by round)"]
+    header += ["peak memory (GiB)"]
     policies = [
         [stage, f"{length:.1f}", f"{reward:.2f}", f"{equal:.0%}"]
         for stage, (length, reward, equal) in zip(args.stages, policy.mean(axis=0), strict=True)
@@ -270,7 +282,7 @@ def write_text(measured, settings, args, load):
 
 Median seconds of a whole step (sample, grade, update) {which};
 in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL" means that the log-probs
-of a frozen reference are computed too. The last columns are for the whole run of {args.stages[-1]} steps, interpolated
+of a frozen reference are computed too. The columns "in all" and "speed" are for the whole run of {args.stages[-1]} steps, interpolated
 between these policies, or for one step if there is one policy only.
 
 {reporting.table(header, rows)}
