@@ -282,8 +282,8 @@ def write_text(measured, settings, args, load):
 
 Median seconds of a whole step (sample, grade, update) {which};
 in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL" means that the log-probs
-of a frozen reference are computed too. The columns "in all" and "speed" are for the whole run of {args.stages[-1]} steps, interpolated
-between these policies, or for one step if there is one policy only.
+of a frozen reference are computed too. "In all" and "speed" are for the whole run of {args.stages[-1]} steps,
+interpolated between these policies, or for one step if there is one policy only.
 
 {reporting.table(header, rows)}
 
