@@ -37,6 +37,7 @@ SCRIPTS = {"GRPO": "grpo", "REC-OneSide-NoIS (0.2)": "rec_oneside_nois", "RED-We
 RED = list(SCRIPTS)[2]
 TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (2, 8)}
 RIGHT = 8  # the reward of a right answer
+TASK = "benchmarks/algorithms.py:AdditionForMore"
 COLOURS = dict(zip([*SCRIPTS, *TAUS], ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue"), strict=True))
 PANELS = {
     "reward/mean": "Training Reward",
@@ -75,7 +76,7 @@ def main(args, script_options):
         reporting.use_quick_directories(args, Args.output)
     options = ["--sync-interval", str(SYNC_INTERVAL), "--threads", "1", "--serial"]
     options += ["--prompts-per-step", str(args.prompts_per_step), "--learning-rate", str(args.learning_rate)]
-    options += ["--temperature", str(args.temperature), "--task", "benchmarks/algorithms.py:AdditionForMore"]
+    options += ["--temperature", str(args.temperature), "--task", TASK]
     curves = {label: (script, []) for label, script in SCRIPTS.items()}
     curves |= {label: (SCRIPTS[RED], ["--tau", str(tau)]) for label, tau in TAUS.items()}
     names = {

@@ -3,8 +3,9 @@
     python benchmarks/learning_rates.py         ten minutes on two otherwise idle cores
 
 Three learning rates × four losses (GRPO, REC-OneSide-NoIS, RED-Weight, and plain REINFORCE with the group's mean as
-baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts. Plain REINFORCE is not a script of its own: it is
-`rec_oneside_nois.py` with ε = ∞, whose mask then keeps every token.
+baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts, task and temperature of `algorithms.py`, where a
+right answer earns 8. Plain REINFORCE is not a script of its own: it is `rec_oneside_nois.py` with ε = ∞, whose mask then
+keeps every token.
 
 Writes `report.md`, and `strip.png` with the values it shows in `curves.csv`. Repeat the command to continue where it
 was stopped.
@@ -46,6 +47,7 @@ class Args:
 
 def main(args):
     common = f"--seed {args.seed} --sync-interval 20 --threads 1 --serial --prompts-per-step 8".split()
+    common += ["--temperature", str(algorithms.Args.temperature), "--task", algorithms.TASK]
     runs = {
         (label, rate): Run(f"{label}-{rate:g}", script, [*common, "--learning-rate", str(rate), *options])
         for rate in args.learning_rates
@@ -71,8 +73,9 @@ def main(args):
     report = f"""# Learning rates, and plain REINFORCE, at `sync_interval = 20`
 
 `python benchmarks/learning_rates.py`: held-out accuracy (greedy) after {args.steps} steps of 64 rollouts, seed
-{args.seed}; in brackets the best of the evaluations on the way. With a single seed, differences of a few hundredths
-mean nothing.
+{args.seed}; in brackets the best of the evaluations on the way. As in `algorithms.py`, a right answer earns
+{algorithms.RIGHT}, and the temperature is {algorithms.Args.temperature}. With a single seed, differences of a few
+hundredths mean nothing.
 
 {table(["loss", *(f"learning rate {rate:g}" for rate in args.learning_rates)], rows)}
 
