@@ -4,8 +4,8 @@
 
 Three learning rates × four losses (GRPO, REC-OneSide-NoIS, RED-Weight, and plain REINFORCE with the group's mean as
 baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts, task and temperature of `algorithms.py`, where a
-right answer earns 8. Plain REINFORCE is not a script of its own: it is `rec_oneside_nois.py` with ε = ∞, whose mask then
-keeps every token.
+right answer earns 8. Plain REINFORCE is not a script of its own: it is `rec_oneside_nois.py` with ε = ∞, whose mask
+then keeps every token.
 
 Writes `report.md`, and `strip.png` with the values it shows in `curves.csv`. Repeat the command to continue where it
 was stopped.
