@@ -179,7 +179,7 @@ def main(args):
     train_set, eval_set = load_problem_sets(*data, tokenizer, args.max_prompt_tokens)
     check_context(args.model, args.revision, train_set.prompts + eval_set.prompts, args.max_response_tokens)
 
-    model = load_model(args.model, args.revision, device, precision, args.gradient_checkpointing)
+    model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
     reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
     distributed.shard(model, device, args.replicas)

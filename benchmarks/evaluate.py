@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -34,11 +35,11 @@ from benchmarks import reporting
 from benchmarks.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
 from common import commandline
 from common.commandline import BadInput
-from common.models import check_context, choose_device, load_model, load_tokenizer
+from common.models import check_context, choose_device, end_of_sequence_ids, load_model, load_tokenizer
 from common.rollouts import make_rollouts
 from common.runlog import describe_environment
 from common.sampling import Plan
-from common.sampling.transformers import MOST_SEQUENCES
+from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler
 from common.sampling.verify import deliver, describe
 from common.tasks import load_problems, load_task, means
 
@@ -111,6 +112,22 @@ def answers(sampler, eval_set, group_size, seeds, label):
     return graded
 
 
+def greedy_answers(models, task, how_many, max_response_tokens, precision="float32"):
+    """What models (directories, with one tokenizer) answer to the first held-out problems of a task, for a table.
+
+    Returns the problems, and for each model a list of (text, reward).
+    """
+    tokenizer = load_tokenizer(str(models[0]))
+    problems, found = load_problems(load_task(task, eval_size=how_many), "eval", tokenizer, 1024), []
+    for name in models:
+        model = load_model(str(name), "", torch.device("cpu"))
+        ends = end_of_sequence_ids(model, tokenizer)
+        samples = TransformersSampler(model, ends, max_response_tokens, 1.0, precision).greedy(problems.prompts)
+        grades, texts = problems.grade(range(how_many), samples.responses)
+        found.append([(text, grade["reward"]) for text, grade in zip(texts, grades, strict=True)])
+    return problems.problems, found
+
+
 def measure(greedy, sampled, n, ks):
     """What `answers` come to: {name: value of each prompt} for accuracies, {name: mean over responses} for the rest."""
     counts = np.reshape([one["accuracy"] for one in sampled], (-1, n)).sum(axis=1).tolist()
@@ -164,7 +181,7 @@ def main(args):
     generation = (args.max_response_tokens, args.temperature, precision)
     measured, sampler = {}, None
     for label, name_and_revision in models.items():
-        model = load_model(*name_and_revision, device, precision)
+        model = load_model(*name_and_revision, device)
         sampler = sampler or make_rollouts(
             plan, [], model, tokenizer, *generation, engine=args.engine, serial=True, timeout=0, threads=args.threads,
             name=name, revision=revision,

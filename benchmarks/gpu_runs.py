@@ -10,7 +10,6 @@
 `results/on_gpu/`.
 """
 
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
 from benchmarks import reporting
-from benchmarks.launcher import ROOT
+from benchmarks.launcher import as_options, run_once
 from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
 from common.runlog import read_metrics
 from common.sampling import Plan
@@ -54,15 +53,9 @@ class Args:
 
 
 def train(script, directory, **options):
-    """Run a script in `directory`; returns the directory of its run. Its output goes to a file beside that."""
-    name = options["name"]
-    command = [sys.executable, str(ROOT / f"{script}.py"), "--output", str(directory)]
-    command += [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    with open(Path(directory) / f"{name}.log", "w") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{(Path(directory) / f'{name}.log').read_text()[-3000:]}")
-    return Path(directory) / name
+    """Run a script in `directory`; returns the directory of its run."""
+    run_once([f"{script}.py", *as_options(options | {"output": directory})])
+    return Path(directory) / options["name"]
 
 
 def agreement(args, directory):
@@ -103,7 +96,7 @@ bound between two tokens, rounding decides, and the rest of the response differs
 def first_batch(device, precision):
     """The samples that the default run's first step begins with."""
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
-    model = load_model(TINY_MODEL, "", torch.device(device), precision)
+    model = load_model(TINY_MODEL, "", torch.device(device))
     prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
     plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, defaults.seed)
     generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
@@ -143,7 +136,7 @@ def attention(args, directory):
     run_dir = train("grpo", directory, num_steps=1, device=args.device, name="run")  # for its environment
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
     precision = "bfloat16" if args.device.startswith("cuda") else "float32"
-    model = load_model(TINY_MODEL, "", torch.device(args.device), precision)
+    model = load_model(TINY_MODEL, "", torch.device(args.device))
     prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
     generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
     sampler, seconds = TransformersSampler(model, *generation), {True: [], False: []}
@@ -188,11 +181,10 @@ def qwen(args, directory):
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(Path(directory) / "model")
     tokenizer.save_pretrained(Path(directory) / "model")
-    (Path(directory) / "lengths.py").write_text(LENGTHS)
     on_cpu = args.device == "cpu"
     options = {
         "num_steps": args.steps or 4, "device": args.device, "engine": args.engine, "model": Path(directory) / "model",
-        "task": f"{directory}/lengths.py:Digits", "learning_rate": 1e-6, "max_response_tokens": 8 if on_cpu else 256,
+        "task": "benchmarks/turns.py:LongTurns", "learning_rate": 1e-6, "max_response_tokens": 8 if on_cpu else 256,
         "max_tokens_per_microbatch": 32768, "eval_size": 1, "eval_interval": 1000, "name": "qwen",
     }  # fmt: skip
     if on_cpu:
@@ -203,24 +195,6 @@ def qwen(args, directory):
         f"# A random model of Qwen2.5-0.5B's size on a GPU, 32 × 8 responses a step\n\n{timing_table([row])}\n",
         run_dir,
     )
-
-
-LENGTHS = '''
-from common.tasks import Task
-
-
-class Digits(Task):
-    """Rewards in turns, so that all rows are trained on."""
-
-    graded = 0
-
-    def problems(self, split):
-        return [{"prompt": f"Q: {'1+' * 40}{number}\\nA:"} for number in range(256 if split == "train" else 1)]
-
-    def reward(self, problem, response):
-        self.graded += 1
-        return float(self.graded % 2)
-'''
 
 
 def main(args):

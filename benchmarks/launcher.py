@@ -1,4 +1,4 @@
-"""Runs several training scripts, a few at a time, and continues where an earlier call was stopped."""
+"""Runs training scripts: one and wait, or several at a time, continuing where an earlier call was stopped."""
 
 import os
 import signal
@@ -35,6 +35,21 @@ class Run:
     """path without .py, as seen from the repository's root"""
     options: list[str]
     """command-line options besides --num-steps, --output and --name"""
+
+
+def as_options(values):
+    """A dict as command-line options; True and False switch a flag on and off."""
+    words = {key.replace("_", "-"): value for key, value in values.items()}
+    flags = {True: "--{}", False: "--no-{}"}
+    return [flags[value].format(key) if isinstance(value, bool) else f"--{key}={value}" for key, value in words.items()]
+
+
+def run_once(command, **environment):
+    """Run Python with this command line in the repository's root. If it fails, exits with the end of its output."""
+    command = [sys.executable, *map(str, command)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
 def run_all(runs, num_steps, directory, jobs):

@@ -19,19 +19,16 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import reporting, smollm2
 from benchmarks.algorithms import COLOURS, SCRIPTS
-from benchmarks.launcher import Run, run_all
+from benchmarks.evaluate import greedy_answers
+from benchmarks.launcher import Run, as_options, run_all
 from benchmarks.reporting import PANELS, column, table
-from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.runlog import read_metrics
-from common.sampling.transformers import TransformersSampler
-from common.tasks import load_problem_sets
 
 TASKS = {  # steps, tokens of a response at most, and which algorithms
     "Sentiment": (5, 16, list(SCRIPTS)),
@@ -81,7 +78,7 @@ def main(args):
         }  # fmt: skip
         names = {label: [f"{task}-{SCRIPTS[label]}-{seed}" for seed in args.seeds] for label in labels}
         runs = [
-            Run(name, SCRIPTS[label], [*as_words(options), f"--seed={seed}"])
+            Run(name, SCRIPTS[label], [*as_options(options), f"--seed={seed}"])
             for label in labels
             for name, seed in zip(names[label], args.seeds, strict=True)
         ]
@@ -106,11 +103,6 @@ def main(args):
 {chr(10).join(parts)}"""
     first = next(args.runs.glob("*/environment.txt")).parent
     reporting.write_report(args.output / "report.md", report, reporting.environment_of(first))
-
-
-def as_words(options):
-    """Command-line options from a dict; True is a flag."""
-    return [f"--{key}" if value is True else f"--{key}={value}" for key, value in options.items()]
 
 
 def section(task, groups, steps):
@@ -160,27 +152,19 @@ def arrow(ends, digits=".2f"):
 
 def completions(tasks, args):
     """A page of greedy answers to the first ten held-out problems of each task, before and after (first seed)."""
-    tokenizer = load_tokenizer(str(args.model))
     page = [
         "# Answers before and after, to the first ten held-out problems",
         "Greedy, with the runs of the first seed.",
     ]
     for task, (_, tokens, labels) in tasks.items():
-        _, problems = load_problem_sets(f"{TASK_FILE}:{task}", "", "", args.eval_size, tokenizer, 1024)
         models = {"before": args.model}
         models |= {label: args.runs / f"{task}-{SCRIPTS[label]}-{args.seeds[0]}" / "model" for label in labels}
-        columns = [answers(path, tokenizer, problems.prompts[:10], tokens) for path in models.values()]
-        prompts = [cell(problem["prompt"][0]["content"].split("\n")[0]) for problem in problems.problems[:10]]
-        page += [f"## {task}", table(["problem", *models], zip(prompts, *columns, strict=True))]
+        problems, found = greedy_answers(list(models.values()), f"{TASK_FILE}:{task}", 10, tokens, "bfloat16")
+        columns = [[problem["prompt"][0]["content"].split("\n")[0] for problem in problems]]
+        columns += [[text for text, _ in answers] for answers in found]
+        rows = [map(cell, row) for row in zip(*columns, strict=True)]
+        page += [f"## {task}", table(["problem", *models], rows)]
     return "\n\n".join(page) + "\n"
-
-
-def answers(path, tokenizer, prompts, tokens):
-    """Greedy answers of the model at `path`, as cells of a table."""
-    model = load_model(str(path), "", torch.device("cpu"), "bfloat16")
-    sampler = TransformersSampler(model, end_of_sequence_ids(model, tokenizer), tokens, 1.0, "bfloat16")
-    responses = sampler.greedy(prompts).responses
-    return [cell(tokenizer.decode(response, skip_special_tokens=True)) for response in responses]
 
 
 def cell(text):
@@ -196,7 +180,7 @@ def on_gsm8k(args):
         "max-response-tokens": 256, "precision": "bfloat16", "threads": 1, "serial": True, "eval-size": 16,
         "eval-interval": 1000,
     }  # fmt: skip
-    run_all([Run("gsm8k", "grpo", as_words(options))], 2, args.runs, args.jobs)
+    run_all([Run("gsm8k", "grpo", as_options(options))], 2, args.runs, args.jobs)
     records = read_metrics(args.runs / "gsm8k")
     accuracy = column(records, "eval/accuracy")[0]
     right = round(64 * column(records, "reward/mean").sum())

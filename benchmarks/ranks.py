@@ -10,8 +10,6 @@ measured with few tokens and two models, of 24 and 229 million parameters: what 
 Writes `ranks.md`.
 """
 
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import reporting
-from benchmarks.launcher import ROOT
+from benchmarks.launcher import as_options, run_once
 from benchmarks.reporting import column, table
 from common.models import TINY_MODEL, load_tokenizer
 
@@ -61,34 +59,12 @@ def run(ranks, model, name, directory, steps, prompts=8, group=4):
     """Train; returns the directory of the run. Memory is that of rank 0, at its peak."""
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = {
-        "model": model, "num-steps": steps, "prompts-per-step": prompts, "group-size": group, "eval-size": 2,
-        "device": "cpu", "eval-interval": 1000, "checkpoint-interval": 1000, "learning-rate": 1e-9,
-        "threads": 2 // ranks, "task": f"{directory}/signal.py:Turns", "output": directory, "name": name,
+        "model": model, "num_steps": steps, "prompts_per_step": prompts, "group_size": group, "eval_size": 2,
+        "device": "cpu", "eval_interval": 1000, "checkpoint_interval": 1000, "learning_rate": 1e-9,
+        "threads": 2 // ranks, "task": "benchmarks/turns.py:Turns", "output": directory, "name": name,
     }  # fmt: skip
-    command = [sys.executable, *launcher, "grpo.py", *(f"--{key}={value}" for key, value in options.items())]
-    environment = os.environ | {"OMP_NUM_THREADS": str(2 // ranks)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    run_once([*launcher, "grpo.py", *as_options(options)], OMP_NUM_THREADS=str(2 // ranks))
     return Path(directory) / name
-
-
-TASK = '''
-from common.tasks import Task
-
-
-class Turns(Task):
-    """Rewards in turns, so that there is always something to train on."""
-
-    graded = 0
-
-    def problems(self, split):
-        return [{"prompt": f"Q: {number}+1\\nA:"} for number in range(64)][: None if split == "train" else 1]
-
-    def reward(self, problem, response):
-        self.graded += 1
-        return float(self.graded % 2)
-'''
 
 
 def main(args):
@@ -96,7 +72,6 @@ def main(args):
     with tempfile.TemporaryDirectory() as directory:
         paths = f"{directory}/small", f"{directory}/large"
         models = {make_model(path, *sizes): path for path, sizes in zip(paths, SIZES, strict=True)}
-        Path(directory, "signal.py").write_text(TASK)
         for round_ in range(args.rounds):
             for ranks, runs in times.items():
                 runs.append(run(ranks, models[min(models)], f"{ranks}-{round_}", directory, args.steps))

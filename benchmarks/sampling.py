@@ -46,7 +46,7 @@ def main(args):
     default = grpo.Args()
     P, G, max_tokens = default.prompts_per_step, default.group_size, default.max_response_tokens
     tokenizer = load_tokenizer(default.model)
-    model = load_model(default.model, "", torch.device("cpu"), "float32")
+    model = load_model(default.model, "", torch.device("cpu"))
     problems = load_problems(load_task(default.task), "train", tokenizer, default.max_prompt_tokens)
     prompts = problems.prompts[:P]
     eos_ids = end_of_sequence_ids(model, tokenizer)

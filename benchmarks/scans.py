@@ -21,7 +21,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import algorithms, reporting, sync_modes
-from benchmarks.launcher import Run, run_all
+from benchmarks.launcher import Run, as_options, run_all
 from benchmarks.reporting import column, table
 from benchmarks.schedule_replay import MODES
 
@@ -72,10 +72,10 @@ def run_setting(figure, setting, args):
     steps, hasty = options.pop("steps"), options.pop("hasty", None)
     name = ",".join(f"{key}={value:g}" for key, value in setting.items())
     if options.pop("reward", None):
-        options["task"] = f"{algorithms.__file__}:AdditionForMore"
+        options["task"] = algorithms.TASK
     if hasty:
         options["model"] = sync_modes.hasty_model(hasty, args.runs)
-    shared = [f"--{key}={value}" for key, value in options.items()] + ["--threads=1", "--serial", "--eval-size=64"]
+    shared = as_options(options | {"threads": 1, "serial": True, "eval-size": 64})
     directory, groups, runs = args.runs / figure / name, {}, []
     for label, (script, own) in curves_of(figure).items():
         for seed in args.seeds:
@@ -97,11 +97,7 @@ def main(args):
     parts = []
     for setting in SCANS[args.figure]:
         groups = run_setting(args.figure, setting, args)
-        asked = [
-            (statement, holds)
-            for statement, holds in module.observations(groups)
-            if statement not in getattr(module, "ABOUT_TIME", ())
-        ]
+        asked = getattr(module, "about_curves", module.observations)(groups)
         behaviour = {
             label: np.mean([column(r, "kl/behaviour_k3").max() for r in runs]) for label, runs in groups.items()
         }

@@ -36,7 +36,6 @@ import os
 import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -53,7 +52,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
 from benchmarks import reporting
-from benchmarks.launcher import ROOT
+from benchmarks.launcher import as_options, run_once
 from common.kernels.cpu import use_threads
 from common.models import load_tokenizer, location
 from common.runlog import describe_environment
@@ -107,7 +106,7 @@ def make_stages(model, stages, directory):
     directories = {0: location(model)}
     options = ["--output", directory, "--name", "default", "--device", "cpu", "--precision", "float32"]
     for stage in stages[1:]:
-        run_child([str(ROOT / "grpo.py"), "--num-steps", str(stage), *options], threads=2)
+        run_child(["grpo.py", "--num-steps", str(stage), *options], threads=2)
         options = ["--resume", f"{directory}/default"]
         directories[stage] = f"{directory}/after_{stage}"
         shutil.copytree(f"{directory}/default/model", directories[stage])
@@ -119,10 +118,9 @@ def run_grpo(work, model, threads, reference, steps, directory, microbatch):
     options = work | {
         "model": model, "threads": threads, "num_steps": steps, "learning_rate": LEARNING_RATE, "eval_size": 1,
         "eval_interval": steps, "checkpoint_interval": steps, "max_tokens_per_microbatch": microbatch,
-        "output": directory, "name": "run",
+        "output": directory, "name": "run", "reference_kl": reference,
     }  # fmt: skip
-    command = [str(ROOT / "grpo.py"), "--reference-kl" if reference else "--no-reference-kl"]
-    run_child(command + [f"--{name.replace('_', '-')}={value}" for name, value in options.items()], threads)
+    run_child(["grpo.py", *as_options(options)], threads)
     keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups", "memory/peak_gib")
     return [[record[key] for key in keys] for record in reporting.read_steps(f"{directory}/run")]
 
@@ -135,12 +133,9 @@ def run_trl(*arguments):
 
 
 def run_child(command, threads):
-    """Run a script with that many threads in every library that has its own; its output shows only if it fails."""
+    """Run a script with that many threads in every library that has its own."""
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
-    environment = os.environ | limits | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, *command], env=environment, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    run_once(command, HF_HUB_OFFLINE="1", **limits)
 
 
 def peak_gib(device):

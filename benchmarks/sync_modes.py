@@ -28,18 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import reporting
+from benchmarks.evaluate import greedy_answers
 from benchmarks.launcher import ROOT, Run, run_all
 from benchmarks.reporting import column, moving_average, plt, table
 from benchmarks.schedule_replay import MODES, replay, times_of_steps
-from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
-from common.sampling.transformers import TransformersSampler
-from common.tasks import load_problems, load_task
+from common.models import TINY_MODEL
 
 ONE, TWO, TEN, OFFSET = MODES
 COLOURS = dict(zip(MODES, ("tab:blue", "tab:green", "tab:red", "tab:purple"), strict=True))
@@ -118,7 +116,11 @@ def main(args, script_options):
     reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", "minutes", *PANELS])
     plot_timing({mode: runs[0] for mode, runs in groups.items()}, args.output)
     trained = args.runs / name(ONE, args.seeds[0]) / "model"
-    examples = answers([model, trained], 5)
+    problems, (before, after) = greedy_answers([model, trained], "addition", 5, 64)
+    examples = [
+        [problem["prompt"].splitlines()[0], *(f"{text.strip()} ({reward:.0f})" for text, reward in answers)]
+        for problem, *answers in zip(problems, before, after, strict=True)
+    ]
     report = write_text(groups, groups_and_more, tail, examples, args, script_options)
     reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
 
@@ -147,19 +149,6 @@ def marks(groups):
         }
         for key in PANELS
     }
-
-
-def answers(models, how_many):
-    """Greedy answers to the first held-out problems, a table row each: the prompt, then one cell per model."""
-    columns = []
-    for name in models:
-        tokenizer, model = load_tokenizer(name), load_model(name, "", torch.device("cpu"), "float32")
-        problems = load_problems(load_task("addition", eval_size=how_many), "eval", tokenizer, 1024)
-        samples = TransformersSampler(model, end_of_sequence_ids(model, tokenizer), 64, 1.0).greedy(problems.prompts)
-        grades, texts = problems.grade(range(how_many), samples.responses)
-        columns.append([f"{text.strip()} ({grade['reward']:.0f})" for text, grade in zip(texts, grades, strict=True)])
-    prompts = [problem["prompt"].splitlines()[0] for problem in problems.problems]
-    return [list(row) for row in zip(prompts, *columns, strict=True)]
 
 
 def read_run(run_dir):
@@ -239,40 +228,54 @@ def plot_timing(runs, output, first_step=21, num_steps=12):
 
 def observations(groups):
     """What the published figure shows, and whether our runs do: a list of (statement, bool)."""
+    return about_time(groups) + about_curves(groups)
 
-    def over_seeds(value):
-        return {mode: np.mean([value(records) for records in runs]) for mode, runs in groups.items()}
 
-    def order(values):
-        return sorted(values, key=values.get, reverse=True)
+def over_seeds(groups, value, *arguments):
+    """By mode: the mean over its runs of `value(records, *arguments)`."""
+    return {mode: np.mean([value(records, *arguments) for records in runs]) for mode, runs in groups.items()}
 
-    def swing(key):
-        return over_seeds(lambda records: np.abs(np.diff(moving_average(column(records, key), 15))).max())
 
-    def time_to(target):
-        """When the smoothed reward first reaches a value; infinity where a run never does."""
+def order(values):
+    return sorted(values, key=values.get, reverse=True)
 
-        def reached(records):
-            return moving_average(column(records, "reward/mean")) >= target
 
-        return over_seeds(lambda records: min(column(records, "minutes")[reached(records)], default=np.inf))
+def first(records, key):
+    """Mean over the first tenth of a run."""
+    return column(records, key)[: max(1, len(records) // 10)].mean()
 
-    def first(key):
-        return over_seeds(lambda records: column(records, key)[: max(1, len(records) // 10)].mean())
 
-    start = {key: first(key) for key in PANELS}
-    end = {key: over_seeds(lambda records, key=key: final(records, key)) for key in PANELS}
-    rises = {key: [end[key][mode] > start[key][mode] for mode in groups] for key in PANELS}
-    reward, length, norm, kl = (end[key] for key in PANELS)
-    duration = order(over_seeds(seconds))
-    halfway = (min(reward.values()) + min(start["reward/mean"].values())) / 2
+def about_time(groups):
+    """The observations that need runs with the machine to themselves."""
+    lowest = [min(over_seeds(groups, part, "reward/mean").values()) for part in (first, final)]
+
+    def time_to_halfway(records):
+        """When the smoothed reward first reaches the middle; infinity where a run never does."""
+        reached = moving_average(column(records, "reward/mean")) >= np.mean(lowest)
+        return min(column(records, "minutes")[reached], default=np.inf)
+
+    duration, halfway = order(over_seeds(groups, seconds)), order(over_seeds(groups, time_to_halfway))
     return [
         (f"{ONE} takes the longest", duration[0] == ONE),
         (f"{TWO} takes the second longest", duration[1] == TWO),
         (f"{TEN} takes the shortest time, {OFFSET} a little more", duration[2:] == [OFFSET, TEN]),
+        (f"The others are half way to the final reward in less time than {ONE}", halfway[0] == ONE),
+    ]
+
+
+def about_curves(groups):
+    """The other observations."""
+
+    def swing(key):
+        return over_seeds(groups, lambda records: np.abs(np.diff(moving_average(column(records, key), 15))).max())
+
+    start = {key: over_seeds(groups, first, key) for key in PANELS}
+    end = {key: over_seeds(groups, final, key) for key in PANELS}
+    rises = {key: [end[key][mode] > start[key][mode] for mode in groups] for key in PANELS}
+    reward, length, norm, kl = (end[key] for key in PANELS)
+    return [
         ("Reward rises in all modes", all(rises["reward/mean"])),
         ("Final rewards are alike (within 0.03)", max(reward.values()) - min(reward.values()) <= 0.03),
-        (f"The others are half way to the final reward in less time than {ONE}", order(time_to(halfway))[0] == ONE),
         ("Response length rises in all modes", all(rises["response_length/mean"])),
         (f"Final response length: {ONE} > {TWO} > {OFFSET} > {TEN}", order(length) == [ONE, TWO, OFFSET, TEN]),
         ("The gradient norm falls in all modes", not any(rises["grad_norm"])),
@@ -282,11 +285,6 @@ def observations(groups):
         (f"{ONE} swings most in KL (largest step of the smoothed curve)", order(swing("kl/ref_k2"))[0] == ONE),
         (f"{ONE} swings most in response length (likewise)", order(swing("response_length/mean"))[0] == ONE),
     ]
-
-
-ABOUT_TIME = [f"{ONE} takes the longest", f"{TWO} takes the second longest"]
-ABOUT_TIME += [f"{TEN} takes the shortest time, {OFFSET} a little more"]
-ABOUT_TIME += [f"The others are half way to the final reward in less time than {ONE}"]
 
 
 def cost_of_staleness(groups):

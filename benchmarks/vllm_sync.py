@@ -81,7 +81,7 @@ def seconds_of_repacking(sampler, tensors):
 
 def measure(name, directory, precision, rounds):
     """One row of the report."""
-    model = load_model(directory, "", torch.device("cpu"), precision)
+    model = load_model(directory, "", torch.device("cpu"))
     tensors = {key: value.detach() for key, value in model.named_parameters()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     sampler = VllmSampler(directory, "", {0}, max_tokens=64, temperature=1.0, precision=precision, longest_prompt=64)

@@ -68,7 +68,7 @@ def load_tokenizer(name, revision=""):
     return tokenizer
 
 
-def load_model(name, revision, device, precision, gradient_checkpointing=False):
+def load_model(name, revision, device, gradient_checkpointing=False):
     """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights that do not fit."""
     config = load_config(name, revision)
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
@@ -82,7 +82,7 @@ def load_model(name, revision, device, precision, gradient_checkpointing=False):
         # Copied to 64-byte-aligned memory. Tensors in a safetensors file start anywhere; there, vector code may round
         # differently than in a second process that samples.
         tensor.data = tensor.data.clone()
-    if device.type == "cpu" and precision == "float32":
+    if device.type == "cpu":
         speed_up(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -76,7 +76,7 @@ def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, prec
     """A `TransformersSampler` on a model of its own, on the CPU, for a process that samples beside training."""
     use_threads(threads)
     disable_progress_bar()  # the trainer shows its own
-    model = load_model(name, revision, torch.device("cpu"), precision)
+    model = load_model(name, revision, torch.device("cpu"))
     return TransformersSampler(model, eos_ids, max_tokens, temperature, precision)
 
 

@@ -76,7 +76,7 @@ def loss_and_gradients(cases):
     results = []
     for case in cases:
         module = helpers.import_script(case["script"])
-        model = load_model(case["model"], "", CPU, case["precision"], case["checkpointing"])
+        model = load_model(case["model"], "", CPU, case["checkpointing"])
         distributed.shard(model, CPU, case.get("replicas", 1))
         (lines,) = LOOP.findall(Path(module.__file__).read_text())
         args = module.Args(max_tokens_per_microbatch=case["budget"])
@@ -95,7 +95,7 @@ def loss_and_gradients(cases):
 def layers_remembered(directory):
     """How many layers FSDP2 remembers to have passed, after two passes without gradients."""
     distributed.join_ranks(CPU, 60)
-    model = load_model(directory, "", CPU, "float32")
+    model = load_model(directory, "", CPU)
     distributed.shard(model, CPU)
     for _ in range(2):
         verify.logprobs_of(model, [[5, 6, 7]], "float32")

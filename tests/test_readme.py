@@ -123,7 +123,7 @@ def test_versions_are_those_of_the_requirements():
 def test_its_example_before_training_is_what_the_model_writes():
     (prompt, response) = re.search(r"^(Q: .*)\nbefore training: (.*)$", README, re.MULTILINE).groups()
     tokenizer = load_tokenizer(TINY_MODEL)
-    model = load_model(TINY_MODEL, "", torch.device("cpu"), "float32")
+    model = load_model(TINY_MODEL, "", torch.device("cpu"))
     sampler = TransformersSampler(model, {tokenizer.eos_token_id}, grpo.Args.max_response_tokens, 1.0)
     (tokens,) = sampler.greedy([tokenizer(f"{prompt}\nA:")["input_ids"]]).responses
     assert tokenizer.decode(tokens, skip_special_tokens=True) == response

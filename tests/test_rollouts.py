@@ -146,7 +146,7 @@ def rollouts_of(model, tokenizer, prompts, eval_prompts, schedule):
 
 def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
     name, task = place
-    model, tokenizer = load_model(name, "", CPU, "float32"), load_tokenizer(name)
+    model, tokenizer = load_model(name, "", CPU), load_tokenizer(name)
     rollouts = rollouts_of(model, tokenizer, [[5, 6], [7]], [[8]], (1, 0))
     assert type(rollouts) is SerialRollouts and type(rollouts.sampler) is TransformersSampler
     assert rollouts.sampler.model is model  # not a copy that could be older
@@ -169,7 +169,7 @@ def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
 
 def test_evaluation_is_with_the_present_weights(place):
     name, dense = place
-    model, tokenizer = load_model(name, "", CPU, "float32"), load_tokenizer(name)
+    model, tokenizer = load_model(name, "", CPU), load_tokenizer(name)
     task = load_task(dense, "", "", 6)
     eval_set = load_problems(task, "eval", tokenizer, 100)
     rollouts = rollouts_of(model, tokenizer, [[5, 6], [7]], eval_set.prompts, (1, 0))

@@ -81,7 +81,7 @@ def directory(tmp_path_factory):
 @pytest.fixture(scope="module")
 def exact(directory):
     """The model in float64."""
-    return load_model(directory, "", torch.device("cpu"), "bfloat16").double()  # without the fast float32 layers
+    return load_model(directory, "", torch.device("cpu")).double()  # in which no layer is sped up
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_loss_and_gradient_against_a_float64_loop(path, split, gspo, directory, 
         from common.kernels import triton
 
         monkeypatch.setattr(logprobs.cpu.SlicedLogprobs, "apply", triton.logprobs_and_entropy)
-    model = load_model(directory, "", torch.device("cpu"), precision)
+    model = load_model(directory, "", torch.device("cpu"))
     loss, gradient, num_clipped = loss_and_gradient(gspo, model, batch, SPLITS[split], precision)
 
     expected_loss, expected, clipped = truth(exact, batch, gspo.Args())

@@ -18,6 +18,7 @@ FEWEST_NUMBERS = 20_481  # of inputs; with fewer, PyTorch does not choose oneDNN
 FEWEST_PRODUCTS = 3_500_000  # of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
 SLICE = 4096
 """vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
+LONGEST_IN_FLOAT32 = 512  # tokens; longer sequences get their gradient in bf16, if they are in bf16 (measured)
 ATTENTION = "sdpa_or_one_token"  # the name under which `transformers` knows `attention`
 
 
@@ -32,7 +33,7 @@ def use_threads(threads):
 
 
 def speed_up(model):
-    """Let a `transformers` model that is on a CPU in float32 compute its layers by `linear` and `attention`.
+    """Let a `transformers` model that is on a CPU compute its layers by `linear` and `attention`.
 
     Nothing outside of this model changes, and what it saves is an ordinary model. Its attention must not use dropout.
     """
@@ -49,7 +50,7 @@ def speed_up(model):
 
 
 def linear(inputs, weight, bias=None):
-    """x Wᵀ + b on a CPU, differentiable; in float32 on an AMD processor as a convolution.
+    """x Wᵀ + b on a CPU, differentiable; in float32, without autocast, on an AMD processor as a convolution.
 
     PyTorch leaves float32 products to MKL, which gets half of what an AMD processor can do (and is the fastest on an
     Intel one), and convolutions to oneDNN. A linear layer is a convolution with a kernel of 1 × 1: rows are pixels,
@@ -60,6 +61,7 @@ def linear(inputs, weight, bias=None):
     as_convolution = (
         MKL_IS_SLOW
         and inputs.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
         and inputs.numel() >= FEWEST_NUMBERS
         and inputs.numel() * len(weight) >= FEWEST_PRODUCTS * torch.get_num_threads()
     )
@@ -79,10 +81,14 @@ class Linear(torch.nn.Linear):
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """`transformers`' "sdpa" attention, but with two plain products where each sequence has one new token.
+    """`transformers`' "sdpa" attention, but faster in two cases.
 
-    PyTorch's own walks through blocks of queries and keys, so as never to hold all scores. A single query has but one
-    row of them, which is made and used in less time than the walk takes.
+    Each sequence has one new token, in float32: two plain products. PyTorch's own walks through blocks of queries and
+    keys, so as never to hold all scores. A single query has but one row of them, which is made and used in less time
+    than the walk takes.
+
+    A gradient is wanted, in bf16, for a few hundred tokens: in float32, which takes half of the time. PyTorch's bf16
+    backward pass is slow; at a thousand tokens it has caught up.
 
     Args:
         query: [B, heads, queries, D].
@@ -95,7 +101,13 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
     """
     B, heads, queries, D = query.shape
     plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
-    if queries > 1 or not plain_mask or options.get("position_bias") is not None:
+    plain_mask = plain_mask and options.get("position_bias") is None
+    if plain_mask and query.dtype == torch.bfloat16 and query.requires_grad and queries <= LONGEST_IN_FLOAT32:
+        in_float32 = (tensor.float() for tensor in (query, key, value))
+        with torch.autocast("cpu", enabled=False):
+            found, _ = sdpa_attention_forward(module, *in_float32, attention_mask, scaling=scaling, **options)
+        return found.to(query.dtype), None
+    if queries > 1 or query.dtype == torch.bfloat16 or not plain_mask:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     grouped = query.reshape(B, key.shape[1], -1, D)  # heads that share their keys become rows of one product
     scores = grouped @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)

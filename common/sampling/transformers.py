@@ -62,10 +62,10 @@ class TransformersSampler(Sampler):
         was_training = self.model.training
         self.model.eval()  # gradient checkpointing, active in training mode only, would switch the cache off
         width = max(1, MOST_SEQUENCES // group_size)
-        with gathered(self.model), torch.inference_mode():
+        with gathered(self.model), torch.no_grad():  # in inference mode, autocast would cast all weights for each token
             for start in range(0, len(prompts), width):
                 part = slice(start, start + width)
-                # One autocast context for all tokens: it keeps the weights it has cast to bf16 until it is left.
+                # One autocast context for all tokens: it keeps the weights that it has cast to bf16.
                 with autocast(self.model.device.type, self.precision):
                     decoded = self._decode(prompts[part], group_size, None if seeds is None else seeds[part])
                 for everything, new in zip(vars(samples).values(), decoded, strict=True):

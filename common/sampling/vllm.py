@@ -23,7 +23,7 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None):
     use_threads(threads)  # vLLM uses the thread count that PyTorch has at this point
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:
-        beside = load_model(model, revision, torch.device("cpu"), sampler.precision)  # a GPU is full by now
+        beside = load_model(model, revision, torch.device("cpu"))  # a GPU is full by now
     canary(sampler, beside, sampler.precision)
     sampler.sleep()
     return sampler

@@ -154,7 +154,7 @@ def test_a_model_on_a_task(tmp_path):
     written = json.loads(output.read_text())
     (found,) = written["results"].values()
     # The same by other means: all prompts in one batch, graded one by one, and counted.
-    tokenizer, model = load_tokenizer("tiny"), load_model("tiny", "", torch.device("cpu"), "float32")
+    tokenizer, model = load_tokenizer("tiny"), load_model("tiny", "", torch.device("cpu"))
     problems = load_task("addition", eval_size=16).problems("eval")
     prompts = [tokenizer(problem["prompt"])["input_ids"] for problem in problems]
     sampler = TransformersSampler(model, end_of_sequence_ids(model, tokenizer), 64, 1.0)

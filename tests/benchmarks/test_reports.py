@@ -61,12 +61,6 @@ def test_an_answer_needs_four_in_five_seeds():
     assert f"| above 3 | {reporting.SPREAD} | yes | yes | no | no | yes |" in rows
 
 
-def test_observations_about_time_are_known_by_name():
-    records = [{"step": k, "minutes": k, **dict.fromkeys(sync_modes.PANELS, 0.5)} for k in range(1, 41)]
-    statements = [statement for statement, _ in sync_modes.observations({mode: [records] for mode in MODES})]
-    assert set(sync_modes.ABOUT_TIME) < set(statements)
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("sample", "train"), [(2.0, 3.0), (3.0, 2.0)])
 def test_times_per_step_agree_with_the_schedule(mode, sample, train, tmp_path):

@@ -167,6 +167,31 @@ def test_all_other_attention_is_left_to_pytorch(queries, kind):
     assert torch.equal(found, F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2))
 
 
+@pytest.mark.parametrize("queries", [41, 300])
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_bf16_attention_with_gradient_is_computed_in_float32(queries, key_heads):
+    tensors = heads_of(torch.Generator().manual_seed(0), 4, key_heads, queries, queries, torch.bfloat16)
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads
+    with torch.autocast("cpu", torch.bfloat16):
+        found, _ = cpu.attention(module, *leaves, None, None, dropout=0.0, is_causal=True)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    gradients = torch.autograd.grad(found, leaves, upstream.to(found.dtype))
+
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    true = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True).transpose(1, 2)
+    truths = torch.autograd.grad(true, exact, upstream.to(found.dtype).double())
+    assert found.dtype == torch.bfloat16
+    for one, other in zip([found, *gradients], [true, *truths], strict=True):  # one rounding to bf16, at the end
+        assert relative_error(one.detach(), other.detach()) < 2**-8
+
+    with torch.no_grad():  # then it is left to PyTorch
+        found, _ = cpu.attention(module, *tensors, None, None, dropout=0.0, is_causal=True)
+        plain, _ = sdpa_attention_forward(module, *tensors, None, dropout=0.0, is_causal=True)
+    assert torch.equal(found, plain)
+
+
 # One model, and no other
 
 DEEPSEEK = dict(  # whose keys are longer than its values, both made from a common latent vector

@@ -83,7 +83,7 @@ PROMPTS = [[5, 6, 7], [20 + n for n in range(30)], [99], [40, 50, 60, 70, 80, 90
 def test_sampler_trainer_and_plain_forward_agree(family, tmp_path):
     directory = build(family, tmp_path / "model", FAMILIES[family])
     check_context(directory, "", PROMPTS, 24)
-    model = load_model(directory, "", torch.device("cpu"), "float32")
+    model = load_model(directory, "", torch.device("cpu"))
     check_decoding(model, PROMPTS, 8, 1.0, "float32", directory)
     # Every tenth token ends a response, so that rows leave the batch, and of each group at another time.
     samples = TransformersSampler(model, set(range(0, 300, 10)), 24, 1.0).sample(PROMPTS, 3, [0, 10, 20, 30])
@@ -101,7 +101,7 @@ def test_sampler_trainer_and_plain_forward_agree(family, tmp_path):
 
 def test_a_model_that_ignores_its_cache_is_refused(tmp_path):
     directory = build("llama", tmp_path / "model", {})
-    model = load_model(directory, "", torch.device("cpu"), "float32")
+    model = load_model(directory, "", torch.device("cpu"))
     forward = model.forward
     model.forward = lambda past_key_values=None, attention_mask=None, **options: forward(**options)
     with pytest.raises(BadInput, match="its cache does not work"):
@@ -111,7 +111,7 @@ def test_a_model_that_ignores_its_cache_is_refused(tmp_path):
 @pytest.mark.parametrize("family", REFUSED)
 def test_what_cannot_work_is_refused(family, tmp_path):
     directory = build(family, tmp_path / "model", REFUSED[family])
-    model = load_model(directory, "", torch.device("cpu"), "float32")
+    model = load_model(directory, "", torch.device("cpu"))
     with pytest.raises(BadInput, match=f"--model {directory}") as error:
         check_decoding(model, PROMPTS, 8, 1.0, "float32", directory)
     assert str(error.value).endswith("give another model.")

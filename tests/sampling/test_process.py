@@ -516,7 +516,7 @@ class CopyingSampler(TransformersSampler):
     """Has weights of its own, like an engine; deaf to a delivery of the given number, from 1."""
 
     def __init__(self, name, deaf_to=None):
-        super().__init__(load_model(name, "", torch.device("cpu"), "float32"), {0}, 12, 1.0)
+        super().__init__(load_model(name, "", torch.device("cpu")), {0}, 12, 1.0)
         self.deaf_to, self.deliveries = deaf_to, 0
 
     @torch.no_grad()
@@ -538,7 +538,7 @@ def change(model):
 
 @pytest.mark.parametrize("verified", [False, True], ids=["shared", "copied"])
 def test_evaluation_is_the_serial_one_bit_for_bit(verified, model_name):
-    model = load_model(model_name, "", torch.device("cpu"), "float32")
+    model = load_model(model_name, "", torch.device("cpu"))
     sampler = TransformersSampler(model, {0}, 12, 1.0)
     prompts = [[1, 2, 3, 4], [5], [6] * 30]
     make_sampler = partial(load_sampler, model_name, "", 1, {0}, 12, 1.0, "float32")
@@ -564,7 +564,7 @@ def test_evaluation_is_the_serial_one_bit_for_bit(verified, model_name):
 
 def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved_on(model_name):
     def begin():
-        model = load_model(model_name, "", torch.device("cpu"), "float32")
+        model = load_model(model_name, "", torch.device("cpu"))
         make_sampler = partial(CopyingSampler, model_name)
         return model, OverlappedRollouts(model, make_sampler, a_plan(3, 2), 1.0, "float32", 60.0, verified=True)
 
@@ -595,7 +595,7 @@ def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved
 
 @pytest.mark.parametrize("serial", [False, True])
 def test_weights_for_evaluation_are_verified(serial, model_name):
-    model = load_model(model_name, "", torch.device("cpu"), "float32")
+    model = load_model(model_name, "", torch.device("cpu"))
     make_sampler = partial(CopyingSampler, model_name, deaf_to=2)
     if serial:
         rollouts = SerialRollouts(model, make_sampler(), a_plan(2, 1), verified=True)
@@ -614,7 +614,7 @@ def test_weights_for_evaluation_are_verified(serial, model_name):
 def test_parameters_of_a_loaded_model_are_aligned(model_name):
     # As they come out of a safetensors file they may lie anywhere, and vector code may round differently there.
     for name in ("tiny", model_name):
-        model = load_model(name, "", torch.device("cpu"), "float32")
+        model = load_model(name, "", torch.device("cpu"))
         assert {tensor.data_ptr() % 64 for tensor in [*model.parameters(), *model.buffers()]} == {0}
         assert {tensor.data_ptr() % 64 for tensor in copy.deepcopy(model).parameters()} == {0}
         model.load_state_dict(copy.deepcopy(model.state_dict()))  # of a checkpoint

@@ -41,12 +41,12 @@ def directories(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, directories):
-    return load_model(directories[request.param], "", CPU, "float32")
+    return load_model(directories[request.param], "", CPU)
 
 
 @pytest.fixture(scope="module")
 def qwen2(directories):
-    return load_model(directories["qwen2"], "", CPU, "float32")
+    return load_model(directories["qwen2"], "", CPU)
 
 
 def make_prompts(lengths=(3, 17, 1, 9, 30, 5), seed=0):
@@ -125,7 +125,7 @@ def test_rows_that_outlive_others_keep_their_own_past(model, temperature):
 
 
 def test_sampler_reads_the_live_weights(directories):
-    model = load_model(directories["llama"], "", CPU, "float32")
+    model = load_model(directories["llama"], "", CPU)
     sampler, prompts = TransformersSampler(model, MANY_EOS, 8, 1.0), make_prompts()
     before = sampler.greedy(prompts)
     torch.manual_seed(0)
@@ -389,7 +389,7 @@ def test_sampled_ids_have_their_probabilities():
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_weights_that_are_not_finite_stop_the_run(directories, bad):
-    model = load_model(directories["llama"], "", CPU, "float32")
+    model = load_model(directories["llama"], "", CPU)
     with torch.no_grad():
         model.get_output_embeddings().weight[3, 5] = bad
     sampler = TransformersSampler(model, MANY_EOS, 4, 1.0)
@@ -398,13 +398,21 @@ def test_weights_that_are_not_finite_stop_the_run(directories, bad):
     sampler.greedy(make_prompts())  # an evaluation must not lose the metrics of the step that shows why
 
 
+def test_bf16_weights_are_cast_once_for_all_tokens(qwen2):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        TransformersSampler(qwen2, NO_EOS, 8, 1.0, "bfloat16").sample(make_prompts(), 2, seeds(19))
+    shape = list(qwen2.model.layers[0].mlp.up_proj.weight.shape)
+    copies = [event for event in profile.events() if event.name == "aten::copy_" and event.input_shapes[0] == shape]
+    assert len(copies) == 2 * len(qwen2.model.layers)  # of up_proj and gate_proj
+
+
 # What sampling leaves alone
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_models_mode_is_restored(directories, training):
     for family in FAMILIES:
-        model = load_model(directories[family], "", CPU, "float32", gradient_checkpointing=True).train(training)
+        model = load_model(directories[family], "", CPU, gradient_checkpointing=True).train(training)
         sampler = TransformersSampler(model, MANY_EOS, 4, 1.0)
         sampler.sample(make_prompts(), 2, seeds(13))
         sampler.greedy(make_prompts())
@@ -413,7 +421,7 @@ def test_the_models_mode_is_restored(directories, training):
 
 def test_gradient_checkpointing_does_not_change_samples(model, directories):
     # In training mode a checkpointed model keeps no cache, without which decoding would be wrong or slow.
-    checkpointed = load_model(directories[model.config.model_type], "", CPU, "float32", gradient_checkpointing=True)
+    checkpointed = load_model(directories[model.config.model_type], "", CPU, gradient_checkpointing=True)
     prompts = make_prompts()
     expected = TransformersSampler(model, MANY_EOS, 16, 1.0).sample(prompts, 4, seeds(14))
     assert same(TransformersSampler(checkpointed, MANY_EOS, 16, 1.0).sample(prompts, 4, seeds(14)), expected)
@@ -425,13 +433,13 @@ def test_generation_config_changes_nothing(model, directories, tmp_path):
     path = directory / "generation_config.json"
     settings = {"do_sample": True, "top_p": 0.1, "top_k": 2, "repetition_penalty": 3.0, "temperature": 0.1}
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    meddled = load_model(str(directory), "", CPU, "float32")
+    meddled = load_model(str(directory), "", CPU)
     assert meddled.generation_config.top_k == 2 and meddled.generation_config.repetition_penalty == 3.0
     plain, other = (TransformersSampler(m, MANY_EOS, 16, 1.0) for m in (model, meddled))
     # Greedy decoding with a temperature: loading warns of it, saving it would raise, after all the training.
     meddled.generation_config.do_sample = False
     save_model(meddled, load_tokenizer(str(directory)), tmp_path / "saved")
-    assert load_model(str(tmp_path / "saved"), "", CPU, "float32").generation_config.top_k is None
+    assert load_model(str(tmp_path / "saved"), "", CPU).generation_config.top_k is None
     assert same(other.sample(make_prompts(), 4, seeds(15)), plain.sample(make_prompts(), 4, seeds(15)))
     assert same(other.greedy(make_prompts()), plain.greedy(make_prompts()))
 

@@ -20,7 +20,7 @@ from tests.conftest import build_model
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = build_model("qwen2", tmp_path_factory.mktemp("models") / "qwen2")
-    return load_model(directory, "", torch.device("cpu"), "float32")
+    return load_model(directory, "", torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

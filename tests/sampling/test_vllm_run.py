@@ -146,7 +146,7 @@ def test_an_evaluation_before_and_after_a_run_agrees_with_transformers(tmp_path)
 
 
 def make_rollouts(model_directory, interval=1, offset=0):
-    model = load_model(model_directory, "", torch.device("cpu"), "float32")
+    model = load_model(model_directory, "", torch.device("cpu"))
     eos = {model.generation_config.eos_token_id}
     plan = Plan([[5, 6, 7], [8, 9], [10]], 2, 2, interval, offset, seed=1)
     factory = partial(make_vllm_sampler, model_directory, "", 1, eos, 8, 1.0, "float32", 30)

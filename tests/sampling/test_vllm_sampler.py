@@ -138,7 +138,7 @@ def test_the_factory_verifies_the_engine_against_its_own_model():
     factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", 1, {0}, 16, 1.0, "float32", 16)))
     sampler = factory()
     KEPT.append(sampler)
-    model = load_model(directory, "", torch.device("cpu"), "float32")
+    model = load_model(directory, "", torch.device("cpu"))
     samples = sampler.sample([[5, 6, 7]], 4, [1])  # with the true weights, after those of the test
     assert max(differences(samples.logprobs, trainer_logprobs(model, [[5, 6, 7]], samples, 4, 1.0))) < 1e-4
 

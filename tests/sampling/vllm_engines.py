@@ -55,7 +55,7 @@ def start_engine(family, precision, purpose="shared"):
 
 def engine(family, precision, **settings):
     """A fresh trainer's model and a sampler that holds its weights; `settings` are attributes of the sampler."""
-    model = load_model(model_directory(family), "", torch.device("cpu"), precision)
+    model = load_model(model_directory(family), "", torch.device("cpu"))
     sampler = copy.copy(start_engine(family, precision))  # with attributes of its own, on the shared engine
     vars(sampler).update(settings)
     sampler.use_weights(dict(model.named_parameters()))
