@@ -18,7 +18,7 @@ FEWEST_NUMBERS = 20_481  # of inputs; with fewer, PyTorch does not choose oneDNN
 FEWEST_PRODUCTS = 3_500_000  # of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
 SLICE = 4096
 """vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
-LONGEST_IN_FLOAT32 = 512  # tokens; longer sequences get their gradient in bf16, if they are in bf16 (measured)
+LONGEST_IN_FLOAT32 = 512  # tokens; under autocast, longer sequences get their gradient in bf16 (measured)
 ATTENTION = "sdpa_or_one_token"  # the name under which `transformers` knows `attention`
 
 
@@ -83,12 +83,12 @@ class Linear(torch.nn.Linear):
 def attention(module, query, key, value, attention_mask, scaling=None, **options):
     """`transformers`' "sdpa" attention, but faster in two cases.
 
-    Each sequence has one new token, in float32: two plain products. PyTorch's own walks through blocks of queries and
-    keys, so as never to hold all scores. A single query has but one row of them, which is made and used in less time
-    than the walk takes.
+    Without autocast, each sequence has one new token: two plain products. PyTorch's own walks through blocks of queries
+    and keys, so as never to hold all scores. A single query has but one row of them, which is made and used in less
+    time than the walk takes.
 
-    A gradient is wanted, in bf16, for a few hundred tokens: in float32, which takes half of the time. PyTorch's bf16
-    backward pass is slow; at a thousand tokens it has caught up.
+    With autocast to bf16, a gradient is wanted for a few hundred tokens: in float32, which takes half of the time.
+    PyTorch's bf16 backward pass is slow; at a thousand tokens it has caught up.
 
     Args:
         query: [B, heads, queries, D].
@@ -102,12 +102,13 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
     B, heads, queries, D = query.shape
     plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     plain_mask = plain_mask and options.get("position_bias") is None
-    if plain_mask and query.dtype == torch.bfloat16 and query.requires_grad and queries <= LONGEST_IN_FLOAT32:
+    in_bf16 = torch.is_autocast_enabled("cpu")
+    if in_bf16 and plain_mask and query.requires_grad and queries <= LONGEST_IN_FLOAT32:
         in_float32 = (tensor.float() for tensor in (query, key, value))
         with torch.autocast("cpu", enabled=False):
             found, _ = sdpa_attention_forward(module, *in_float32, attention_mask, scaling=scaling, **options)
-        return found.to(query.dtype), None
-    if queries > 1 or query.dtype == torch.bfloat16 or not plain_mask:
+        return found.to(torch.bfloat16), None
+    if queries > 1 or in_bf16 or not plain_mask:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     grouped = query.reshape(B, key.shape[1], -1, D)  # heads that share their keys become rows of one product
     scores = grouped @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
