@@ -1,19 +1,25 @@
-"""Tokens per second of `TransformersSampler` against `model.generate` of the same transformers version.
+"""Tokens per second of `TransformersSampler` against `model.generate` of the same transformers version, and vLLM.
 
     python benchmarks/sampling.py               half a minute
+    python benchmarks/sampling.py --model runs/smollm2 --task benchmarks/chat_tasks.py:Extraction --prompts 8 \
+        --max-response-tokens 48 --precision bfloat16 --rounds 3 --output benchmarks/results/pretrained
 
-Both sample responses to the prompts of the default workload (32 prompts, 8 responses each, at most 64 tokens,
+All sample responses to the prompts of the default workload (32 prompts, 8 responses each, at most 64 tokens,
 temperature 1) with the embedded model, in one process, taking turns. `model.generate` does no less: pure sampling, no
 top-p or top-k, the same EOS and limit, the same loaded model, whose layers are as fast for both
-(`common/kernels/cpu.py`). It reports log-probs only if asked to keep all scores; it is timed both ways. Writes
+(`common/kernels/cpu.py`); in bf16, a copy with all weights in bf16, so that nothing is cast. It reports log-probs only
+if asked to keep all scores; it is timed both ways. vLLM takes part where it is installed (see the README). Writes
 `sampling.md`.
 """
 
+import copy
 import statistics
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -26,13 +32,25 @@ import grpo
 from benchmarks import reporting
 from common.kernels.cpu import use_threads
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
+from common.rollouts import make_rollouts
 from common.runlog import describe_environment
+from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
+from common.sampling.verify import deliver, describe
 from common.tasks import load_problems, load_task
+
+DEFAULTS = grpo.Args()
 
 
 @dataclass
 class Args:
+    model: str = DEFAULTS.model
+    """directory of the model, or tiny, the embedded one"""
+    task: str = DEFAULTS.task
+    """as in the scripts, like the options below"""
+    prompts: int = DEFAULTS.prompts_per_step
+    max_response_tokens: int = DEFAULTS.max_response_tokens
+    precision: Literal["float32", "bfloat16"] = "float32"
     rounds: int = 15
     """how often each is timed, after one untimed call"""
     threads: int = 2
@@ -43,35 +61,47 @@ class Args:
 
 def main(args):
     use_threads(args.threads)
-    default = grpo.Args()
-    P, G, max_tokens = default.prompts_per_step, default.group_size, default.max_response_tokens
-    tokenizer = load_tokenizer(default.model)
-    model = load_model(default.model, "", torch.device("cpu"))
-    problems = load_problems(load_task(default.task), "train", tokenizer, default.max_prompt_tokens)
+    P, G, max_tokens = args.prompts, DEFAULTS.group_size, args.max_response_tokens
+    tokenizer = load_tokenizer(args.model)
+    model = load_model(args.model, "", torch.device("cpu"))
+    problems = load_problems(load_task(args.task), "train", tokenizer, DEFAULTS.max_prompt_tokens)
     prompts = problems.prompts[:P]
     eos_ids = end_of_sequence_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id  # no response holds it, by which those of `generate` are counted
-    sampler = TransformersSampler(model, eos_ids, max_tokens, default.temperature)
+    generation = (max_tokens, DEFAULTS.temperature, args.precision)
+    samplers = {"`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)}
+    if find_spec("vllm"):
+        plan = Plan(prompts, P, G, 1, 0, DEFAULTS.seed)
+        options = {"engine": "vllm", "serial": True, "timeout": 0, "threads": args.threads, "name": args.model}
+        engine = make_rollouts(plan, [], model, tokenizer, *generation, revision="", **options).sampler
+        tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
+        deliver(engine, tensors, describe(model, 0, args.precision))
+        samplers["vLLM, with log-probs"] = engine
+    generating = copy.deepcopy(model).to(getattr(torch, args.precision))
+    pad_id = tokenizer.pad_token_id
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": [prompt for prompt in prompts for _ in range(G)]}, return_tensors="pt")
 
-    def ours(seed):
-        return sum(map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses))
+    def with_sampler(sampler):
+        def sample(seed):
+            return sum(map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses))
+
+        return sample
 
     def generate(seed, **scores):
         torch.manual_seed(seed)
         ends = {"eos_token_id": sorted(eos_ids), "pad_token_id": pad_id}
         config = GenerationConfig(do_sample=True, max_new_tokens=max_tokens, top_k=0, **ends, **scores)
-        output = model.generate(**padded, generation_config=config)
+        output = generating.generate(**padded, generation_config=config)
         tokens_BT = (output.sequences if scores else output)[:, padded["input_ids"].shape[1] :]
-        return int((tokens_BT != pad_id).sum())
+        ended_BT = torch.isin(tokens_BT, torch.tensor(sorted(eos_ids))).cumsum(dim=1)  # what follows is padding
+        return int((ended_BT == 0).sum() + (ended_BT > 0).any(dim=1).sum())
 
     def generate_with_scores(seed):
         return generate(seed, output_scores=True, return_dict_in_generate=True)
 
     baseline = "`model.generate`"
     contestants = {
-        "`TransformersSampler`, with log-probs": ours,
+        **{name: with_sampler(sampler) for name, sampler in samplers.items()},
         baseline: generate,
         "`model.generate`, keeping scores": generate_with_scores,
     }
@@ -85,7 +115,8 @@ def main(args):
     rows = [[name, f"{speed:,.0f}", f"{speed / medians[baseline]:.2f}"] for name, speed in medians.items()]
     report = f"""# Sampling speed
 
-`python benchmarks/sampling.py`, {args.threads} threads: medians of {args.rounds} rounds in which all took turns.
+{P} × {G} responses of at most {max_tokens} tokens, model {args.model}, task {args.task}, {args.precision},
+{args.threads} threads: medians of {args.rounds} rounds in which all took turns.
 
 {reporting.table(["sampler", "tokens per second", f"ratio to {baseline}"], rows)}
 """
