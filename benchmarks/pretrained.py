@@ -3,7 +3,7 @@
     pip install gguf accelerate
     python benchmarks/pretrained.py             20 runs, two at a time; an hour and a half on two cores, bf16
     python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three minutes
-    python benchmarks/pretrained.py --math DIRECTORY            besides, two steps on GSM8K, which is in there
+    python benchmarks/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which is in there
 
 `smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`. `Sentiment` is learned
 in a few steps: nearly all that the model lacks is the format. `Extraction` takes longer. `FourKeys` is a lesson: its
@@ -50,7 +50,7 @@ class Args:
     """held-out problems"""
     jobs: int = 2
     """how many runs at a time, one thread each"""
-    math: Path | None = None
+    gsm8k: Path | None = None
     """directory with train.jsonl and test.jsonl of GSM8K, to run two steps on"""
     quick: bool = False
     """GRPO, two steps of 4 × 4 responses, one seed, into directories of their own"""
@@ -90,7 +90,7 @@ def main(args):
         parts.append(section(task, groups, steps))
     reporting.write_curves(args.output / "curves.csv", curves, args.seeds, ["step", *PANELS, "keys_present"])
     (args.output / "completions.md").write_text(completions(tasks, args))
-    if args.math:
+    if args.gsm8k:
         parts.append(on_gsm8k(args))
     report = f"""# SmolLM2-135M-Instruct, trained on two CPU cores
 
@@ -101,8 +101,8 @@ def main(args):
 `smollm2.py`).
 
 {chr(10).join(parts)}"""
-    first = next(args.runs.glob("*/environment.txt")).parent
-    reporting.write_report(args.output / "report.md", report, reporting.environment_of(first))
+    first = f"{next(iter(tasks))}-grpo-{args.seeds[0]}"
+    reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / first))
 
 
 def section(task, groups, steps):
@@ -175,8 +175,8 @@ def cell(text):
 def on_gsm8k(args):
     """Two steps on GSM8K, and what they show."""
     options = {
-        "model": args.model, "task": "gsm8k", "data": args.math / "train.jsonl",
-        "eval-data": args.math / "test.jsonl", "learning-rate": args.learning_rate, "prompts-per-step": 8,
+        "model": args.model, "task": "gsm8k", "data": args.gsm8k / "train.jsonl",
+        "eval-data": args.gsm8k / "test.jsonl", "learning-rate": args.learning_rate, "prompts-per-step": 8,
         "max-response-tokens": 256, "precision": "bfloat16", "threads": 1, "serial": True, "eval-size": 16,
         "eval-interval": 1000,
     }  # fmt: skip
@@ -184,7 +184,7 @@ def on_gsm8k(args):
     records = read_metrics(args.runs / "gsm8k")
     accuracy = column(records, "eval/accuracy")[0]
     right = round(64 * column(records, "reward/mean").sum())
-    return f"""## GSM8K: out of reach for this model
+    return f"""## GSM8K (`--gsm8k`): out of reach for this model
 
 {right} of 128 sampled answers and {accuracy:.0%} of 16 greedy ones were right. Where every reward is 0 there is nothing
 to learn from: it takes a larger model, easier problems first, or examples to imitate.
