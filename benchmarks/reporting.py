@@ -87,10 +87,10 @@ def mean_interval(values, imagined):
 
 
 def new_figure(labels, x_label, **options):
-    """A figure of panels, one per label of a y-axis, four of them in two rows; returns figure and axes."""
+    """A figure of panels, one per label of a y-axis, four or six of them in two rows; returns figure and axes."""
     shape, size = (1, len(labels)), (3.8 * len(labels), 3.7)
-    if len(labels) == 4:
-        shape, size = (2, 2), (9.5, 7)
+    if len(labels) in (4, 6):
+        shape, size = (2, len(labels) // 2), (4.75 * (len(labels) // 2), 7)
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", **options)
     axes = axes.flatten()
     for axis, label in zip(axes, labels, strict=True):
