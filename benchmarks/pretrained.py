@@ -6,8 +6,8 @@
     python benchmarks/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which is in there
 
 `smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`. `Sentiment` is learned
-in a few steps, by three algorithms: nearly all that the model lacks is the format. `Extraction` takes longer. `FourKeys`
-is a lesson: its reward rises, and what one wants does not. These two are trained with GRPO.
+in a few steps, by three algorithms: nearly all that the model lacks is the format. The other two are trained with GRPO.
+`Extraction` takes longer. `FourKeys` is a lesson: its reward rises, and what one wants does not.
 
 Writes a figure per task, `curves.csv`, `completions.md` (answers to the first ten held-out problems, before and after)
 and `report.md`. Repeat the command to continue where it was stopped.
