@@ -105,9 +105,9 @@ BLOCKS = {
 # Numbers
 
 
-def speed_against_trl(threads):
+def speed_against_trl(threads, directory="step_time"):
     """Of training steps with our reference KL on and TRL's off."""
-    rows = _json("step_time/step_time.json")["summary"]
+    rows = _json(f"{directory}/step_time.json")["summary"]
     (speed,) = (
         row["speed_relative_to_trl"]
         for row in rows
@@ -196,6 +196,7 @@ NUMBERS = {
     "rollouts.share": lambda: f"{viewer.MOST_TOKENS // (viewer.GROUPS * grpo.Args.group_size):,}",
     "checkpoints": lambda: str(checkpoints.KEEP),
     "default_run.seconds": lambda: f"{_mean(row['seconds'] for row in _rows()):.0f}",
+    "pretrained.step_time": lambda: speed_against_trl(2, "pretrained/step_time"),
     "step_time.1": lambda: speed_against_trl(1),
     "step_time.2": lambda: speed_against_trl(2),
     "engines.transformers": lambda: accuracy_with("transformers"),
