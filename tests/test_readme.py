@@ -97,7 +97,7 @@ def test_every_command_parses(name):
             tyro.cli(SCRIPTS[script].Args, args=options)  # exits on an unknown option or a bad value
             continue
         code = text(script)  # a benchmark's: options are its own, or for some those of the scripts
-        for option in re.findall(r"(?<= --)(?:no-)?([a-z-]+)", command):
+        for option in re.findall(r"(?<= --)(?:no-)?([a-z][a-z0-9-]*)", command):
             field = option.replace("-", "_")
             assert re.search(rf"^    {field}: ", code, re.MULTILINE) or field in {*vars(grpo.Args()), "help"}, command
 

@@ -1,6 +1,5 @@
 """What training on a CPU spends its time in, by the fastest ways of PyTorch: linear layers, attention, log-probs."""
 
-import ctypes
 import inspect
 import os
 import sys
@@ -15,8 +14,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
 
-# For each shape of a bf16 product, oneDNN compiles code, about a megabyte, of which it would keep the last 1,024.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # not 1,024: a MB for each shape of a bf16 product
 MKL_IS_SLOW = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 FEWEST_NUMBERS = 20_481  # of inputs; with fewer, PyTorch does not choose oneDNN for a convolution
 FEWEST_PRODUCTS = 3_500_000  # of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
@@ -27,19 +25,9 @@ ATTENTION = "sdpa_or_one_token"  # the name under which `transformers` knows `at
 
 
 def use_threads(threads):
-    """Compute with that many CPU threads, in PyTorch and in its libraries.
-
-    A number that is right already is left alone. Setting it makes PyTorch tell MKL to split the products of every
-    thread among threads of its own, and attention, which is many small products, takes up to twice as long.
-    """
+    """Compute with that many CPU threads. Where it does already, setting the number would slow attention down."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-
-
-def return_freed_memory():
-    """Return to the system what this process has freed. glibc keeps it, in pieces that may fit no tensor to come."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
 
 
 def speed_up(model):
@@ -60,13 +48,11 @@ def speed_up(model):
 
 
 def linear(inputs, weight, bias=None):
-    """x Wᵀ + b on a CPU, differentiable; in float32, without autocast, on an AMD processor as a convolution.
+    """x Wᵀ + b, [..., V], of [..., H], [V, H] and [V] or None; in float32 on an AMD processor as a convolution.
 
-    PyTorch leaves float32 products to MKL, which gets half of what an AMD processor can do (and is the fastest on an
-    Intel one), and convolutions to oneDNN. A linear layer is a convolution with a kernel of 1 × 1: rows are pixels,
-    features are channels, which lie in memory as "channels last" wants them, so that nothing is copied.
-
-    Inputs are [..., H], the weight is [V, H] and the bias [V] or None. Returns [..., V].
+    PyTorch leaves float32 products to MKL, which gets half of what an AMD processor can do, and convolutions to oneDNN.
+    A linear layer is a convolution with a kernel of 1 × 1: rows are pixels, features are channels, which lie in memory
+    as "channels last" wants them, so that nothing is copied.
     """
     as_convolution = (
         MKL_IS_SLOW
@@ -91,23 +77,14 @@ class Linear(torch.nn.Linear):
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, **options):
-    """`transformers`' "sdpa" attention, but faster in two cases.
+    """`transformers`' "sdpa" attention, but faster in two cases. (The rest is left to PyTorch.)
 
-    Without autocast, each sequence has one new token: two plain products. PyTorch's own walks through blocks of queries
-    and keys, so as never to hold all scores. A single query has but one row of them, which is made and used in less
-    time than the walk takes.
+    - One new token per sequence, no autocast: two plain products, instead of PyTorch's walk through blocks of keys.
+    - Gradients of a few hundred tokens under autocast: in float32. PyTorch's bf16 backward pass takes twice as long.
 
-    With autocast to bf16, a gradient is wanted for a few hundred tokens: in float32, which takes half of the time.
-    PyTorch's bf16 backward pass is slow; at a thousand tokens it has caught up.
-
-    Args:
-        query: [B, heads, queries, D].
-        key, value: [B, key heads, keys, D], each key head for as many neighbouring heads of the query.
-        attention_mask: bool [B, 1, queries, keys], True where a query sees a key; None where it sees all. (One of
-            another kind is left to PyTorch.)
-        scaling: of the scores; D^−½ if None.
-
-    Returns [B, queries, heads, D], and None for the weights, which are not kept.
+    The query is [B, heads, queries, D]; key and value are [B, key heads, keys, D], each head for as many neighbouring
+    ones of the query. The mask is None or bool [B, 1, queries, keys], True where a query sees a key. Scores are scaled
+    by D^−½ if `scaling` is None. Returns [B, queries, heads, D], and None for the weights, which are not kept.
     """
     B, heads, queries, D = query.shape
     plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)

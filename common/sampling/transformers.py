@@ -38,8 +38,7 @@ class TransformersSampler(Sampler):
     """
 
     def __init__(self, model, eos_ids, max_tokens, temperature, precision="float32"):
-        self.model, self.max_tokens = model, max_tokens
-        self.temperature, self.precision = temperature, precision
+        self.model, self.max_tokens, self.temperature, self.precision = model, max_tokens, temperature, precision
         self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
 
