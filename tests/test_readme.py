@@ -106,7 +106,7 @@ def test_every_command_parses(name):
 def test_every_option_exists(name):
     known = {field for script in SCRIPTS.values() for field in vars(script.Args())}
     benchmarks = "\n".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
-    for option in re.findall(r"`--(?:no-)?([a-z][a-z-]*)", text(name)):
+    for option in re.findall(r"`--(?:no-)?([a-z][a-z0-9-]*)", text(name)):
         field = option.replace("-", "_")
         torchruns = {"shutdown_timeout"}
         assert field in known | torchruns | {"help"} or re.search(rf"^    {field}: ", benchmarks, re.MULTILINE), option
