@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import tyro
 from helpers import REPOSITORY, wait_for
+
+import grpo
+from benchmarks.launcher import as_options, run_once
 
 # A run that would go on for long after the test, and a launcher of two of them.
 SCRIPT = """
@@ -59,3 +63,14 @@ def test_no_run_outlives_the_launcher(how, tmp_path):
         for pid in [launcher.pid, *runs]:
             if is_running(pid):
                 os.kill(pid, signal.SIGKILL)
+
+
+def test_options_of_a_dict_are_those_that_the_scripts_parse():
+    options = {"num_steps": 3, "learning-rate": 1e-6, "serial": True, "reference_kl": False, "name": ""}
+    args = tyro.cli(grpo.Args, args=as_options(options))
+    assert vars(args).items() >= {key.replace("-", "_"): value for key, value in options.items()}.items()
+
+
+def test_a_script_that_fails_ends_the_benchmark_with_its_message():
+    with pytest.raises(SystemExit, match=r"(?s)grpo.py --num-steps=0 failed.*--num-steps 0 cannot work"):
+        run_once(["grpo.py", "--num-steps=0"])
