@@ -1,7 +1,7 @@
 """A pretrained model, SmolLM2-135M-Instruct, trained on a CPU: two tasks, and a reward that is shaped badly.
 
     pip install gguf accelerate
-    python benchmarks/pretrained.py             15 runs, two at a time; 40 minutes on two cores, bf16
+    python benchmarks/pretrained.py             15 runs, two at a time; 50 minutes on two cores, bf16
     python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three minutes
     python benchmarks/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which is in there
 

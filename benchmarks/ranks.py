@@ -1,6 +1,6 @@
 """The overhead of torchrun: one process with two threads, against two ranks with one thread each.
 
-    python benchmarks/ranks.py                  four minutes on two idle cores
+    python benchmarks/ranks.py                  seven minutes on two idle cores
 
 A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so that every step is
 the same work. Each of the two ranks holds half of the weights, gradients, moments and reference; in every pass they
