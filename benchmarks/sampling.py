@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -81,11 +82,8 @@ def main(args):
     tokenizer.padding_side = "left"
     padded = tokenizer.pad({"input_ids": [prompt for prompt in prompts for _ in range(G)]}, return_tensors="pt")
 
-    def with_sampler(sampler):
-        def sample(seed):
-            return sum(map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses))
-
-        return sample
+    def sample_with(sampler, seed):
+        return sum(map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses))
 
     def generate(seed, **scores):
         torch.manual_seed(seed)
@@ -101,7 +99,7 @@ def main(args):
 
     baseline = "`model.generate`"
     contestants = {
-        **{name: with_sampler(sampler) for name, sampler in samplers.items()},
+        **{name: partial(sample_with, sampler) for name, sampler in samplers.items()},
         baseline: generate,
         "`model.generate`, keeping scores": generate_with_scores,
     }

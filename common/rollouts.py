@@ -25,7 +25,7 @@ def make_rollouts(
 
     Which of them: see the table in common/README.md, Schedule and lag. Arguments named like options are these options.
     `plan` is a `Plan`, `eval_prompts` are the prompts that `greedy` will get, model and tokenizer are the trainer's;
-    `name` and `revision` load the model once more in another process. Raises `BadInput`, as does `check_decoding`.
+    `name` and `revision` load the model once more in another process. Raises `BadInput` if sampling cannot work.
     """
     if plan.prompts_per_step < size():
         raise BadInput(f"--prompts-per-step {plan.prompts_per_step} is less than {size()} ranks: raise it.")

@@ -58,7 +58,7 @@ class Sampler:
     def sample(self, prompts, group_size, seeds):
         """Sample `group_size` responses to each prompt (token ids); with transformers, weights and arguments fix them.
 
-        `seeds`: one below 2⁶³ per prompt, `group_size` apart. Returns `Samples`; raises `RunStopped` if not finite.
+        `seeds`: one below 2⁶³ per prompt, at least `group_size` apart. Returns `Samples`, or raises `RunStopped`.
         """
         raise NotImplementedError
 
