@@ -145,7 +145,7 @@ def task(tmp_path_factory):
 def run_on(count, argv, log):
     """A run of `grpo.py` on some ranks; fails with their output if one of them does."""
     codes = [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
-    assert not any(codes), "".join(path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*"))
+    assert not any(codes), "\n".join(path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*"))
 
 
 @pytest.fixture(scope="module")
