@@ -39,7 +39,6 @@ Usage:
 # rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. What `distributed`
 # does matters under torchrun only: on a first reading, skip it.
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -183,8 +182,8 @@ def main(args):
 
     model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
-    reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
     distributed.shard(model, device, args.replicas)
+    reference = load_model(args.model, args.revision, device).requires_grad_(False) if args.reference_kl else None
     distributed.shard(reference, device, args.replicas)
     # No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)

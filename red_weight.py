@@ -24,7 +24,7 @@ Differences from the paper and the authors' code (Trinity-RFT, `rec_policy_loss.
 - 1/N is a mean over the tokens of the whole batch. Their code averages within each micro-batch, so that a token's
   weight depends on how the batch happened to be split.
 - The weight is not normalised over the group, as in their code: with rewards in [0, 1] and τ = 1 it stays within
-  [1/e, e]. Rewards of another scale need another τ.
+  [1/e, e]. What matters is the scale of the rewards over τ.
 - Each batch gives one update. No KL penalty, as in their runs.
 
 Usage:
@@ -41,7 +41,6 @@ Usage:
 # rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. What `distributed`
 # does matters under torchrun only: on a first reading, skip it.
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -180,8 +179,8 @@ def main(args):
 
     model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
-    reference = copy.deepcopy(model).requires_grad_(False) if args.reference_kl else None
     distributed.shard(model, device, args.replicas)
+    reference = load_model(args.model, args.revision, device).requires_grad_(False) if args.reference_kl else None
     distributed.shard(reference, device, args.replicas)
     # No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)

@@ -16,6 +16,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -96,23 +97,21 @@ def deal(splits, kinds):
 
 
 def shard(model, device, replicas=1):
-    """Shard the parameters layer by layer, over all ranks or over each of `replicas` groups of ranks.
-
-    Raises `BadInput` where the ranks do not divide into that many groups.
-    """
+    """Shard rank 0's weights by layers, over all ranks or each of `replicas` groups. `BadInput` if these are uneven."""
     if size() % replicas:
         raise BadInput(f"--replicas {replicas} does not divide {size()} ranks: give a divisor.")
     if size() == 1 or model is None:
         return
+    state = model.state_dict() if rank() == 0 else {}  # the others have only shapes
     mesh = init_device_mesh(device.type, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard"))
     mesh = mesh if replicas > 1 else mesh["shard"]
-    for module in list(model.modules()):
-        if type(module).__name__ in (model._no_split_modules or []):  # a layer
-            fully_shard(module, mesh=mesh)
+    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]:
+        fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else whole after a pass without gradients
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # Backbone and head are called one after the other, by `token_logprobs`; this makes both one pass of the root.
     model.as_one_pass = types.MethodType(lambda model, function, *args: function(model, *args), model)
     register_fsdp_forward_method(model, "as_one_pass")

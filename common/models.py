@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.initialization import no_init_weights
 
 from common.commandline import NOT_FINITE, BadInput, RunStopped
-from common.distributed import rank, size, whole, whole_state
+from common.distributed import gather, rank, size, whole, whole_state
 from common.kernels.cpu import speed_up
 
 VLLM_VERSION = "0.32.0"
@@ -74,14 +75,19 @@ def load_model(name, revision, device, gradient_checkpointing=False):
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    model, info = _load(AutoModelForCausalLM, name, revision, **options)
-    if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
-        raise BadInput(f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one.")
-    model.to(device if size() == 1 else "cpu")  # to be sharded before it goes to GPUs
-    for tensor in [*model.parameters(), *model.buffers()]:
-        # Copied to 64-byte-aligned memory. Tensors in a safetensors file start anywhere; there, vector code may round
-        # differently than in a second process that samples.
-        tensor.data = tensor.data.clone()
+    if rank() == 0:
+        model, info = _load(AutoModelForCausalLM, name, revision, **options)
+        if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
+            raise BadInput(f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one.")
+        model.to(device if size() == 1 else "cpu")  # to be sharded before it goes to GPUs
+        for tensor in [*model.parameters(), *model.buffers()]:
+            # Aligned to 64 bytes: in a file, a tensor starts anywhere, and there vector code may round differently.
+            tensor.data = tensor.data.clone()
+    else:  # weights come with `distributed.shard`; until then, memory that is never written takes no room
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.tie_weights()
+    model.generation_config = gather(model.generation_config)[0]
     if device.type == "cpu":
         speed_up(model)
     if gradient_checkpointing:

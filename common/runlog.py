@@ -48,10 +48,10 @@ class RunLog:
     def remember_inputs(self, model, train_set, eval_set):
         """Keep checksums of what the run begins with, so that a resumed run can refuse to go on with anything else."""
         self.eval_set = eval_set
-        self.inputs = {"model": [checksum(parameter) for parameter in model.parameters()]}
-        self.inputs |= {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
+        self.inputs = {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
         if any(inputs != self.inputs for inputs in gather(self.inputs)):
-            raise BadInput("The ranks have loaded different models or problems: give all the same --model and --data.")
+            raise BadInput("The ranks have loaded different problems: give all the same --data.")
+        self.inputs["model"] = [checksum(parameter) for parameter in model.parameters()] if rank() == 0 else []
 
     def state_dict(self):
         """What a checkpoint needs: counters, and the length of all logs in bytes, all of it flushed to disk."""
@@ -242,8 +242,7 @@ def _new_directory(output, name):
     """The path `output/name`, if it is free. Creates nothing, so that a refused start leaves nothing behind."""
     path = Path(output) / name
     if os.path.lexists(path):
-        how = f"give another name, or continue it with --resume {shlex.quote(str(path))}"
-        raise BadInput(f"--name {name}: {path} already exists; {how}.")
+        raise BadInput(f"--name {name} already exists; give another, or --resume {shlex.quote(str(path))}.")
     above = next(directory for directory in path.parents if os.path.exists(directory))
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
         raise BadInput(f"--output {output} cannot be written to, since you may not create files in {above}.")

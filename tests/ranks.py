@@ -1,9 +1,11 @@
 """Ranks for the tests: processes with the environment that `torchrun` would give them, forked as in `helpers`."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import pickle
+import re
 import secrets
 import socket
 import sys
@@ -15,7 +17,7 @@ import torch
 
 import grpo
 from common import commandline, distributed, logprobs
-from common.models import load_model
+from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import verify
 from tests import helpers
 from tests.test_sequence_level_loss import LOOP
@@ -101,6 +103,21 @@ def loss_and_gradients(cases):
         gradients = {name: distributed.whole(parameter.grad) for name, parameter in model.named_parameters()}
         results.append((names["total_loss"], gradients))
     return results if distributed.rank() == 0 else None
+
+
+def loaded(directory):
+    """How many bytes of memory a model takes after loading, and again after sharding; ids that end its responses."""
+    distributed.join_ranks(CPU, 60)
+    before = _resident_bytes()
+    model = load_model(directory, "", CPU)
+    after = _resident_bytes()
+    distributed.shard(model, CPU)
+    return after - before, _resident_bytes() - before, end_of_sequence_ids(model, load_tokenizer(directory))
+
+
+def _resident_bytes():
+    gc.collect()
+    return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def layers_remembered(directory):

@@ -78,7 +78,7 @@ def default_run():
         ("response length (tokens)", "response_length/mean", 1),
         ("entropy (nats per token)", "entropy", 3),
         ("KL to the initial policy", "kl/ref_k2", 3),
-        ("held-out accuracy, greedy (before and after training)", "eval/accuracy", 3),
+        ("held-out accuracy, greedy, before and after training", "eval/accuracy", 3),
     ):
         start, end = (_mean(row[f"{key} {when}"] for row in rows) for when in ("start", "end"))
         lines.append(f"| {label} | {start:.{digits}f} | {end:.{digits}f} |")

@@ -1,5 +1,6 @@
 """Several ranks do what one process does: gradients, whole runs, resuming; and end together when one of them fails."""
 
+import json
 import os
 import random
 import re
@@ -129,6 +130,17 @@ def test_replicas_have_the_same_gradients(cases, of_one_process):
 def test_passes_without_gradients_leave_no_trace(tmp_path):
     """Else a reference's memory grows with every step: it never makes a backward pass, which clears them."""
     assert ranks.run_ranks(2, ranks.layers_remembered, build_model("qwen2", tmp_path / "model")) == [0, 0]
+
+
+def test_one_rank_reads_the_weights(tmp_path):
+    """The others load neither whole weights nor another list of tokens that end a response."""
+    directory = build_model("llama", tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [7, 9]}))
+    size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    loaded, sharded, end_ids = zip(*ranks.run_ranks(3, ranks.loaded, directory), strict=True)
+    assert loaded[0] > 0.9 * size and max(loaded[1:]) < 0.1 * size and max(sharded) < 0.7 * size
+    assert all({7, 9} < ids == end_ids[0] for ids in end_ids)
 
 
 # Whole runs

@@ -20,9 +20,9 @@ from unittest.mock import patch
 import torch
 
 from common.commandline import STOP_SIGNALS, BadInput, RunStopped, progress
-from common.distributed import gather, gather_batch, part_like, whole
+from common.distributed import gather, gather_batch, whole
 from common.sampling import Batch
-from common.sampling.verify import deliver, describe, sampler_mismatch
+from common.sampling.verify import deliver, describe, parameters_from, sampler_mismatch
 
 START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before the first token
 
@@ -67,7 +67,7 @@ class OverlappedRollouts:
         threading.Thread(target=_read_into, args=(self.inbox, self.connection), daemon=True).start()
         for version in sorted(self.slot_of):  # of a resumed run
             if self.plan.batches_of(version)[-1] > self.last_arrived:
-                with parameters_from(self.model, self.weights.tensors(self.slot_of[version])):
+                with parameters_from(self.model, self.weights.tensors(self.slot_of[version]).items()):
                     self._order_batches(version)
         return self
 
@@ -87,7 +87,7 @@ class OverlappedRollouts:
             self._accept(self._receive())
         batch = self.waiting.pop(step)
         if self.plan.shows_mismatch_only_now(step):
-            with parameters_from(self.model, self.weights.tensors(self.slot_of[version])):
+            with parameters_from(self.model, self.weights.tensors(self.slot_of[version]).items()):
                 batch.metrics |= sampler_mismatch(self.model, self.temperature, self.precision, batch)
         return batch
 
@@ -244,19 +244,6 @@ class SharedWeights:
         for name, parameter in model.named_parameters():
             tensors[name].copy_(whole(parameter))
         self.versions[slot] = version
-
-
-@contextlib.contextmanager
-def parameters_from(model, tensors):
-    """Inside, the parameters of `model` have these values; then again their own."""
-    own = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    try:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(part_like(parameter, tensors[name].to(parameter.device)))
-        yield
-    finally:
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(own[name])
 
 
 def _read_into(inbox, connection):

@@ -131,22 +131,30 @@ def canary(sampler, model, precision):
         raise RunStopped("After its start-up test the sampler kept changed weights: use --engine transformers.")
 
 
-@contextmanager
 def perturbed(model, names, strength=0.5):
-    """Context with noise added to the named parameters, `strength` times their RMS; restores them at the end."""
-    parameters = dict(model.named_parameters())
-    saved = {name: parameters[name].detach().clone() for name in names}
-    generator = torch.Generator().manual_seed(1)
+    """Context with noise added to the named parameters, `strength` times their RMS."""
+    parameters, generator = dict(model.named_parameters()), torch.Generator().manual_seed(1)
+
+    def noisy(before):
+        noise = torch.randn(before.shape, generator=generator).to(before)
+        size = before.square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)  # some biases are 0
+        return before + noise * strength * size
+
+    return parameters_from(model, ((name, noisy(whole(parameters[name].detach()))) for name in names))
+
+
+@contextmanager
+def parameters_from(model, values):
+    """Context in which parameters have other values: pairs of a name and a whole tensor, taken one by one."""
+    parameters, saved = dict(model.named_parameters()), {}
     try:
-        for name in names:
-            before = whole(saved[name])
-            noise = torch.randn(before.shape, generator=generator).to(before)
-            size = before.square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)  # some biases are 0
-            parameters[name].data.add_(part_like(parameters[name], noise * strength * size))
+        for name, value in values:
+            saved[name] = parameters[name].detach().clone()
+            parameters[name].data.copy_(part_like(parameters[name], value.to(parameters[name].device)))
         yield
     finally:
-        for name in names:
-            parameters[name].data.copy_(saved[name])
+        for name, own in saved.items():
+            parameters[name].data.copy_(own)
 
 
 def _gap(sampler, manifest):

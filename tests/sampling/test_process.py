@@ -24,9 +24,9 @@ from common.models import load_model
 from common.rollouts import SerialRollouts, load_sampler
 from common.sampling import Plan, Sampler, Samples, version_of_batch
 from common.sampling import process as module
-from common.sampling.process import OverlappedRollouts, SharedWeights, parameters_from
+from common.sampling.process import OverlappedRollouts, SharedWeights
 from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import Manifest, checksum, logprobs_of
+from common.sampling.verify import Manifest, checksum, logprobs_of, parameters_from
 from tests.conftest import build_model
 from tests.helpers import (
     Run,
@@ -648,7 +648,7 @@ def test_parameters_are_exchanged_and_put_back_whatever_happens():
     set_weights(model, 1)
     places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     others = {name: torch.full_like(parameter, 2.0) for name, parameter in model.named_parameters()}
-    with pytest.raises(ZeroDivisionError), parameters_from(model, others):
+    with pytest.raises(ZeroDivisionError), parameters_from(model, others.items()):
         assert all((parameter == 2).all() for parameter in model.parameters())
         _ = 1 / 0
     assert all((parameter == 1).all() for parameter in model.parameters())
