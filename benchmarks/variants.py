@@ -1,7 +1,7 @@
 """Ten more algorithms, each of them a few lines in place of `grpo.py`'s.
 
     python benchmarks/variants.py --write gspo mine.py      write one as a script; run it with: python mine.py
-    python benchmarks/variants.py                           train with each of them; about 40 minutes
+    python benchmarks/variants.py                           train with each of them; 40 to 55 minutes
     python benchmarks/variants.py --quick                   the same in miniature, to see that it works
 
 A class below is what a variant puts into the four fenced regions of `grpo.py`: docstring, options, `advantages` and
@@ -37,7 +37,7 @@ are the mean and the standard deviation of its group. π_old is the policy that 
     ρ_ijt = π_θ(y_ijt | x_i, y_ij,<t) / π_old(y_ijt | x_i, y_ij,<t)
 
 is a token's ratio to it. N is the number of response tokens in the whole batch, |y_ij| that in one response. Where a
-paper divides by something else, that is a factor, the same for all tokens of a batch, which AdamW nearly divides out.
+paper divides by a constant instead, AdamW nearly divides that out; DAPO and CISPO divide by the tokens of each group.
 sg(·) lets no gradient through. Each batch gives one update, and there is no KL penalty.
 """
 
