@@ -1,6 +1,6 @@
 """What `python grpo.py` promises, measured: three seeds of the default run, one after another.
 
-    python benchmarks/default_run.py            about five minutes on two otherwise idle cores
+    python benchmarks/default_run.py            about nine minutes on two otherwise idle cores
 
 Writes `report.md`, `default_run.json` with its numbers, and `curves.png` with the values it shows in `curves.csv`.
 """

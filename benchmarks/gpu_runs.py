@@ -5,11 +5,13 @@
     python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see smollm2.py
     python benchmarks/gpu_runs.py attention           sampling with and without cuDNN's attention
     python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B: time and memory
+    python benchmarks/gpu_runs.py ranks               SmolLM2 on one GPU, and on two under torchrun
 
 `on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each writes a table to
 `results/on_gpu/`.
 """
 
+import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +40,7 @@ SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
 @dataclass
 class Args:
-    part: Annotated[Literal["agreement", "default", "attention", "smollm2", "qwen"], tyro.conf.Positional]
+    part: Annotated[Literal["agreement", "default", "attention", "smollm2", "qwen", "ranks"], tyro.conf.Positional]
     """what to run"""
     device: str = "cuda"
     """as in the scripts"""
@@ -52,9 +54,10 @@ class Args:
     """where the reports go"""
 
 
-def train(script, directory, **options):
+def train(script, directory, ranks=1, **options):
     """Run a script in `directory`; returns the directory of its run."""
-    run_once([f"{script}.py", *as_options(options | {"output": directory})])
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks > 1 else []
+    run_once([*torchrun, f"{script}.py", *as_options(options | {"output": directory})])
     return Path(directory) / options["name"]
 
 
@@ -69,7 +72,7 @@ def agreement(args, directory):
         name = f"{script}-{device}-{precision}".replace(":", "")
         return train(script, directory, device=device, precision=precision, name=name, **options)
 
-    with ThreadPoolExecutor(4) as pool:  # nothing is timed
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # nothing is timed
         found = dict(zip(runs, pool.map(lambda run_: run(*run_), runs), strict=True))
     rows = []
     for (script, device, precision), run_dir in found.items():
@@ -156,18 +159,34 @@ def default(args, directory):
     return f"# The default run on a GPU\n\n{timing_table([timings('`python grpo.py`', run_dir)])}\n", run_dir
 
 
+def train_smollm2(args, directory, task, steps, **more):
+    """A run of GRPO on a task of chat_tasks.py; returns its directory."""
+    options = {
+        "num_steps": args.steps or steps, "device": args.device, "engine": args.engine, "model": args.smollm2,
+        "task": f"benchmarks/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
+        "max_tokens_per_microbatch": 16384, "eval_size": 128, "eval_interval": 1000, "name": task,
+    }  # fmt: skip
+    return train("grpo", directory, **options | more)
+
+
 def smollm2(args, directory):
     """Two tasks that the pretrained model learns in a few steps."""
-    rows = []
-    for task in ("Sentiment", "Extraction"):
-        options = {
-            "num_steps": args.steps or 20, "device": args.device, "engine": args.engine, "model": args.smollm2,
-            "task": f"benchmarks/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
-            "max_tokens_per_microbatch": 16384, "eval_size": 128, "eval_interval": 1000, "name": task,
-        }  # fmt: skip
-        run_dir = train("grpo", directory, **options)
-        rows.append(timings(f"{task}, {args.engine}", run_dir))
-    return f"# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO\n\n{timing_table(rows)}\n", run_dir
+    runs = {task: train_smollm2(args, directory, task, 20) for task in ("Sentiment", "Extraction")}
+    table = timing_table([timings(f"{task}, {args.engine}", run_dir) for task, run_dir in runs.items()])
+    return f"# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO\n\n{table}\n", runs["Extraction"]
+
+
+def ranks(args, directory):
+    """The same steps on one GPU and on two, which sample and train half of each batch."""
+    runs = {n: train_smollm2(args, directory, "Extraction", 6, ranks=n, name=f"{n}-ranks") for n in (1, 2)}
+    table = timing_table([timings(f"{n} of {torch.cuda.device_count()} GPUs", run_dir) for n, run_dir in runs.items()])
+    rewards = [[n, *reporting.column(reporting.read_steps(run_dir), "reward/mean")] for n, run_dir in runs.items()]
+    header = ["GPUs", *(f"reward {step}" for step in range(1, len(rewards[0])))]
+    return (
+        f"# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step\n\n{table}\n\n"
+        f"Rewards by step; equal, but for rounding that changes a sample:\n\n{reporting.table(header, rewards)}\n",
+        runs[2],
+    )
 
 
 def qwen(args, directory):
@@ -198,7 +217,8 @@ def qwen(args, directory):
 
 
 def main(args):
-    part = {function.__name__: function for function in (agreement, default, attention, smollm2, qwen)}[args.part]
+    parts = (agreement, default, attention, smollm2, qwen, ranks)
+    part = {function.__name__: function for function in parts}[args.part]
     with tempfile.TemporaryDirectory() as directory:
         text, run_dir = part(args, directory)
         name = args.part if args.engine == "transformers" else f"{args.part}_{args.engine}"

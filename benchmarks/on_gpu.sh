@@ -58,6 +58,9 @@ if python -c "import trl" 2>/dev/null && [[ ${#tiny[@]} == 0 ]]; then
         --max-tokens-per-microbatch 32768 --device cuda --precision bfloat16 --output "$out/step_time"
 fi
 part qwen 120 python $runs qwen "${tiny[@]}" --output "$out"
+if python -c "import sys, torch; sys.exit(torch.cuda.device_count() < 2)" || [[ ${#tiny[@]} != 0 ]]; then
+    part ranks 240 python $runs ranks --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
+fi
 if python -c "import vllm" 2>/dev/null && [[ ${#tiny[@]} == 0 ]]; then
     part smollm2_vllm 300 python $runs smollm2 --smollm2 "$smollm2" --engine vllm --output "$out"
     part qwen_vllm 300 python $runs qwen --engine vllm --output "$out"
