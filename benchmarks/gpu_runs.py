@@ -166,6 +166,8 @@ def train_smollm2(args, directory, task, steps, **more):
         "task": f"benchmarks/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
         "max_tokens_per_microbatch": 16384, "eval_size": 128, "eval_interval": 1000, "name": task,
     }  # fmt: skip
+    if args.device == "cpu":  # a rehearsal
+        options |= {"prompts_per_step": 2, "group_size": 2, "eval_size": 2}
     return train("grpo", directory, **options | more)
 
 
@@ -179,9 +181,10 @@ def smollm2(args, directory):
 def ranks(args, directory):
     """The same steps on one GPU and on two, which sample and train half of each batch."""
     runs = {n: train_smollm2(args, directory, "Extraction", 6, ranks=n, name=f"{n}-ranks") for n in (1, 2)}
-    table = timing_table([timings(f"{n} of {torch.cuda.device_count()} GPUs", run_dir) for n, run_dir in runs.items()])
-    rewards = [[n, *reporting.column(reporting.read_steps(run_dir), "reward/mean")] for n, run_dir in runs.items()]
-    header = ["GPUs", *(f"reward {step}" for step in range(1, len(rewards[0])))]
+    table = timing_table([timings(f"ranks: {n}", run_dir) for n, run_dir in runs.items()])
+    found = {n: reporting.column(reporting.read_steps(run_dir), "reward/mean") for n, run_dir in runs.items()}
+    rewards = [[n, *(f"{reward:.4f}" for reward in of_steps)] for n, of_steps in found.items()]
+    header = ["ranks", *(f"step {step}" for step in range(1, len(rewards[0])))]
     return (
         f"# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step\n\n{table}\n\n"
         f"Rewards by step; equal, but for rounding that changes a sample:\n\n{reporting.table(header, rewards)}\n",
