@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import grpo
 from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once
+from benchmarks.launcher import as_options, run_once, torchrun
 from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
 from common.runlog import read_metrics
 from common.sampling import Plan
@@ -56,8 +56,7 @@ class Args:
 
 def train(script, directory, ranks=1, **options):
     """Run a script in `directory`; returns the directory of its run."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks > 1 else []
-    run_once([*torchrun, f"{script}.py", *as_options(options | {"output": directory})])
+    run_once([*torchrun(ranks), f"{script}.py", *as_options(options | {"output": directory})])
     return Path(directory) / options["name"]
 
 

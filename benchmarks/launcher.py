@@ -44,6 +44,11 @@ def as_options(values):
     return [flags[value].format(key) if isinstance(value, bool) else f"--{key}={value}" for key, value in words.items()]
 
 
+def torchrun(ranks):
+    """What stands before a script on the command line of Python, to run it on several ranks; nothing for one."""
+    return ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks > 1 else []
+
+
 def run_once(command, **environment):
     """Run Python with this command line in the repository's root. If it fails, exits with the end of its output."""
     command = [sys.executable, *map(str, command)]

@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once
+from benchmarks.launcher import as_options, run_once, torchrun
 from benchmarks.reporting import column, table
 from common.models import TINY_MODEL, load_tokenizer
 
@@ -57,13 +57,12 @@ def make_model(directory, hidden, layers):
 
 def run(ranks, model, name, directory, steps, prompts=8, group=4):
     """Train; returns the directory of the run. Memory is that of rank 0, at its peak."""
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     options = {
         "model": model, "num_steps": steps, "prompts_per_step": prompts, "group_size": group, "eval_size": 2,
         "device": "cpu", "eval_interval": 1000, "checkpoint_interval": 1000, "learning_rate": 1e-9,
         "threads": 2 // ranks, "task": "benchmarks/turns.py:Turns", "output": directory, "name": name,
     }  # fmt: skip
-    run_once([*launcher, "grpo.py", *as_options(options)], OMP_NUM_THREADS=str(2 // ranks))
+    run_once([*torchrun(ranks), "grpo.py", *as_options(options)], OMP_NUM_THREADS=str(2 // ranks))
     return Path(directory) / name
 
 

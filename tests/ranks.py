@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 def run_ranks(count, function, *arguments, seconds=120):
     """`function(*arguments)` on each of `count` ranks; returns what each returned, in the order of ranks.
 
-    Where one dies, or none answers for so many seconds, all are killed; "no answer" stands for what is missing.
+    Where one dies, or none answers for so many seconds, all are killed, and the test fails.
     """
     port = free_port()
     processes, connections = [], []
@@ -48,7 +48,8 @@ def run_ranks(count, function, *arguments, seconds=120):
         if len(answers) < count:
             process.kill()
         process.join()
-    return [answers.get(connection, "no answer") for connection in connections]
+    assert len(answers) == count, "a rank died, or does not answer"
+    return [answers[connection] for connection in connections]
 
 
 def free_port():

@@ -1,5 +1,6 @@
 """Several ranks do what one process does: gradients, whole runs, resuming; and end together when one of them fails."""
 
+import contextlib
 import json
 import os
 import random
@@ -156,7 +157,9 @@ def task(tmp_path_factory):
 
 def run_on(count, argv, log):
     """A run of `grpo.py` on some ranks; fails with their output if one of them does."""
-    codes = [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
+    codes = ["no answer"]
+    with contextlib.suppress(AssertionError):
+        codes = [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
     assert not any(codes), "\n".join(path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*"))
 
 
