@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Checks and benchmarks for one GPU, the most valuable first; about ten minutes on an H200.
+# Checks and benchmarks for one GPU, the most valuable first; in at most 8 minutes.
 #
 #     bash benchmarks/on_gpu.sh                     writes to benchmarks/results/on_gpu/
 #     bash benchmarks/on_gpu.sh --rehearse DIR      the same in miniature on a CPU, to see that every part runs
 #
 # Each part writes its result as soon as it has one. A part that fails or takes too long does not stop the others;
-# summary.txt says which did. PARTS="kernels default" runs only these. SMOLLM2 is the directory that smollm2.py wrote.
+# summary.txt says which did. What no time is left for is not run: PARTS="qwen attention" runs only these, and LIMIT is
+# the time for all parts, in seconds. SMOLLM2 is the directory that smollm2.py wrote.
 #
 # A machine without a network, but with torch, transformers and pytest, needs wheels of the rest, put beside the tree:
 #
@@ -23,46 +24,63 @@ cd "$(dirname "$0")/.."
 out=benchmarks/results/on_gpu
 tiny=()
 kernel_sizes=(--parts gpu)
+limit=${LIMIT:-465} # and 15 at most to stop what still runs then
+longest=120 # of a part
 if [[ "${1:-}" == --rehearse ]]; then
     out=$2
     tiny=(--device cpu --steps 1)
     kernel_sizes=(--parts cpu --vocabulary 9000 --rows 64)
+    limit=${LIMIT:-3600}
+    longest=600
     export TRITON_INTERPRET=1
 fi
 mkdir -p "$out"
+date '+%F %T' >>"$out/summary.txt"
 failed=0
 
-part() {  # name, seconds, command
+part() {  # name, command
     [[ " ${PARTS:-$1} " == *" $1 "* ]] || return 0
-    local name=$1 seconds=$2 started=$SECONDS code
-    shift 2
+    local name=$1 started=$SECONDS left=$((limit - SECONDS)) code end
+    shift
     echo "== $name"
-    timeout "$seconds" "$@" >"$out/$name.log" 2>&1
-    code=$?
-    tail -n 3 "$out/$name.log"
-    echo "$name: exit code $code after $((SECONDS - started)) s" | tee -a "$out/summary.txt"
-    ((code == 0)) || failed=1
+    if ((left <= 0)); then
+        end="not run: $limit s are over"
+    else
+        # An interrupt reaches the part's own processes as well, and lets them remove their temporary files.
+        timeout --signal INT --kill-after 15 $((longest < left ? longest : left)) "$@" >"$out/$name.log" 2>&1
+        code=$?
+        tail -n 3 "$out/$name.log"
+        end="exit code $code after $((SECONDS - started)) s"
+        ((code != 124 && code != 137)) || end="stopped after $((SECONDS - started)) s, for lack of time"
+    fi
+    echo "$name: $end" | tee -a "$out/summary.txt"
+    [[ $end == "exit code 0 "* ]] || failed=1
+}
+
+has() {
+    python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" && [[ ${#tiny[@]} == 0 ]]
 }
 
 runs=benchmarks/gpu_runs.py
 smollm2=${SMOLLM2:-runs/smollm2}
-part kernels 180 python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
-part agreement 120 python $runs agreement "${tiny[@]}" --output "$out"
-part attention 60 python $runs attention "${tiny[@]}" --output "$out"
-part default 180 python $runs default "${tiny[@]}" --output "$out"
-part logprobs 180 python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
-part smollm2 180 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
-if python -c "import trl" 2>/dev/null && [[ ${#tiny[@]} == 0 ]]; then
-    part step_time 180 python benchmarks/step_time.py --stages 0 --threads 8 --rounds 1 --steps 6 --trl-batch-size 256 \
+part kernels python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
+part agreement python $runs agreement "${tiny[@]}" --output "$out"
+part default python $runs default "${tiny[@]}" --output "$out"
+part logprobs python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
+part smollm2 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
+if has trl; then
+    part step_time python benchmarks/step_time.py --stages 0 --threads 8 --rounds 1 --steps 5 --trl-batch-size 256 \
         --model "$smollm2" --task benchmarks/chat_tasks.py:Extraction --max-response-tokens 48 \
         --max-tokens-per-microbatch 32768 --device cuda --precision bfloat16 --output "$out/step_time"
 fi
-part qwen 120 python $runs qwen "${tiny[@]}" --output "$out"
+part qwen python $runs qwen "${tiny[@]}" --output "$out"
 if python -c "import sys, torch; sys.exit(torch.cuda.device_count() < 2)" || [[ ${#tiny[@]} != 0 ]]; then
-    part ranks 240 python $runs ranks --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
+    part ranks python $runs ranks --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
 fi
-if python -c "import vllm" 2>/dev/null && [[ ${#tiny[@]} == 0 ]]; then
-    part smollm2_vllm 300 python $runs smollm2 --smollm2 "$smollm2" --engine vllm --output "$out"
-    part qwen_vllm 300 python $runs qwen --engine vllm --output "$out"
+if has vllm; then
+    part smollm2_vllm python $runs smollm2 --smollm2 "$smollm2" --engine vllm --output "$out"
+    part qwen_vllm python $runs qwen --engine vllm --output "$out"
 fi
+part attention python $runs attention "${tiny[@]}" --output "$out"
+part other_sizes python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 896 3584 --output "$out/other_sizes"
 exit $failed
