@@ -28,7 +28,7 @@ Differences from the paper and the authors' code (Trinity-RFT, `rec_policy_loss.
 - Each batch gives one update. No KL penalty, as in their runs.
 
 Usage:
-    # The embedded model and task, a few minutes on a CPU.
+    # The tiny model and the default task, a few minutes on a CPU.
     python red_weight.py
     # A pretrained model on GSM8K, on a GPU.
     python red_weight.py --task gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B-Instruct \
@@ -38,8 +38,8 @@ Usage:
 
 # Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences (P·G in a batch,
 # group by group; fewer in a micro-batch), T predicted tokens of a padded sequence, 1 broadcast. grpo.py,
-# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. What `distributed`
-# does matters under torchrun only: on a first reading, skip it.
+# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. In a single process,
+# `distributed` returns what it is given: on a first reading, skip it.
 
 import math
 from dataclasses import dataclass
@@ -68,7 +68,7 @@ class Args:
     # --- end algorithm ---
 
     model: str = "tiny"
-    """directory or hub name of a Hugging Face causal language model, or tiny, the embedded one"""
+    """directory or hub name of a Hugging Face causal language model, or tiny, the one in common/tiny_model"""
     revision: str = ""
     """revision of a hub model; empty for its main branch"""
     task: str = "addition"
@@ -89,7 +89,7 @@ class Args:
     sync_interval: int = 1
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
-    """O: sampling is O batches ahead, so weights lag by O to O + I − 1 updates; I = O = 1 is one-step off-policy"""
+    """O: sampling is O batches ahead, and weights lag by up to O + I − 1 updates; I = O = 1 is one-step off-policy"""
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
     serial: bool = False
@@ -105,7 +105,7 @@ class Args:
     """softmax temperature in sampler, trainer, reference and entropy"""
 
     learning_rate: float = 2e-4
-    """AdamW learning rate; the default is for the embedded model, and 1e-6 is usual for pretrained ones"""
+    """AdamW learning rate; the default is for the tiny model, and 1e-6 is usual for larger ones"""
     warmup_steps: int = 0
     """steps of linear warm-up; the learning rate is constant afterwards"""
     max_grad_norm: float = 1.0
@@ -122,18 +122,18 @@ class Args:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
     replicas: int = 1
-    """with torchrun: copies of the model, each sharded over an equal share of the ranks, such as one machine's"""
+    """with torchrun: copies of the model, each sharded over an equal share of the ranks"""
     threads: int = 0
     """CPU threads per process (affects rounding); 0 means 2 for a single process, 1 each for several"""
 
     eval_interval: int = 25
-    """evaluate on held-out problems before training, every so many steps and at the end"""
+    """evaluate on held-out problems at the start, every so many steps and at the end"""
     eval_size: int = 256
     """number of held-out problems"""
     checkpoint_interval: int = 25
     """write a checkpoint every so many steps and at the end"""
     rollouts_interval: int = 10
-    """record two groups token by token every so many steps, for the page rollouts.html; 0 switches it off"""
+    """record two groups token by token every so many steps, for the page rollouts.html; 0 for never"""
     output: str = "runs"
     """the run's directory is OUTPUT/NAME"""
     name: str = ""
@@ -141,16 +141,16 @@ class Args:
     resume: str = ""
     """directory of a run to continue"""
     track: bool = False
-    """log to Weights & Biases as well; WANDB_MODE and WANDB_ENTITY work as usual"""
+    """log to Weights & Biases as well"""
     wandb_project: str = "minimal-rlft"
     """Weights & Biases project"""
 
 
 # --- algorithm ---
 def advantages(rewards_PG, args):
-    """A = r − r̄ with the group's mean; float64 in and out."""
+    """A = r − r̄ with the group's mean, in float64."""
     advantages_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    # Equal rewards carry no signal: exactly 0, also after rounding.
+    # For equal rewards exactly 0, despite rounding of the mean: `main` gives them no backward pass.
     all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
     return advantages_PG.masked_fill(all_equal_P1, 0.0)
 
@@ -160,7 +160,10 @@ def advantages(rewards_PG, args):
 
 # --- algorithm ---
 def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-    """−exp(A/τ) A log π of each token. No ratio, no clipping."""
+    """−exp(A/τ) A log π of each token. No ratio, no clipping.
+
+    `main` applies mask_BT; it is here for losses of whole sequences.
+    """
     return -torch.exp(advantages_B1 / args.tau) * advantages_B1 * logprobs_BT
 
 
@@ -173,8 +176,9 @@ def main(args):
     distributed.join_ranks(device, args.sampler_timeout)  # under torchrun; see common/distributed.py
     log = open_log(__file__, vars(args))
     tokenizer = load_tokenizer(args.model, args.revision)
-    data = (args.task, args.data, args.eval_data, args.eval_size)
-    train_set, eval_set = load_problem_sets(*data, tokenizer, args.max_prompt_tokens)
+    train_set, eval_set = load_problem_sets(
+        args.task, args.data, args.eval_data, args.eval_size, tokenizer, args.max_prompt_tokens
+    )
     check_context(args.model, args.revision, train_set.prompts + eval_set.prompts, args.max_response_tokens)
 
     model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
@@ -184,13 +188,15 @@ def main(args):
     distributed.shard(reference, device, args.replicas)
     # No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
-    schedule = (args.sync_interval, args.sync_offset)
-    own_prompts = distributed.share(args.prompts_per_step)  # under torchrun, each rank samples some of the prompts
-    plan = Plan(train_set.prompts, args.prompts_per_step, args.group_size, *schedule, args.seed, own_prompts)
-    generation = (args.max_response_tokens, args.temperature, precision)
+    # Which prompts each step samples, with the weights after which update; under torchrun, this rank's share of them.
+    plan = Plan(
+        train_set.prompts, args.prompts_per_step, args.group_size, args.sync_interval, args.sync_offset, args.seed,
+        distributed.share(args.prompts_per_step),
+    )  # fmt: skip
     rollouts = make_rollouts(
-        plan, eval_set.prompts, model, tokenizer, *generation, engine=args.engine, serial=args.serial,
-        timeout=args.sampler_timeout, threads=args.threads, name=args.model, revision=args.revision,
+        plan, eval_set.prompts, model, tokenizer, args.max_response_tokens, args.temperature, precision,
+        engine=args.engine, serial=args.serial, timeout=args.sampler_timeout, threads=args.threads,
+        model_name=args.model, revision=args.revision,
     )  # fmt: skip
 
     checkpointed = {"log": log, "model": model, "optimizer": optimizer, "rollouts": rollouts}
@@ -202,13 +208,13 @@ def main(args):
             log.write(0, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))  # rows to record token by token; none on most steps
+            metrics = StepMetrics(log.recorded_rows(step))  # sequences for rollouts.html; none on most steps
 
             # Sample G responses to each of P prompts, with the log-prob of every sampled token. By default, this call
-            # does it, with the current weights. With --sync-interval or --sync-offset the weights lag, and sampling may
-            # run beside training, in a second process (see common/README.md, "Schedule and lag").
+            # does it, with the current weights. Where weights may lag, sampling may run beside training, in a second
+            # process (see common/README.md, "Schedule and lag").
             batch = rollouts.next(step)
-            metrics.lap("wait")  # for the batch, or to sample it
+            metrics.lap("wait")
 
             # Grade each response, and turn the rewards of a group into advantages.
             grades, texts = train_set.grade(batch.problems, batch.responses)
@@ -222,11 +228,12 @@ def main(args):
             # only, for the metrics.
             N = sum(len(response) for response in batch.responses)
             has_gradient = (advantages_B != 0).tolist()
-            for parameter in model.parameters():  # zeros, not None: AdamW steps on its momentum in any case
+            for parameter in model.parameters():  # not None: on zeros, AdamW still follows its momentum
                 parameter.grad = torch.zeros_like(parameter)
             total_loss = 0.0
             splits = split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient)
-            # Under torchrun: this rank's share. Where real is False, a row is repeated, with weight 0.
+            # In a single process: all of them, with real = True. Under torchrun: this rank's share; to make as many
+            # passes as the other ranks, it may repeat rows, with real = False.
             for rows, real in progress(distributed.deal(splits, has_gradient), "micro-batches"):
                 micro = collate(batch, rows, device)
                 advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
@@ -240,7 +247,7 @@ def main(args):
                 if backward:
                     logprobs_BT.retain_grad()  # for the metrics: a response token with gradient 0 was clipped
                     loss.backward()  # gradients accumulate over micro-batches, and are summed over ranks
-                with torch.no_grad():  # None without a reference
+                with torch.no_grad():
                     ref_logprobs_BT = reference and token_logprobs(reference, micro, args.temperature, precision)[0]
                 if real:
                     metrics.add_tokens(micro, logprobs_BT, entropy_BT, ref_logprobs_BT)
@@ -256,7 +263,7 @@ def main(args):
                 optimizer.step()
             metrics.lap("train")
 
-            # Evaluate the weights as they are now, then hand them to the sampler if the schedule says so.
+            # Evaluate, always with the newest weights; then hand them to the sampler if the schedule says so.
             evaluation = {}
             if step % args.eval_interval == 0 or step == args.num_steps:
                 evaluation = eval_set.evaluate(rollouts)

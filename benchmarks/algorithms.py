@@ -1,6 +1,6 @@
 """The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, five seeds each.
 
-    python benchmarks/algorithms.py             25 runs on the embedded task, two at a time; half an hour
+    python benchmarks/algorithms.py             25 runs on the bundled task, two at a time; half an hour
     python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
 
 A right answer earns 8 here, as the axis of the published figure suggests. That matters to RED-Weight, which has τ = 1,
@@ -184,7 +184,7 @@ def write_text(groups, everything, args, script_options):
         middle = np.array([column(records, key).max() for records in everything[label]])
         rows.append([label, *(", ".join(f"{value:.3f}" for value in values) for values in (ends[:, -1], middle))])
     answers, summary = reporting.compare(observations, groups, args.seeds)
-    setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model"
+    setting = f"script options `{' '.join(script_options)}`" if script_options else "the bundled model"
     setting += f", temperature {args.temperature:g}, {RIGHT} for a right answer"
     return f"""# Three algorithms at `sync_interval = {SYNC_INTERVAL}`
 

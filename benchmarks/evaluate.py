@@ -47,7 +47,7 @@ from common.tasks import load_problems, load_task, means
 @dataclass
 class Args:
     model: str = ""
-    """directory or hub name of the model to evaluate, or tiny, the embedded one"""
+    """directory or hub name of the model to evaluate, or tiny, the bundled one"""
     run: str = ""
     """instead of a model, directory of a complete run: evaluates its initial model and the one it trained"""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8
@@ -184,7 +184,7 @@ def main(args):
         model = load_model(*name_and_revision, device)
         sampler = sampler or make_rollouts(
             plan, [], model, tokenizer, *generation, engine=args.engine, serial=True, timeout=0, threads=args.threads,
-            name=name, revision=revision,
+            model_name=name, revision=revision,
         ).sampler  # fmt: skip
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         if args.engine == "vllm":  # which copies the weights, and must show that it uses them

@@ -43,7 +43,7 @@ class Args:
 
 
 def make_model(directory, hidden, layers):
-    """A random model with the embedded model's tokenizer; returns its number of parameters."""
+    """A random model with the bundled model's tokenizer; returns its number of parameters."""
     tokenizer = load_tokenizer(TINY_MODEL)
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}

@@ -1,4 +1,4 @@
-"""Is the embedded model what its script builds?
+"""Is the bundled model what its script builds?
 
     python benchmarks/rebuild_tiny_model.py     as long as the build, some ten minutes on one core
 
@@ -40,7 +40,7 @@ def main(args):
         ]
         ours, theirs = load_file(kept / "model.safetensors"), load_file(rebuilt / "model.safetensors")
         difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
-    report = f"""# The embedded model, rebuilt
+    report = f"""# The bundled model, rebuilt
 
 `python benchmarks/rebuild_tiny_model.py` built `common/tiny_model/` again and compared the files.
 

@@ -5,7 +5,7 @@
         --max-response-tokens 48 --precision bfloat16 --rounds 3 --output benchmarks/results/pretrained
 
 All sample responses to the prompts of the default workload (32 prompts, 8 responses each, at most 64 tokens,
-temperature 1) with the embedded model, in one process, taking turns. `model.generate` does no less: pure sampling, no
+temperature 1) with the bundled model, in one process, taking turns. `model.generate` does no less: pure sampling, no
 top-p or top-k, the same EOS and limit, the same loaded model, whose layers are as fast for both
 (`common/kernels/cpu.py`); in bf16, a copy with all weights in bf16, so that nothing is cast. It reports log-probs only
 if asked to keep all scores; it is timed both ways. vLLM takes part where it is installed (see the README). Writes
@@ -46,7 +46,7 @@ DEFAULTS = grpo.Args()
 @dataclass
 class Args:
     model: str = DEFAULTS.model
-    """directory of the model, or tiny, the embedded one"""
+    """directory of the model, or tiny, the bundled one"""
     task: str = DEFAULTS.task
     """as in the scripts, like the options below"""
     prompts: int = DEFAULTS.prompts_per_step
@@ -72,8 +72,10 @@ def main(args):
     samplers = {"`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)}
     if find_spec("vllm"):
         plan = Plan(prompts, P, G, 1, 0, DEFAULTS.seed)
-        options = {"engine": "vllm", "serial": True, "timeout": 0, "threads": args.threads, "name": args.model}
-        engine = make_rollouts(plan, [], model, tokenizer, *generation, revision="", **options).sampler
+        options = {"engine": "vllm", "serial": True, "timeout": 0, "threads": args.threads}
+        engine = make_rollouts(
+            plan, [], model, tokenizer, *generation, model_name=args.model, revision="", **options
+        ).sampler
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         deliver(engine, tensors, describe(model, 0, args.precision))
         samplers["vLLM, with log-probs"] = engine

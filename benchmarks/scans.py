@@ -25,13 +25,13 @@ from benchmarks.launcher import Run, as_options, run_all
 from benchmarks.reporting import column, table
 from benchmarks.schedule_replay import MODES
 
-SCANS = {  # options, and the share of hasty examples in the start model; without one, it is the embedded model
+SCANS = {  # options, and the share of hasty examples in the start model; without one, it is the bundled model
     "sync_modes": [
         {"hasty": hasty, "learning-rate": rate, "prompts-per-step": 16, "steps": 80}
         for hasty, rate in ((0.85, 1e-4), (0.85, 5e-5), (0.55, 5e-5), (0.55, 2e-5))
     ],
     "algorithms": [
-        # (Longer problems, of five or six terms, are out of reach for the embedded model: 1 of 128 answers was right.)
+        # (Longer problems, of five or six terms, are out of reach for the bundled model: 1 of 128 answers was right.)
         *({"learning-rate": rate, "prompts-per-step": 8, "steps": 200} for rate in (2e-4, 1e-4, 5e-5, 2e-5)),
         *({"learning-rate": rate, "prompts-per-step": 32, "steps": 100} for rate in (1e-4, 5e-5)),
         {"temperature": 1.2, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},

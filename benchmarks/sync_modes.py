@@ -3,7 +3,7 @@
     python benchmarks/sync_modes.py             25 minutes on two otherwise idle cores
     python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
 
-The start model is built first, in less than a minute: the embedded model, trained on with examples most of which state
+The start model is built first, in less than a minute: the bundled model, trained on with examples most of which state
 the answer at once, without any work (`common/build_tiny_model.py --hasty`). Such an answer is as a rule wrong, since
 the model cannot add in its head, and now and then it works a problem out, which as a rule is right. So the runs also
 answer a question: does reinforcement teach it to work things out?
@@ -62,7 +62,7 @@ class Args:
     learning_rate: float = 2e-5
     """of all runs; the scripts' default is for fresh batches, and high for batches up to 9 updates old"""
     hasty: float = 0.55
-    """share of answers at once in what the start model is trained on; 0 for the embedded model itself"""
+    """share of answers at once in what the start model is trained on; 0 for the bundled model itself"""
     prompts_per_step: int = 16
     """P; with groups of 8, 128 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -101,7 +101,7 @@ def main(args, script_options):
         run(name(mode, seed), mode, seed, args.steps, "--threads=1", start) for seed in args.seeds for mode in MODES
     ]
     runs.append(run("two-threads", ONE, args.seeds[0], args.steps, "--threads=2", start))
-    # The embedded model rambles: with room for it, a few responses are several times longer than the median. A
+    # The bundled model rambles: with room for it, a few responses are several times longer than the median. A
     # learning rate of 1e-9 keeps it so, and every step the same work.
     long_tail = ("--threads=1", "--learning-rate=1e-9", f"--max-response-tokens={LONG_TAIL_TOKENS}")
     tail_runs = [run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, *long_tail) for mode in MODES]
@@ -344,7 +344,7 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
     lengths, longest, cut = (
         column(tail[ONE][0], f"response_length/{key}").mean() for key in ("mean", "max", "truncated")
     )
-    setting = f"script options `{' '.join(script_options)}`" if script_options else "the embedded model and task"
+    setting = f"script options `{' '.join(script_options)}`" if script_options else "the bundled model and task"
     return f"""# Four sync modes over time
 
 {sentences}
@@ -412,7 +412,7 @@ At equal numbers of steps, smoothed over 15 steps; the rest in the steps with th
 
 ## Long responses
 
-The same with responses of up to {LONG_TAIL_TOKENS} tokens from the embedded model, which rambles (learning rate 1e-9),
+The same with responses of up to {LONG_TAIL_TOKENS} tokens from the bundled model, which rambles (learning rate 1e-9),
 {args.long_tail_steps} steps, one seed: mean length {lengths:.0f}, longest of a batch {longest:.0f}, {cut:.0%} of the
 responses cut at the limit. The sampler waits for the longest response of a batch.
 

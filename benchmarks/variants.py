@@ -369,7 +369,7 @@ def write_text(groups, scripts, args):
     return f"""# Variants of the loss
 
 `python benchmarks/variants.py`: {args.steps} steps with `{SETTING}`,
-seeds {", ".join(map(str, args.seeds))}, the embedded model and task.
+seeds {", ".join(map(str, args.seeds))}, the bundled model and task.
 
 ![reward over training steps](strip.png)
 

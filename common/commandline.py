@@ -70,7 +70,7 @@ def parse(Args, script, argv):
         args = _with_absolute_paths(cli())
         to_train = hasattr(args, "learning_rate") and args.model != "tiny"
         if to_train and not any(word.replace("_", "-").startswith("--learning-rate") for word in argv):
-            what = f"the default, {args.learning_rate:g}, is for the embedded model"
+            what = f"the default, {args.learning_rate:g}, is for the bundled model"
             raise BadInput(f"--learning-rate: {what}; give one for --model {args.model} (1e-6, or 1e-5 if small).")
         return args
     path = Path(run_dir) / "args.json"

@@ -16,7 +16,7 @@ from common.distributed import gather, rank, size, whole, whole_state
 from common.kernels.cpu import speed_up
 
 VLLM_VERSION = "0.32.0"
-TINY_MODEL = "tiny"  # the embedded model's name, so that a run can be resumed from another checkout
+TINY_MODEL = "tiny"  # the bundled model's name, so that a run can be resumed from another checkout
 
 
 def choose_device(name, precision, engine):
@@ -111,7 +111,7 @@ def save_model(model, tokenizer, directory):
 
 
 def location(name):
-    """Where a model of that name lies: the embedded model's directory for its name, else the name itself."""
+    """Where a model of that name lies: the bundled model's directory for its name, else the name itself."""
     return str(Path(__file__).parent / "tiny_model") if name == TINY_MODEL else name
 
 

@@ -19,13 +19,13 @@ from common.sampling.vllm import KEEP_FREED_MEMORY, make_vllm_sampler
 
 def make_rollouts(
     plan, eval_prompts, model, tokenizer, max_tokens, temperature, precision,
-    *, engine, serial, timeout, threads, name, revision,
+    *, engine, serial, timeout, threads, model_name, revision,
 ):  # fmt: skip
     """`SerialRollouts` or `OverlappedRollouts`, and PyTorch's number of threads set to match.
 
     Which of them: see the table in common/README.md, Schedule and lag. Arguments named like options are these options.
     `plan` is a `Plan`, `eval_prompts` are the prompts that `greedy` will get, model and tokenizer are the trainer's;
-    `name` and `revision` load the model once more in another process. Raises `BadInput` if sampling cannot work.
+    `model_name` and `revision` load the model once more in another process. Raises `BadInput` if sampling cannot work.
     """
     if plan.prompts_per_step < size():
         raise BadInput(f"--prompts-per-step {plan.prompts_per_step} is less than {size()} ranks: raise it.")
@@ -35,7 +35,7 @@ def make_rollouts(
     in_turns = serial or (plan.sync_interval, plan.sync_offset) == (1, 0) or (cuda and not own_gpu)
     threads = threads or (2 if in_turns and size() == 1 else 1)
     use_threads(threads)
-    check_decoding(model, plan.prompts + eval_prompts, min(8, max_tokens), temperature, precision, name)
+    check_decoding(model, plan.prompts + eval_prompts, min(8, max_tokens), temperature, precision, model_name)
     generation = (end_of_sequence_ids(model, tokenizer), max_tokens, temperature, precision)
     longest_prompt = max(map(len, plan.prompts + eval_prompts))
     if in_turns and not verified:
@@ -43,7 +43,7 @@ def make_rollouts(
     if in_turns:
         if model.device.index and size() == 1:
             raise BadInput(f"--device {model.device}: vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead.")
-        sampler = make_vllm_sampler(name, revision, threads, *generation, longest_prompt, beside=model)
+        sampler = make_vllm_sampler(model_name, revision, threads, *generation, longest_prompt, beside=model)
         return SerialRollouts(model, sampler, plan, verified)
     environment = KEEP_FREED_MEMORY if verified else {}
     if own_gpu:
@@ -51,9 +51,9 @@ def make_rollouts(
         trainers = range(ranks_here) if size() > 1 else [model.device.index or 0]
         others = [gpu for place, gpu in enumerate(visible.split(",")) if place not in trainers]
         environment = {"CUDA_VISIBLE_DEVICES": others[int(os.environ.get("LOCAL_RANK", 0))]}
-    make_sampler = partial(load_sampler, name, revision, threads, *generation)
+    make_sampler = partial(load_sampler, model_name, revision, threads, *generation)
     if verified:
-        make_sampler = partial(make_vllm_sampler, name, revision, threads, *generation, longest_prompt)
+        make_sampler = partial(make_vllm_sampler, model_name, revision, threads, *generation, longest_prompt)
     return OverlappedRollouts(model, make_sampler, plan, temperature, precision, timeout, verified, environment)
 
 

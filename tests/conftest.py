@@ -40,7 +40,7 @@ FAMILIES = {
 
 
 def build_model(family, directory, **overrides):
-    """Save a small randomly initialised model, and the embedded model's tokenizer, in Hugging Face's format.
+    """Save a small randomly initialised model, and the bundled model's tokenizer, in Hugging Face's format.
 
     Args:
         family: "qwen2" (tied embeddings), "llama" (untied) or "gpt2" (tied).

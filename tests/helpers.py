@@ -50,7 +50,7 @@ SMALL = {
     "serial": True,
     "threads": 1,
     "device": "cpu",
-    "learning_rate": 2e-4,  # which a model other than the embedded one needs to be told
+    "learning_rate": 2e-4,  # which a model other than the bundled one needs to be told
 }
 """settings of a run that takes a second; the sampler's own process takes seconds to start, see test_overlap.py"""
 

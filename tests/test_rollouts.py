@@ -52,7 +52,8 @@ def decide(monkeypatch):
         model.generation_config.eos_token_id = 0
         make_rollouts(
             Plan([[1, 2, 3], [4]], 2, 2, *schedule, 1), [[5, 6, 7, 8, 9]], model, types.SimpleNamespace(eos_token_id=1),
-            16, 1.0, "float32", engine=engine, serial=serial, timeout=60.0, threads=threads, name="tiny", revision="",
+            16, 1.0, "float32", engine=engine, serial=serial, timeout=60.0, threads=threads,
+            model_name="tiny", revision="",
         )  # fmt: skip
         return dict(started)
 
@@ -140,7 +141,7 @@ def place(tmp_path_factory):
 def rollouts_of(model, tokenizer, prompts, eval_prompts, schedule):
     return make_rollouts(
         Plan(prompts, 2, 2, *schedule, 1), eval_prompts, model, tokenizer, 8, 1.0, "float32", engine="transformers",
-        serial=False, timeout=60.0, threads=1, name=model.name_or_path, revision="",
+        serial=False, timeout=60.0, threads=1, model_name=model.name_or_path, revision="",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Chained additions, the default task: the embedded model was warm-started on it."""
+"""Chained additions, the default task: the bundled model was warm-started on it."""
 
 import random
 import re

@@ -18,7 +18,7 @@ from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
 from common.tasks import load_task
 
-# The embedded model does the sums, but does not stop: this task is content with that, and reports something more.
+# The bundled model does the sums, but does not stop: this task is content with that, and reports something more.
 LENIENT = """
 from common.tasks.addition import Addition
 

@@ -1,4 +1,4 @@
-"""Tasks: the embedded additions, GSM8K, tasks of one's own, and their prompts."""
+"""Tasks: the bundled additions, GSM8K, tasks of one's own, and their prompts."""
 
 import json
 import random
