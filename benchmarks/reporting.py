@@ -87,16 +87,19 @@ def mean_interval(values, imagined):
 
 
 def new_figure(labels, x_label, **options):
-    """A figure of panels, one per label of a y-axis, four or six of them in two rows; returns figure and axes."""
-    shape, size = (1, len(labels)), (3.8 * len(labels), 3.7)
-    if len(labels) in (4, 6):
-        shape, size = (2, len(labels) // 2), (4.75 * (len(labels) // 2), 7)
-    figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", **options)
-    axes = axes.flatten()
-    for axis, label in zip(axes, labels, strict=True):
+    """A figure of panels, one per label of a y-axis, four and more of them in two rows; returns figure and axes."""
+    rows = 1 if len(labels) < 4 else 2
+    columns = math.ceil(len(labels) / rows)
+    size = (4.75 * columns, 3.6 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
+    used, empty = np.split(axes.flatten(), [len(labels)])
+    for axis in empty:
+        axis.set_axis_off()
+    for axis, label in zip(used, labels, strict=True):
         axis.set(xlabel=x_label, ylabel=label)
+        axis.locator_params(axis="x", integer=True)
         axis.grid(alpha=0.3)
-    return figure, axes
+    return figure, used
 
 
 def plot_band(axis, runs, key, x, label, colour):
