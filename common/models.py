@@ -47,20 +47,6 @@ def require_vllm(device_type):
         raise BadInput(f"--engine vllm needs {package} {VLLM_VERSION}, which is {found}: install it ({how}).")
 
 
-def load_config(name, revision):
-    """The configuration of a model directory or hub model. Raises `BadInput` where there is no model."""
-    path = Path(location(name))
-    if os.path.isdir(path):
-        if revision:
-            raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
-        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            how = "give a directory with a saved model (benchmarks/smollm2.py makes one of a GGUF file)"
-            raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
-        raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
-    return _load(AutoConfig, name, revision)
-
-
 def load_tokenizer(name, revision=""):
     """The model's tokenizer; it may lack a padding token. Raises `BadInput`."""
     tokenizer = _load(AutoTokenizer, name, revision)
@@ -71,7 +57,7 @@ def load_tokenizer(name, revision=""):
 
 def load_model(name, revision, device, gradient_checkpointing=False):
     """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights that do not fit."""
-    config = load_config(name, revision)
+    config = _load(AutoConfig, name, revision)
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
@@ -116,6 +102,16 @@ def location(name):
 
 
 def _load(auto_class, name, revision, **options):
+    """What `auto_class` makes of a model directory or hub model. Raises `BadInput` where there is no model."""
+    path = Path(location(name))
+    if os.path.isdir(path):
+        if revision:
+            raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
+        if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
+            how = "give a directory with a saved model (benchmarks/smollm2.py makes one of a GGUF file)"
+            raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
+        raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
     try:
         # Explicitly no code from the model's directory: transformers would ask on the terminal whether to run it.
         options |= {"revision": revision or "main", "trust_remote_code": False}
@@ -129,7 +125,7 @@ def _load(auto_class, name, revision, **options):
 
 def check_context(name, revision, prompts, max_response_tokens):
     """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of unknown tokens."""
-    config = load_config(name, revision).get_text_config()
+    config = _load(AutoConfig, name, revision).get_text_config()
     longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
