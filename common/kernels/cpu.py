@@ -79,29 +79,29 @@ class Linear(torch.nn.Linear):
 def attention(module, query, key, value, attention_mask, scaling=None, **options):
     """`transformers`' "sdpa" attention, but faster in two cases. (The rest is left to PyTorch.)
 
-    - One new token per sequence, no autocast: two plain products, instead of PyTorch's walk through blocks of keys.
+    - One new token per sequence: two plain products. PyTorch would copy each key for every head that shares it.
     - Gradients of a few hundred tokens under autocast: in float32. PyTorch's bf16 backward pass takes twice as long.
 
-    The query is [B, heads, queries, D]; key and value are [B, key heads, keys, D], each head for as many neighbouring
-    ones of the query. The mask is None or bool [B, 1, queries, keys], True where a query sees a key. Scores are scaled
-    by D^−½ if `scaling` is None. Returns [B, queries, heads, D], and None for the weights, which are not kept.
+    The query is [B, heads, queries, D]; key and value are [B, key heads, keys, D], each for neighbouring heads of the
+    query. The mask is None or bool [B, 1, queries, keys], True where seen. Returns [B, queries, heads, D], and None.
     """
     B, heads, queries, D = query.shape
     plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
     plain_mask = plain_mask and options.get("position_bias") is None
-    in_bf16 = torch.is_autocast_enabled("cpu")
-    if in_bf16 and plain_mask and query.requires_grad and queries <= LONGEST_IN_FLOAT32:
+    if torch.is_autocast_enabled("cpu") and plain_mask and query.requires_grad and queries <= LONGEST_IN_FLOAT32:
         in_float32 = (tensor.float() for tensor in (query, key, value))
         with torch.autocast("cpu", enabled=False):
             found, _ = sdpa_attention_forward(module, *in_float32, attention_mask, scaling=scaling, **options)
         return found.to(torch.bfloat16), None
-    if queries > 1 or in_bf16 or not plain_mask:
+    if queries > 1 or not plain_mask:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
     grouped = query.reshape(B, key.shape[1], -1, D)  # heads that share their keys become rows of one product
-    scores = grouped @ key.transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores.masked_fill_(~attention_mask, -torch.inf)
-    return (scores.softmax(dim=-1) @ value).reshape(B, queries, heads, value.shape[-1]), None
+    exact = torch.promote_types(key.dtype, torch.float32)  # as bf16, scores would be too coarse for exp
+    with torch.autocast("cpu", enabled=False):
+        scores = grouped.to(exact) @ key.to(exact).transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
+        if attention_mask is not None:
+            scores.masked_fill_(~attention_mask, -torch.inf)
+        return (scores.softmax(dim=-1).to(value.dtype) @ value).reshape(B, queries, heads, -1), None
 
 
 AttentionInterface.register(ATTENTION, attention)

@@ -149,6 +149,22 @@ def test_attention_of_one_token_against_float64(heads, key_heads, scaling, maske
         assert relative_error(one, other) < 1e-6
 
 
+@pytest.mark.parametrize("key_dtype", [torch.float32, torch.bfloat16])
+def test_attention_of_one_token_under_autocast_is_no_coarser_than_pytorchs(key_dtype, monkeypatch):
+    query, key, value = heads_of(torch.Generator().manual_seed(0), 6, 2, 1, 300, torch.bfloat16)
+    query = 5 * query.float()  # so that scores reach 20
+    true = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        plain, _ = sdpa_attention_forward(module, query, key.to(key_dtype), value, None, dropout=0.0)
+        monkeypatch.setattr(cpu, "sdpa_attention_forward", None)
+        found, _ = cpu.attention(module, query, key.to(key_dtype), value, None, dropout=0.0)
+    assert found.dtype == plain.dtype == torch.bfloat16
+    errors = [relative_error(one, true.transpose(1, 2)) for one in (found, plain)]
+    assert errors[0] < 1.1 * errors[1] and errors[1] < 2**-7
+
+
 def float_mask(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
 
