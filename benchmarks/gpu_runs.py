@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 from benchmarks import reporting
 from benchmarks.launcher import as_options, run_once, torchrun
-from common.models import TINY_MODEL, end_of_sequence_ids, load_model, load_tokenizer
+from common.models import TINY_MODEL, choose_device, end_of_sequence_ids, load_model, load_tokenizer
 from common.runlog import read_metrics
 from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
@@ -98,7 +98,8 @@ bound between two tokens, rounding decides, and the rest of the response differs
 def first_batch(device, precision):
     """The samples that the default run's first step begins with."""
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
-    model = load_model(TINY_MODEL, "", torch.device(device))
+    device, precision = choose_device(device, precision, "transformers")
+    model = load_model(TINY_MODEL, "", device)
     prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
     plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, defaults.seed)
     generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
@@ -181,16 +182,18 @@ def smollm2(args, directory):
 
 def ranks(args, directory):
     """The same steps on one GPU and on two, which sample and train half of each batch."""
-    runs = {n: train_smollm2(args, directory, "Extraction", 6, ranks=n, name=f"{n}-ranks") for n in (1, 2)}
-    table = timing_table([timings(f"ranks: {n}", run_dir) for n, run_dir in runs.items()])
-    found = {n: reporting.column(reporting.read_steps(run_dir), "reward/mean") for n, run_dir in runs.items()}
-    rewards = [[n, *(f"{reward:.4f}" for reward in of_steps)] for n, of_steps in found.items()]
-    header = ["ranks", *(f"step {step}" for step in range(1, len(rewards[0])))]
-    yield (
-        f"# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step\n\n{table}\n\n"
-        f"Rewards by step; equal, but for rounding that changes a sample:\n\n{reporting.table(header, rewards)}\n",
-        runs[2],
-    )
+    rows, rewards = [], []
+    for n in (1, 2):
+        run_dir = train_smollm2(args, directory, "Extraction", 6, ranks=n, name=f"{n}-ranks")
+        rows.append(timings(f"ranks: {n}", run_dir))
+        of_steps = reporting.column(reporting.read_steps(run_dir), "reward/mean")
+        rewards.append([n, *(f"{reward:.4f}" for reward in of_steps)])
+        by_step = reporting.table(["ranks", *(f"step {step}" for step in range(1, len(rewards[0])))], rewards)
+        yield (
+            "# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step\n\n"
+            f"{timing_table(rows)}\n\nRewards by step; equal, but for rounding that changes a sample:\n\n{by_step}\n",
+            run_dir,
+        )
 
 
 def qwen(args, directory):

@@ -37,21 +37,28 @@ fi
 mkdir -p "$out"
 date '+%F %T' >>"$out/summary.txt"
 failed=0
+met=
+set -m # parts get process groups of their own
+trap 'kill -TERM $child; exit 130' INT TERM
 
 part() {  # name, command
     [[ " ${PARTS:-$1} " == *" $1 "* ]] || return 0
-    local name=$1 started=$SECONDS left=$((limit - SECONDS)) code end
+    local name=$1 started=$SECONDS left=$((limit - SECONDS)) code end seconds
     shift
+    met+=" $name "
     echo "== $name"
     if ((left <= 0)); then
         end="not run: $limit s are over"
     else
         # An interrupt reaches the part's own processes as well, and lets them remove their temporary files.
-        timeout --signal INT --kill-after 15 $((longest < left ? longest : left)) "$@" >"$out/$name.log" 2>&1
+        seconds=$((longest < left ? longest : left))
+        timeout --signal INT --kill-after 15 $seconds "$@" >"$out/$name.log" 2>&1 &
+        child=$!
+        wait $child
         code=$?
         tail -n 3 "$out/$name.log"
         end="exit code $code after $((SECONDS - started)) s"
-        ((code != 124 && code != 137)) || end="stopped after $((SECONDS - started)) s, for lack of time"
+        ((SECONDS - started < seconds)) || end="stopped after $((SECONDS - started)) s, for lack of time"
     fi
     echo "$name: $end" | tee -a "$out/summary.txt"
     [[ $end == "exit code 0 "* ]] || failed=1
@@ -83,4 +90,10 @@ if has vllm; then
 fi
 part attention python $runs attention "${tiny[@]}" --output "$out"
 part other_sizes python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 896 3584 --output "$out/other_sizes"
+for name in ${PARTS:-}; do
+    if [[ $met != *" $name "* ]]; then
+        echo "$name: not run: there is no such part, or not what it needs" | tee -a "$out/summary.txt"
+        failed=1
+    fi
+done
 exit $failed

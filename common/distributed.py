@@ -125,7 +125,7 @@ def one_pass(function):
         if not isinstance(model, FSDPModule):
             return function(model, *args)
         result = model.as_one_pass(function, *args)
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() and hasattr(model, "reset_iter_state"):  # PyTorch 2.13 has it
             model.reset_iter_state()  # else FSDP2 keeps a list of all layers passed, up to the next backward pass
         return result
 

@@ -57,7 +57,7 @@ def load_tokenizer(name, revision=""):
 
 def load_model(name, revision, device, gradient_checkpointing=False):
     """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights that do not fit."""
-    config = _load(AutoConfig, name, revision)
+    config = gather(_load(AutoConfig, name, revision))[0]  # rank 0's, should another machine hold another model
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
@@ -72,8 +72,11 @@ def load_model(name, revision, device, gradient_checkpointing=False):
     else:  # weights come with `distributed.shard`; until then, memory that is never written takes no room
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        model.tie_weights()
-    model.generation_config = gather(model.generation_config)[0]
+    model.generation_config, model.all_tied_weights_keys = gather(
+        (model.generation_config, model.all_tied_weights_keys)  # rank 0 ties only weights that are equal in the files
+    )[0]
+    if rank() > 0:
+        model.tie_weights(recompute_mapping=False)
     if device.type == "cpu":
         speed_up(model)
     if gradient_checkpointing:

@@ -116,6 +116,14 @@ def loaded(directory):
     return after - before, _resident_bytes() - before, end_of_sequence_ids(model, load_tokenizer(directory))
 
 
+def weights(directory):
+    """All weights of a sharded model, as this rank can gather them."""
+    distributed.join_ranks(CPU, 60)
+    model = load_model(directory, "", CPU)
+    distributed.shard(model, CPU)
+    return {name: distributed.whole(parameter).detach() for name, parameter in model.named_parameters()}
+
+
 def _resident_bytes():
     gc.collect()
     return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])

@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from common import distributed
 from common.sampling import Batch
@@ -142,6 +143,16 @@ def test_one_rank_reads_the_weights(tmp_path):
     loaded, sharded, end_ids = zip(*ranks.run_ranks(3, ranks.loaded, directory), strict=True)
     assert loaded[0] > 0.9 * size and max(loaded[1:]) < 0.1 * size and max(sharded) < 0.7 * size
     assert all({7, 9} < ids == end_ids[0] for ids in end_ids)
+
+
+def test_weights_that_only_the_config_calls_tied_are_apart_on_all_ranks(tmp_path):
+    directory = build_model("qwen2", tmp_path / "model", tie_word_embeddings=True)
+    (path,) = (tmp_path / "model").glob("*.safetensors")
+    tensors = load_file(path)
+    head = tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors, path, {"format": "pt"})
+    for found in ranks.run_ranks(2, ranks.weights, directory):
+        assert torch.equal(found["lm_head.weight"], head)
 
 
 # Whole runs
