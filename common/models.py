@@ -111,7 +111,7 @@ def _load(auto_class, name, revision, **options):
         if revision:
             raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            how = "give a directory with a saved model (benchmarks/smollm2.py makes one of a GGUF file)"
+            how = "give a directory with a saved model (benchmarks/smollm2.py shows how to convert a GGUF file)"
             raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
         raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")

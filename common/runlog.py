@@ -127,7 +127,7 @@ class RunLog:
         self.without_signal = self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
             what = f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see completions.jsonl)"
-            how = "if all are wrong, try easier problems, a larger --group-size, or reward parts of an answer"
+            how = "if all are wrong, raise --group-size or --max-response-tokens, or reward parts of an answer"
             tqdm.write(f"{what}: {how}.", file=sys.stderr)
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("update_skipped") else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
@@ -178,7 +178,7 @@ class RunLog:
             self.lock = _locked(self.dir)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise BadInput(f"--name {self.dir.name}: {self.dir} cannot be made ({error}).") from error
+            raise BadInput(f"--output, --name: {self.dir} cannot be made ({error}): give others.") from error
 
     def _track(self):
         """Send every metric to Weights & Biases, too."""

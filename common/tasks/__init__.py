@@ -77,7 +77,8 @@ def load_task(name, data="", eval_data="", eval_size=256):
     except BadInput:
         raise
     except Exception as error:
-        raise BadInput(f"--task {name} cannot be loaded ({type(error).__name__}: {error}): mend that file.") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(f"--task {name} cannot be loaded ({reason}): check path, class and code.") from error
     if not isinstance(task, Task):
         raise BadInput(f"--task {name}: {class_name} is no task; let it inherit from common.tasks.Task.")
     return task
