@@ -178,7 +178,8 @@ class RunLog:
             self.lock = _locked(self.dir)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise BadInput(f"--output, --name: {self.dir} cannot be made ({error}): give others.") from error
+            what = f"--name {self.dir.name}: {self.dir} cannot be made ({error})"
+            raise BadInput(f"{what}: give another, or another --output.") from error
 
     def _track(self):
         """Send every metric to Weights & Biases, too."""
