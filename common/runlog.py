@@ -178,8 +178,7 @@ class RunLog:
             self.lock = _locked(self.dir)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            what = f"--name {self.dir.name}: {self.dir} cannot be made ({error})"
-            raise BadInput(f"{what}: give another, or another --output.") from error
+            raise BadInput(f"--name {self.dir.name}: {self.dir} cannot be made ({error}): see --output.") from error
 
     def _track(self):
         """Send every metric to Weights & Biases, too."""
