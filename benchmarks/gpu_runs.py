@@ -81,7 +81,7 @@ def agreement(args, directory):
         rows[-1].append(f"{read_metrics(run_dir)[0]['eval/accuracy']:.3f}")
     header = ["script", "device", "precision", "reward", "loss", "gradient norm", "entropy"]
     header += ["mean mismatch (nats)", "largest", "accuracy before training"]
-    batches = {setting: first_batch(*setting) for setting in settings}
+    batches = {setting: first_batches(*setting)(grpo.Args.seed) for setting in settings}
     shares = [[*setting, *compare_batches(batches["cpu", "float32"], batch)] for setting, batch in batches.items()]
     text = f"""# The first step on a GPU and on a CPU
 
@@ -95,15 +95,20 @@ bound between two tokens, rounding decides, and the rest of the response differs
     yield text, run_dir
 
 
-def first_batch(device, precision):
-    """The samples that the default run's first step begins with."""
+def first_batches(device, precision):
+    """A function from a seed to what the default run's first step samples with it."""
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
     device, precision = choose_device(device, precision, "transformers")
     model = load_model(TINY_MODEL, "", device)
     prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
-    plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, defaults.seed)
     generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
-    return next(plan.sample(TransformersSampler(model, *generation), [1]))
+    sampler = TransformersSampler(model, *generation)
+
+    def first_batch(seed):
+        plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, seed)
+        return next(plan.sample(sampler, [1]))
+
+    return first_batch
 
 
 def compare_batches(truth, batch):
@@ -137,17 +142,11 @@ def timing_table(rows):
 def attention(args, directory):
     """Seconds to sample a batch of the default run with new random numbers each time, so that shapes are new, too."""
     run_dir = train("grpo", directory, num_steps=1, device=args.device, name="run")  # for its environment
-    defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
-    precision = "bfloat16" if args.device.startswith("cuda") else "float32"
-    model = load_model(TINY_MODEL, "", torch.device(args.device))
-    prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
-    generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
-    sampler, seconds = TransformersSampler(model, *generation), {True: [], False: []}
+    first_batch, seconds = first_batches(args.device, "auto"), {True: [], False: []}
     for k in range(1, 2 * (args.steps or 6) + 1):
         for cudnn, times in seconds.items():
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
-            plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, seed=k + 1000 * cudnn)
-            times.append(next(plan.sample(sampler, [1])).metrics["time/sample"])
+            times.append(first_batch(seed=k + 1000 * cudnn).metrics["time/sample"])
     rows = [["with" if cudnn else "without", ", ".join(f"{t:.2f}" for t in times)] for cudnn, times in seconds.items()]
     yield f"# Sampling with and without cuDNN's attention\n\n{reporting.table(['cuDNN', 'seconds'], rows)}\n", run_dir
 

@@ -38,8 +38,9 @@ mkdir -p "$out"
 date '+%F %T' >>"$out/summary.txt"
 failed=0
 met=
+child=
 set -m # parts get process groups of their own
-trap 'kill -TERM $child; exit 130' INT TERM
+trap 'kill -TERM $child 2>/dev/null; exit 130' INT TERM
 
 part() {  # name, command
     [[ " ${PARTS:-$1} " == *" $1 "* ]] || return 0

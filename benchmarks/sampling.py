@@ -72,10 +72,8 @@ def main(args):
     samplers = {"`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)}
     if find_spec("vllm"):
         plan = Plan(prompts, P, G, 1, 0, DEFAULTS.seed)
-        options = {"engine": "vllm", "serial": True, "timeout": 0, "threads": args.threads}
-        engine = make_rollouts(
-            plan, [], model, tokenizer, *generation, model_name=args.model, revision="", **options
-        ).sampler
+        options = {"engine": "vllm", "serial": True, "timeout": 0, "threads": args.threads, "model_name": args.model}
+        engine = make_rollouts(plan, [], model, tokenizer, *generation, revision="", **options).sampler
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         deliver(engine, tensors, describe(model, 0, args.precision))
         samplers["vLLM, with log-probs"] = engine
