@@ -1,41 +1,48 @@
 # --- algorithm ---
 """GRPO, Group Relative Policy Optimization (Shao et al., DeepSeekMath, arXiv 2402.03300).
 
-For each of P prompts x_i, sample a group of G responses y_ij and grade them. Responses with a reward above their
-group's mean become more likely, those below it less likely. With the reward r_ij, the group's mean r̄_i and its
-standard deviation σ_i,
+For each of P prompts x_i, sample a group of G responses y_ij and grade them. Responses with a
+reward above their group's mean become more likely, those below it less likely. With the reward
+r_ij, the group's mean r̄_i and its standard deviation σ_i,
 
-    A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)                                  the advantage, shared by all tokens of y_ij
-    ρ_ijt = π_θ(y_ijt | x_i, y_ij,<t) / π_old(y_ijt | x_i, y_ij,<t)     the ratio to the policy that sampled the token
+    A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)                                  the advantage, shared by
+    all tokens of y_ij
+    ρ_ijt = π_θ(y_ijt | x_i, y_ij,<t) / π_old(y_ijt | x_i, y_ij,<t)     the ratio to the policy that
+    sampled the token
     loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)
 
-where N is the number of response tokens in the whole batch. There is no value function: the group's mean is the
-baseline, an estimate of the reward to expect for this prompt. The ratio ρ is an importance weight, which partly
-corrects for sampling from an older policy. Clipping removes a token's gradient once ρ > 1+ε_high (if A > 0) or
-ρ < 1−ε_low (if A < 0). A group with equal rewards has A = 0: it adds no gradient, though its tokens count in N.
+where N is the number of response tokens in the whole batch. There is no value function: the group's
+mean is the baseline, an estimate of the reward to expect for this prompt. The ratio ρ is an
+importance weight, which partly corrects for sampling from an older policy. Clipping removes a
+token's gradient once ρ > 1+ε_high (if A > 0) or ρ < 1−ε_low (if A < 0). A group with equal rewards
+has A = 0: it adds no gradient, though its tokens count in N.
 
 Differences from the paper:
-- Every token has the same weight 1/N, whichever response it is in (DAPO, arXiv 2503.14476, does so within a group). The
-  paper averages within each response first, so that each token of a long response gets a smaller gradient.
+- Every token has the same weight 1/N, whichever response it is in (DAPO, arXiv 2503.14476, does so
+  within a group). The paper averages within each response first, so that each token of a long
+  response gets a smaller gradient.
 - No KL penalty; the KL to the initial policy is logged.
-- log π_old is what the sampler reported with the token; the trainer does not recompute it. Each batch gives one update.
-  So by default ρ = 1 up to rounding: the gradient is that of A log π, and next to nothing is clipped. With
-  --sync-interval or --sync-offset the sampler's weights lag by some updates, and ρ moves away from 1.
+- log π_old is what the sampler reported with the token; the trainer does not recompute it. Each
+  batch gives one update. So by default ρ = 1 up to rounding: the gradient is that of A log π, and
+  next to nothing is clipped. With --sync-interval or --sync-offset the sampler's weights lag by
+  some updates, and ρ moves away from 1.
 - ε_low and ε_high are separate; the paper has one ε for both.
 
 Usage:
     # The tiny model and the default task, a few minutes on a CPU.
     python grpo.py
     # A pretrained model on GSM8K, on a GPU.
-    python grpo.py --task gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B-Instruct --learning-rate 1e-6 \
+    python grpo.py --task gsm8k --data openai/gsm8k:main --model Qwen/Qwen2.5-0.5B-Instruct
+    --learning-rate 1e-6 \
         --max-response-tokens 1024
 """
 # --- end algorithm ---
 
-# Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B sequences (P·G in a batch,
-# group by group; fewer in a micro-batch), T predicted tokens of a padded sequence, 1 broadcast. grpo.py,
-# rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm", and nowhere else. In a single process,
-# `distributed` returns what it is given: on a first reading, skip it.
+# Suffixes of tensor names are dimensions: P prompts, G responses per prompt (the group), B
+# sequences (P·G in a batch, group by group; fewer in a micro-batch), T predicted tokens of a padded
+# sequence, 1 broadcast. grpo.py, rec_oneside_nois.py and red_weight.py differ in the regions marked
+# "algorithm", and nowhere else. In a single process, `distributed` returns what it is given: on a
+# first reading, skip it.
 
 import math
 from dataclasses import dataclass
@@ -60,13 +67,17 @@ from common.tasks import load_problem_sets
 class Args:
     # --- algorithm ---
     clip_low: float = 0.2
-    """ε_low: a token with a negative advantage gets no gradient once its ratio is below 1 − ε_low"""
+    """ε_low: a token with a negative advantage gets no gradient once its ratio is below 1 − ε_low
+    """
     clip_high: float = 0.2
-    """ε_high: a token with a positive advantage gets no gradient once its ratio is above 1 + ε_high"""
+    """ε_high: a token with a positive advantage gets no gradient once its ratio is above 1 + ε_high
+    """
     # --- end algorithm ---
 
     model: str = "tiny"
-    """directory or hub name of a Hugging Face causal language model, or tiny, the one in common/tiny_model"""
+    """directory or hub name of a Hugging Face causal language model, or tiny, the one in
+    common/tiny_model
+    """
     revision: str = ""
     """revision of a hub model; empty for its main branch"""
     task: str = "addition"
@@ -87,13 +98,19 @@ class Args:
     sync_interval: int = 1
     """I: the sampler gets new weights every I steps"""
     sync_offset: int = 0
-    """O: sampling is O batches ahead, and weights lag by up to O + I − 1 updates; I = O = 1 is one-step off-policy"""
+    """O: sampling is O batches ahead, and weights lag by up to O + I − 1 updates; I = O = 1 is
+    one-step off-policy
+    """
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
     serial: bool = False
-    """sample and train alternately in one process, even where a second process could sample during training"""
+    """sample and train alternately in one process, even where a second process could sample during
+    training
+    """
     sampler_timeout: float = 300.0
-    """stop if the sampler's process decodes no token, or a rank does not respond, for this many seconds"""
+    """stop if the sampler's process decodes no token, or a rank does not respond, for this many
+    seconds
+    """
 
     max_prompt_tokens: int = 1024
     """problems with longer prompts are left out"""
@@ -109,7 +126,9 @@ class Args:
     max_grad_norm: float = 1.0
     """clip the global L2 norm of the gradient to this"""
     max_tokens_per_microbatch: int = 2048
-    """tokens in one forward and backward pass, padding included; affects memory and speed, not the gradient"""
+    """tokens in one forward and backward pass, padding included; affects memory and speed, not the
+    gradient
+    """
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     reference_kl: bool = True
@@ -118,11 +137,15 @@ class Args:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU, float32 on a CPU"""
+    """precision of matrix products; weights are always float32; auto is bfloat16 autocast on a GPU,
+    float32 on a CPU
+    """
     replicas: int = 1
     """with torchrun: copies of the model, each sharded over an equal share of the ranks"""
     threads: int = 0
-    """CPU threads per process (affects rounding); 0 means 2 for a single process, 1 each for several"""
+    """CPU threads per process (affects rounding); 0 means 2 for a single process, 1 each for
+    several
+    """
 
     eval_interval: int = 25
     """evaluate on held-out problems at the start, every so many steps and at the end"""
@@ -131,7 +154,8 @@ class Args:
     checkpoint_interval: int = 25
     """write a checkpoint every so many steps and at the end"""
     rollouts_interval: int = 10
-    """record two groups token by token every so many steps, for the page rollouts.html; 0 for never"""
+    """record two groups token by token every so many steps, for the page rollouts.html; 0 for never
+    """
     output: str = "runs"
     """the run's directory is OUTPUT/NAME"""
     name: str = ""
@@ -146,7 +170,9 @@ class Args:
 
 # --- algorithm ---
 def advantages(rewards_PG, args):
-    """A = (r − r̄) / (σ + 1e-6) with the group's mean and population standard deviation, in float64."""
+    """A = (r − r̄) / (σ + 1e-6) with the group's mean and population standard deviation, in
+    float64.
+    """
     centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     advantages_PG = centred_PG / (rewards_PG.std(dim=1, correction=0, keepdim=True) + 1e-6)
     # For equal rewards exactly 0, despite rounding of the mean: `main` gives them no backward pass.
@@ -159,7 +185,9 @@ def advantages(rewards_PG, args):
 
 # --- algorithm ---
 def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-    """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A) of each token. `main` applies mask_BT; losses of sequences need it."""
+    """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A) of each token. `main` applies mask_BT; losses of
+    sequences need it.
+    """
     ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT)  # ρ = π_θ / π_old
     clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
     return -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
@@ -171,22 +199,33 @@ def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, arg
 def main(args):
     # Setup. The input is checked before a model is loaded.
     device, precision = choose_device(args.device, args.precision, args.engine)
-    distributed.join_ranks(device, args.sampler_timeout)  # under torchrun; see common/distributed.py
+    distributed.join_ranks(
+        device, args.sampler_timeout
+    )  # under torchrun; see common/distributed.py
     log = open_log(__file__, vars(args))
     tokenizer = load_tokenizer(args.model, args.revision)
     train_set, eval_set = load_problem_sets(
         args.task, args.data, args.eval_data, args.eval_size, tokenizer, args.max_prompt_tokens
     )
-    check_context(args.model, args.revision, train_set.prompts + eval_set.prompts, args.max_response_tokens)
+    check_context(
+        args.model, args.revision, train_set.prompts + eval_set.prompts, args.max_response_tokens
+    )
 
     model = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     log.remember_inputs(model, train_set, eval_set)  # a resumed run must find them unchanged
     distributed.shard(model, device, args.replicas)
-    reference = load_model(args.model, args.revision, device).requires_grad_(False) if args.reference_kl else None
+    reference = (
+        load_model(args.model, args.revision, device).requires_grad_(False)
+        if args.reference_kl
+        else None
+    )
     distributed.shard(reference, device, args.replicas)
     # No weight decay: only the reward should move the policy.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0)
-    # Which prompts each step samples, with the weights after which update; under torchrun, this rank's share of them.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, betas=(0.9, 0.999), weight_decay=0.0
+    )
+    # Which prompts each step samples, with the weights after which update; under torchrun, this
+    # rank's share of them.
     plan = Plan(
         train_set.prompts, args.prompts_per_step, args.group_size, args.sync_interval, args.sync_offset, args.seed,
         distributed.share(args.prompts_per_step),
@@ -206,47 +245,65 @@ def main(args):
             log.write(0, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))  # sequences for rollouts.html; none on most steps
+            metrics = StepMetrics(
+                log.recorded_rows(step)
+            )  # sequences for rollouts.html; none on most steps
 
-            # Sample G responses to each of P prompts, with the log-prob of every sampled token. By default, this call
-            # does it, with the current weights. Where weights may lag, sampling may run beside training, in a second
-            # process (see common/README.md, "Schedule and lag").
+            # Sample G responses to each of P prompts, with the log-prob of every sampled token. By
+            # default, this call does it, with the current weights. Where weights may lag, sampling
+            # may run beside training, in a second process (see common/README.md, "Schedule and
+            # lag").
             batch = rollouts.next(step)
             metrics.lap("wait")
 
             # Grade each response, and turn the rewards of a group into advantages.
             grades, texts = train_set.grade(batch.problems, batch.responses)
-            batch, grades, texts = distributed.gather_batch(batch, grades, texts)  # all ranks know the whole batch
-            rewards_PG = torch.tensor([g["reward"] for g in grades], dtype=torch.float64).view(-1, args.group_size)
+            batch, grades, texts = distributed.gather_batch(
+                batch, grades, texts
+            )  # all ranks know the whole batch
+            rewards_PG = torch.tensor([g["reward"] for g in grades], dtype=torch.float64).view(
+                -1, args.group_size
+            )
             advantages_B = advantages(rewards_PG, args).flatten()
             metrics.lap("grade")
 
-            # Loss and gradient, in micro-batches. N counts the whole batch, so the split does not change the gradient.
-            # Responses with advantage 0 have gradient 0: they form micro-batches of their own, with a forward pass
-            # only, for the metrics.
+            # Loss and gradient, in micro-batches. N counts the whole batch, so the split does not
+            # change the gradient. Responses with advantage 0 have gradient 0: they form
+            # micro-batches of their own, with a forward pass only, for the metrics.
             N = sum(len(response) for response in batch.responses)
             has_gradient = (advantages_B != 0).tolist()
-            for parameter in model.parameters():  # not None: on zeros, AdamW still follows its momentum
+            for (
+                parameter
+            ) in model.parameters():  # not None: on zeros, AdamW still follows its momentum
                 parameter.grad = torch.zeros_like(parameter)
             total_loss = 0.0
-            splits = split_by_token_budget(batch.lengths, args.max_tokens_per_microbatch, has_gradient)
-            # In a single process: all of them, with real = True. Under torchrun: this rank's share; to make as many
-            # passes as the other ranks, it may repeat rows, with real = False.
+            splits = split_by_token_budget(
+                batch.lengths, args.max_tokens_per_microbatch, has_gradient
+            )
+            # In a single process: all of them, with real = True. Under torchrun: this rank's share;
+            # to make as many passes as the other ranks, it may repeat rows, with real = False.
             for rows, real in progress(distributed.deal(splits, has_gradient), "micro-batches"):
                 micro = collate(batch, rows, device)
                 advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
                 backward = has_gradient[rows[0]]  # equal for all rows of a micro-batch
                 with torch.set_grad_enabled(backward):
-                    logprobs_BT, entropy_BT = token_logprobs(model, micro, args.temperature, precision)
+                    logprobs_BT, entropy_BT = token_logprobs(
+                        model, micro, args.temperature, precision
+                    )
                     losses_BT = per_token_loss(
                         logprobs_BT, micro.sampler_logprobs_BT, advantages_B1, micro.mask_BT, args
                     )
                     loss = real * losses_BT[micro.mask_BT].sum() / N  # 1/N Σ over response tokens
                 if backward:
-                    logprobs_BT.retain_grad()  # for the metrics: a response token with gradient 0 was clipped
-                    loss.backward()  # gradients accumulate over micro-batches, and are summed over ranks
+                    # for the metrics: a response token with gradient 0 was clipped
+                    logprobs_BT.retain_grad()
+                    # gradients accumulate over micro-batches, and are summed over ranks
+                    loss.backward()
                 with torch.no_grad():
-                    ref_logprobs_BT = reference and token_logprobs(reference, micro, args.temperature, precision)[0]
+                    ref_logprobs_BT = (
+                        reference
+                        and token_logprobs(reference, micro, args.temperature, precision)[0]
+                    )
                 if real:
                     metrics.add_tokens(micro, logprobs_BT, entropy_BT, ref_logprobs_BT)
                 total_loss += loss.item()
@@ -255,13 +312,16 @@ def main(args):
             # Update.
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             grad_norm = distributed.whole(grad_norm).item()
-            lr = optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / max(1, args.warmup_steps))
+            lr = optimizer.param_groups[0]["lr"] = args.learning_rate * min(
+                1.0, step / max(1, args.warmup_steps)
+            )
             finite = math.isfinite(total_loss + grad_norm)
             if finite:  # else skip the update; log.write ends the run after several in a row
                 optimizer.step()
             metrics.lap("train")
 
-            # Evaluate, always with the newest weights; then hand them to the sampler if the schedule says so.
+            # Evaluate, always with the newest weights; then hand them to the sampler if the
+            # schedule says so.
             evaluation = {}
             if step % args.eval_interval == 0 or step == args.num_steps:
                 evaluation = eval_set.evaluate(rollouts)
@@ -270,10 +330,22 @@ def main(args):
             metrics.lap("sync")
 
             # Log, and write a checkpoint.
-            measured = {"loss": total_loss, "grad_norm": grad_norm, "lr": lr, "update_skipped": float(not finite)}
-            log.write(step, measured | evaluation | metrics.result(batch, rewards_PG, grades, device, precision))
+            measured = {
+                "loss": total_loss,
+                "grad_norm": grad_norm,
+                "lr": lr,
+                "update_skipped": float(not finite),
+            }
+            log.write(
+                step,
+                measured
+                | evaluation
+                | metrics.result(batch, rewards_PG, grades, device, precision),
+            )
             problems = [train_set.problems[number] for number in batch.problems]
-            log.write_completions(step, batch, problems, texts, rewards_PG, advantages_B, metrics.tokens)
+            log.write_completions(
+                step, batch, problems, texts, rewards_PG, advantages_B, metrics.tokens
+            )
             last = step == args.num_steps or any(distributed.gather(interrupt.requested))
             if last or step % args.checkpoint_interval == 0:
                 save_checkpoint(log.dir, step, checkpointed)

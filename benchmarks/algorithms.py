@@ -1,18 +1,23 @@
 """The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, five seeds each.
 
-    python benchmarks/algorithms.py             25 runs on the bundled task, two at a time; half an hour
+    python benchmarks/algorithms.py             25 runs on the bundled task, two at a time; half an
+    hour
     python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
 
-A right answer earns 8 here, as the axis of the published figure suggests. That matters to RED-Weight, which has τ = 1,
-as in its authors' code. A response's weight is exp(A/τ); with rewards 0 and s, a wrong response has exp(−s/τ) times the
-weight of a right one in its group, whatever the group's mean: 0.0003 for s/τ = 8, where little but imitation is left,
-0.018 for 4, and 0.37 for 1. As an ablation, it is also trained with τ = 2 and 8.
+A right answer earns 8 here, as the axis of the published figure suggests. That matters to
+RED-Weight, which has τ = 1, as in its authors' code. A response's weight is exp(A/τ); with rewards
+0 and s, a wrong response has exp(−s/τ) times the weight of a right one in its group, whatever the
+group's mean: 0.0003 for s/τ = 8, where little but imitation is left, 0.018 for 4, and 0.37 for 1.
+As an ablation, it is also trained with τ = 2 and 8.
 
-Writes `figure.png`, `tau.png`, `curves.csv` and `report.md`, which compares our curves with the published ones. The
-setting was chosen by `scans.py`, on other seeds. Repeat the command to continue where it was stopped.
+Writes `figure.png`, `tau.png`, `curves.csv` and `report.md`, which compares our curves with the
+published ones. The setting was chosen by `scans.py`, on other seeds. Repeat the command to continue
+where it was stopped.
 
-Options it does not know go to the training scripts, so the same command is the recipe for other models and data:
-    python benchmarks/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs runs/algorithms-3b \
+Options it does not know go to the training scripts, so the same command is the recipe for other
+models and data:
+    python benchmarks/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs
+    runs/algorithms-3b \
         --output results-3b --model Qwen/Qwen2.5-3B-Instruct --task gsm8k --data openai/gsm8k:main \
         --temperature 1.0 --learning-rate 1e-6 --max-response-tokens 1024 --gradient-checkpointing
 """
@@ -38,7 +43,13 @@ RED = list(SCRIPTS)[2]
 TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (2, 8)}
 RIGHT = 8  # the reward of a right answer
 TASK = "benchmarks/algorithms.py:AdditionForMore"
-COLOURS = dict(zip([*SCRIPTS, *TAUS], ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue"), strict=True))
+COLOURS = dict(
+    zip(
+        [*SCRIPTS, *TAUS],
+        ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue"),
+        strict=True,
+    )
+)
 PANELS = {
     "reward/mean": "Training Reward",
     "kl/ref_k2": "KL Divergence",
@@ -53,7 +64,9 @@ class Args:
     steps: int = 200
     """training steps of each run"""
     learning_rate: float = 5e-5
-    """of all runs; the scripts' default is for fresh batches, and too high for batches up to 19 updates old"""
+    """of all runs; the scripts' default is for fresh batches, and too high for batches up to 19
+    updates old
+    """
     temperature: float = 1.2
     """of all runs; above 1, responses are more varied"""
     prompts_per_step: int = 8
@@ -75,7 +88,12 @@ def main(args, script_options):
         args.steps, args.seeds, args.prompts_per_step = 40, args.seeds[:1], 4
         reporting.use_quick_directories(args, Args.output)
     options = ["--sync-interval", str(SYNC_INTERVAL), "--threads", "1", "--serial"]
-    options += ["--prompts-per-step", str(args.prompts_per_step), "--learning-rate", str(args.learning_rate)]
+    options += [
+        "--prompts-per-step",
+        str(args.prompts_per_step),
+        "--learning-rate",
+        str(args.learning_rate),
+    ]
     options += ["--temperature", str(args.temperature), "--task", TASK]
     curves = {label: (script, []) for label, script in SCRIPTS.items()}
     curves |= {label: (SCRIPTS[RED], ["--tau", str(tau)]) for label, tau in TAUS.items()}
@@ -85,25 +103,37 @@ def main(args, script_options):
         for label, (script, own) in curves.items()
     }
     runs = [
-        Run(name, curves[label][0], ["--seed", str(seed), *curves[label][1], *options, *script_options])
+        Run(
+            name,
+            curves[label][0],
+            ["--seed", str(seed), *curves[label][1], *options, *script_options],
+        )
         for (label, seed), name in names.items()
     ]
     run_all(runs, args.steps, args.runs, args.jobs)
 
     everything = {
-        label: [reporting.read_steps(args.runs / names[label, seed]) for seed in args.seeds] for label in curves
+        label: [reporting.read_steps(args.runs / names[label, seed]) for seed in args.seeds]
+        for label in curves
     }
     groups = {label: everything[label] for label in SCRIPTS}
     marks = {
-        key: {label: list(zip((1, args.steps), values[script], strict=True)) for label, script in SCRIPTS.items()}
+        key: {
+            label: list(zip((1, args.steps), values[script], strict=True))
+            for label, script in SCRIPTS.items()
+        }
         for key, values in json.loads(PUBLISHED.read_text())["curves"].items()
     }
     reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, published=marks)
     ablation = {label: runs for label, runs in everything.items() if label.startswith(RED)}
-    reporting.plot_runs(args.output / "tau.png", ablation, COLOURS, PANELS, logarithmic=["kl/ref_k2"])
+    reporting.plot_runs(
+        args.output / "tau.png", ablation, COLOURS, PANELS, logarithmic=["kl/ref_k2"]
+    )
     reporting.write_curves(args.output / "curves.csv", everything, args.seeds, ["step", *PANELS])
     report = write_text(groups, everything, args, script_options)
-    reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
+    reporting.write_report(
+        args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name)
+    )
 
 
 class AdditionForMore(Addition):
@@ -116,11 +146,15 @@ class AdditionForMore(Addition):
 
 def tenths(runs, key):
     """Means of each tenth of the runs, [seeds, 10]."""
-    return np.array([[piece.mean() for piece in np.array_split(column(records, key), 10)] for records in runs])
+    return np.array(
+        [[piece.mean() for piece in np.array_split(column(records, key), 10)] for records in runs]
+    )
 
 
 def direction(runs, key):
-    """ "rises", "falls" or "flat", if the mean change over seeds is smaller than the spread of the changes."""
+    """ "rises", "falls" or "flat", if the mean change over seeds is smaller than the spread of the
+    changes.
+    """
     changes = np.diff(tenths(runs, key)[:, [0, -1]])
     if abs(changes.mean()) < changes.max() - changes.min():
         return "flat"
@@ -130,8 +164,13 @@ def direction(runs, key):
 def observations(groups):
     """What the published figure shows, and whether our runs do: a list of (statement, bool)."""
     grpo, rec, red = groups
-    of_tenths = {key: {label: tenths(runs, key).mean(axis=0) for label, runs in groups.items()} for key in PANELS}
-    mean = {key: {label: values.mean() for label, values in of_tenths[key].items()} for key in PANELS}
+    of_tenths = {
+        key: {label: tenths(runs, key).mean(axis=0) for label, runs in groups.items()}
+        for key in PANELS
+    }
+    mean = {
+        key: {label: values.mean() for label, values in of_tenths[key].items()} for key in PANELS
+    }
 
     def all_go(key, way):
         return all(direction(runs, key) == way for runs in groups.values())
@@ -141,7 +180,9 @@ def observations(groups):
 
     def alike(key):
         gap = abs(mean[key][grpo] - mean[key][red])
-        return gap < min(abs(mean[key][grpo] - mean[key][rec]), abs(mean[key][red] - mean[key][rec]))
+        return gap < min(
+            abs(mean[key][grpo] - mean[key][rec]), abs(mean[key][red] - mean[key][rec])
+        )
 
     reward, kl, entropy, length = PANELS
     others = np.minimum(of_tenths[length][grpo], of_tenths[length][red])
@@ -156,8 +197,14 @@ def observations(groups):
         (f"{red} ends with the lowest KL", ends(kl, red, min)),
         (f"{rec} ends with the lowest entropy", ends(entropy, rec, min)),
         (f"{rec} ends with the shortest responses", ends(length, rec, min)),
-        (f"{rec} has the shortest responses in every tenth of the run", bool((of_tenths[length][rec] < others).all())),
-        (f"{grpo} and {red} are alike in reward: their means over the run are the closest two", alike(reward)),
+        (
+            f"{rec} has the shortest responses in every tenth of the run",
+            bool((of_tenths[length][rec] < others).all()),
+        ),
+        (
+            f"{grpo} and {red} are alike in reward: their means over the run are the closest two",
+            alike(reward),
+        ),
         (f"{grpo} and {red} are alike in entropy, likewise", alike(entropy)),
     ]
 
@@ -171,20 +218,34 @@ def write_text(groups, everything, args, script_options):
             theirs, ours = "rises" if end > start else "falls", direction(runs, key)
             values = tenths(runs, key).mean(axis=0)
             change = f"{values[0]:.3f} → {values[-1]:.3f}"
-            curves.append([panel, label, f"{start:g} → {end:g}", change, theirs, ours, yes(theirs == ours)])
+            curves.append(
+                [panel, label, f"{start:g} → {end:g}", change, theirs, ours, yes(theirs == ours)]
+            )
     others = []
     for label, runs in everything.items():
         accuracies = [column(records, "eval/accuracy")[-1] for records in runs]
         behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
-        others.append([label, ", ".join(f"{a:.3f}" for a in accuracies), f"{np.mean(accuracies):.3f}"])
+        others.append(
+            [label, ", ".join(f"{a:.3f}" for a in accuracies), f"{np.mean(accuracies):.3f}"]
+        )
         others[-1] += [*reporting.clipped(runs), f"{behaviour:.3f}"]
     rows, key = [], "kl/ref_k2"
     for label in (RED, *TAUS):
         ends = tenths(everything[label], key)
         middle = np.array([column(records, key).max() for records in everything[label]])
-        rows.append([label, *(", ".join(f"{value:.3f}" for value in values) for values in (ends[:, -1], middle))])
+        rows.append(
+            [
+                label,
+                *(
+                    ", ".join(f"{value:.3f}" for value in values)
+                    for values in (ends[:, -1], middle)
+                ),
+            ]
+        )
     answers, summary = reporting.compare(observations, groups, args.seeds)
-    setting = f"script options `{' '.join(script_options)}`" if script_options else "the bundled model"
+    setting = (
+        f"script options `{' '.join(script_options)}`" if script_options else "the bundled model"
+    )
     setting += f", temperature {args.temperature:g}, {RIGHT} for a right answer"
     return f"""# Three algorithms at `sync_interval = {SYNC_INTERVAL}`
 

@@ -1,11 +1,13 @@
-"""What does each loss make of data from another policy? Three arms, fixed data, the scripts' own losses.
+"""What does each loss make of data from another policy? Three arms, fixed data, the scripts' own
+losses.
 
     python benchmarks/bandit.py                 half a minute
 
-The data come from a behaviour policy that pulls the arms with probabilities 0.3, 0.6 and 0.1 and are never renewed;
-the arms pay 0, 0.8 and 1. The third arm is best, but the second is in the data six times as often. A softmax policy
-starts at the behaviour policy and follows each loss by gradient descent. One group of ten responses holds the behaviour
-policy's proportions exactly, so there is no noise: the outcome is what the loss asks for.
+The data come from a behaviour policy that pulls the arms with probabilities 0.3, 0.6 and 0.1 and
+are never renewed; the arms pay 0, 0.8 and 1. The third arm is best, but the second is in the data
+six times as often. A softmax policy starts at the behaviour policy and follows each loss by
+gradient descent. One group of ten responses holds the behaviour policy's proportions exactly, so
+there is no noise: the outcome is what the loss asks for.
 
 Writes `bandit.md` and `bandit.png`.
 """
@@ -28,7 +30,10 @@ from common.runlog import describe_environment
 BEHAVIOUR = torch.tensor([0.3, 0.6, 0.1], dtype=torch.float64)
 REWARDS = torch.tensor([0.0, 0.8, 1.0], dtype=torch.float64)
 LOSSES = {  # label: (script, changed arguments)
-    "REINFORCE (REC, ε = ∞)": (rec_oneside_nois, {"clip_low": float("inf"), "clip_high": float("inf")}),
+    "REINFORCE (REC, ε = ∞)": (
+        rec_oneside_nois,
+        {"clip_low": float("inf"), "clip_high": float("inf")},
+    ),
     "GRPO": (grpo, {}),
     "REC-OneSide-NoIS (0.2)": (rec_oneside_nois, {}),
     "RED-Weight": (red_weight, {}),
@@ -42,16 +47,22 @@ class Args:
 
 
 def train(script, changes, steps=4000, learning_rate=0.05):
-    """Gradient descent on a script's loss over the fixed data; returns the policy after each step, [steps + 1, 3]."""
+    """Gradient descent on a script's loss over the fixed data; returns the policy after each step,
+    [steps + 1, 3].
+    """
     args = dataclasses.replace(script.Args(), **changes)
-    arms_B1 = torch.repeat_interleave(torch.arange(3), (10 * BEHAVIOUR).round().long()).unsqueeze(1)  # 3, 6 and 1 pulls
+    arms_B1 = torch.repeat_interleave(torch.arange(3), (10 * BEHAVIOUR).round().long()).unsqueeze(
+        1
+    )  # 3, 6 and 1 pulls
     advantages_B1 = script.advantages(REWARDS[arms_B1].T, args).T
     mask_B1 = torch.ones_like(arms_B1, dtype=torch.bool)
     logits = BEHAVIOUR.log().requires_grad_()
     policies = [BEHAVIOUR]
     for _ in range(steps):
         logprobs_B1 = torch.log_softmax(logits, dim=0)[arms_B1]
-        loss = script.per_token_loss(logprobs_B1, BEHAVIOUR.log()[arms_B1], advantages_B1, mask_B1, args).mean()
+        loss = script.per_token_loss(
+            logprobs_B1, BEHAVIOUR.log()[arms_B1], advantages_B1, mask_B1, args
+        ).mean()
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - learning_rate * gradient).detach().requires_grad_()
         policies.append(torch.softmax(logits.detach(), dim=0))
@@ -61,7 +72,9 @@ def train(script, changes, steps=4000, learning_rate=0.05):
 def main(args):
     policies = {label: train(*loss) for label, loss in LOSSES.items()}
     label_of_axis = "probability under the policy"
-    figure, axes = reporting.new_figure([label_of_axis] * len(LOSSES), "gradient steps on the same data", sharey=True)
+    figure, axes = reporting.new_figure(
+        [label_of_axis] * len(LOSSES), "gradient steps on the same data", sharey=True
+    )
     for axis, (label, policy) in zip(axes, policies.items(), strict=True):
         for arm, style in enumerate((":", "--", "-")):
             axis.plot(policy[:, arm], style, label=f"arm {arm + 1}, pays {REWARDS[arm]:g}")
@@ -72,7 +85,11 @@ def main(args):
         [label, *(f"{p:.3f}" for p in policy[-1]), f"{(policy[-1] * REWARDS).sum():.3f}"]
         for label, policy in {"behaviour policy": BEHAVIOUR.unsqueeze(0), **policies}.items()
     ]
-    header = ["loss", *(f"arm {arm + 1} (pays {pay:g})" for arm, pay in enumerate(REWARDS)), "expected reward"]
+    header = [
+        "loss",
+        *(f"arm {arm + 1} (pays {pay:g})" for arm, pay in enumerate(REWARDS)),
+        "expected reward",
+    ]
     report = f"""# Fixed data from another policy: a bandit with three arms
 
 `python benchmarks/bandit.py`: the policy that each loss ends with after {len(policies["GRPO"]) - 1} gradient steps.

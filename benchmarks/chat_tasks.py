@@ -1,4 +1,5 @@
-"""Tasks for a small chat model, generated from templates: the sentiment of a review, and a sentence as JSON.
+"""Tasks for a small chat model, generated from templates: the sentiment of a review, and a sentence
+as JSON.
 
 For example:
     python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
@@ -21,7 +22,9 @@ WORDS = {
 
 
 class Templated(Task):
-    """Random problems with one user message each; a checksum of it decides whether the problem is held out."""
+    """Random problems with one user message each; a checksum of it decides whether the problem is
+    held out.
+    """
 
     def make_problem(self, rng):
         """The user's message and the answer."""
@@ -50,14 +53,19 @@ class Sentiment(Templated):
             f"What a {one} {thing}! And the {place}: simply {other}.",
             f"A {one} {thing}; the {place} that came with it was just as {other}.",
         ])  # fmt: skip
-        return f"Review: {review}\nIs this review positive or negative? Answer with one word.", answer
+        return (
+            f"Review: {review}\nIs this review positive or negative? Answer with one word.",
+            answer,
+        )
 
     def reward(self, problem, response):
         return float(response.strip().rstrip(".").lower() == problem["answer"])
 
 
 class Extraction(Templated):
-    """A sentence about a person as a JSON object. The reward is 1 if it has exactly the right keys and values."""
+    """A sentence about a person as a JSON object. The reward is 1 if it has exactly the right keys
+    and values.
+    """
 
     sentences = (
         "{name} is {age} years old and lives in {city}.",
@@ -73,7 +81,9 @@ class Extraction(Templated):
         }
         *most, last = (f'"{key}"' for key in self.keys)
         order = f"Write this as a JSON object with the keys {', '.join(most)} and {last}. Answer with the JSON only."
-        return f"{rng.choice(self.sentences).format(**person)}\n{order}", {key: person[key] for key in self.keys}
+        return f"{rng.choice(self.sentences).format(**person)}\n{order}", {
+            key: person[key] for key in self.keys
+        }
 
     def reward(self, problem, response):
         found = json_object(response)
@@ -82,10 +92,12 @@ class Extraction(Templated):
 
 
 class FourKeys(Extraction):
-    """The same with a fourth key and a reward that is shaped badly: the share of the values that are right.
+    """The same with a fourth key and a reward that is shaped badly: the share of the values that
+    are right.
 
-    A key that is left out costs no more than one with a wrong value. What the model learns, while its reward rises, is
-    to leave out the key that it gets wrong most often: the accuracy, which wants all four, does not follow.
+    A key that is left out costs no more than one with a wrong value. What the model learns, while
+    its reward rises, is to leave out the key that it gets wrong most often: the accuracy, which
+    wants all four, does not follow.
     """
 
     sentences = (
@@ -100,7 +112,10 @@ class FourKeys(Extraction):
         exact, found = super().reward(problem, response), as_text(json_object(response) or {})
         right = sum(found.get(key) == value for key, value in as_text(problem["answer"]).items())
         keys = sum(key in found for key in self.keys)
-        share = {"reward": right / max(len(self.keys), len(found)), "keys_present": keys / len(self.keys)}
+        share = {
+            "reward": right / max(len(self.keys), len(found)),
+            "keys_present": keys / len(self.keys),
+        }
         return {"accuracy": exact["reward"], "parses": exact["parses"], **share}
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/default_run.py            about nine minutes on two otherwise idle cores
 
-Writes `report.md`, `default_run.json` with its numbers, and `curves.png` with the values it shows in `curves.csv`.
+Writes `report.md`, `default_run.json` with its numbers, and `curves.png` with the values it shows
+in `curves.csv`.
 """
 
 import subprocess
@@ -32,10 +33,21 @@ class Args:
 
 
 def run_seed(seed, directory, script_options):
-    """Run the default command with one seed; returns seconds to the first reward, seconds in all, and the metrics."""
+    """Run the default command with one seed; returns seconds to the first reward, seconds in all,
+    and the metrics.
+    """
     metrics = directory / f"seed{seed}" / "metrics.jsonl"
     started, first = time.perf_counter(), None
-    command = ["grpo.py", "--seed", str(seed), "--output", str(directory), "--name", f"seed{seed}", *script_options]
+    command = [
+        "grpo.py",
+        "--seed",
+        str(seed),
+        "--output",
+        str(directory),
+        "--name",
+        f"seed{seed}",
+        *script_options,
+    ]
     process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
     while process.poll() is None:
         # Line 1 is the evaluation before training, line 2 the first step.
@@ -50,30 +62,47 @@ def run_seed(seed, directory, script_options):
 def start_and_end(records, key):
     """A curve's first values and its last: means of 5 and of 10 steps, or single evaluations."""
     values = column(records, key)
-    return (values[0], values[-1]) if key.startswith("eval/") else (values[:5].mean(), values[-10:].mean())
+    return (
+        (values[0], values[-1])
+        if key.startswith("eval/")
+        else (values[:5].mean(), values[-10:].mean())
+    )
 
 
 def main(args, script_options):
     with tempfile.TemporaryDirectory() as directory:
         measured = [run_seed(seed, Path(directory), script_options) for seed in args.seeds]
-        environment = reporting.environment_of(Path(directory) / f"seed{args.seeds[0]}").replace(directory, "DIR")
+        environment = reporting.environment_of(Path(directory) / f"seed{args.seeds[0]}").replace(
+            directory, "DIR"
+        )
     runs = [records for _, _, records in measured]
     first_reward = np.mean([column(records, "reward/mean")[0] for records in runs])
     group = {f"mean and range of {len(runs)} seeds": runs}
     reporting.plot_runs(args.output / "curves.png", group, dict.fromkeys(group, "tab:blue"), PANELS)
-    reporting.write_curves(args.output / "curves.csv", {"grpo.py": runs}, args.seeds, ["step", *PANELS])
+    reporting.write_curves(
+        args.output / "curves.csv", {"grpo.py": runs}, args.seeds, ["step", *PANELS]
+    )
 
-    ends = np.array([[start_and_end(records, key) for key in PANELS] for records in runs])  # [seeds, curves, 2]
+    ends = np.array(
+        [[start_and_end(records, key) for key in PANELS] for records in runs]
+    )  # [seeds, curves, 2]
     seconds = np.array([[first, total] for first, total, _ in measured])
 
-    results = [{"seed": seed, "seconds": total} for seed, (_, total) in zip(args.seeds, seconds.tolist(), strict=True)]
+    results = [
+        {"seed": seed, "seconds": total}
+        for seed, (_, total) in zip(args.seeds, seconds.tolist(), strict=True)
+    ]
     for row, values in zip(results, ends.tolist(), strict=True):
         for key, (start, end) in zip(PANELS, values, strict=True):
             row |= {f"{key} start": start, f"{key} end": end}
     reporting.write_json(args.output / "default_run.json", rows=results)
 
     def cells(label, times, values):
-        return [label, *(f"{t:.0f}" for t in times), *(f"{start:.3f} → {end:.3f}" for start, end in values)]
+        return [
+            label,
+            *(f"{t:.0f}" for t in times),
+            *(f"{start:.3f} → {end:.3f}" for start, end in values),
+        ]
 
     rows = [cells(*of_seed) for of_seed in zip(args.seeds, seconds, ends, strict=True)]
     rows.append(cells("mean", seconds.mean(axis=0), ends.mean(axis=0)))

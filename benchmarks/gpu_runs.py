@@ -1,14 +1,17 @@
 """Training runs on a GPU: do they agree with those on a CPU, and how long do their steps take?
 
-    python benchmarks/gpu_runs.py agreement           the first steps of each script, on the CPU and on the GPU
+    python benchmarks/gpu_runs.py agreement           the first steps of each script, on the CPU and
+    on the GPU
     python benchmarks/gpu_runs.py default             the first steps of the default run
-    python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see smollm2.py
+    python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see
+    smollm2.py
     python benchmarks/gpu_runs.py attention           sampling with and without cuDNN's attention
-    python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B: time and memory
+    python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B:
+    time and memory
     python benchmarks/gpu_runs.py ranks               SmolLM2 on one GPU, and on two under torchrun
 
-`on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each writes a table to
-`results/on_gpu/`, as soon as it has the first row.
+`on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each
+writes a table to `results/on_gpu/`, as soon as it has the first row.
 """
 
 import os
@@ -40,7 +43,10 @@ SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
 @dataclass
 class Args:
-    part: Annotated[Literal["agreement", "default", "attention", "smollm2", "qwen", "ranks"], tyro.conf.Positional]
+    part: Annotated[
+        Literal["agreement", "default", "attention", "smollm2", "qwen", "ranks"],
+        tyro.conf.Positional,
+    ]
     """what to run"""
     device: str = "cuda"
     """as in the scripts"""
@@ -76,13 +82,23 @@ def agreement(args, directory):
     rows = []
     for (script, device, precision), run_dir in found.items():
         record = reporting.read_steps(run_dir)[0]
-        keys = ("reward/mean", "loss", "grad_norm", "entropy", "sampler_mismatch/mean", "sampler_mismatch/max")
+        keys = (
+            "reward/mean",
+            "loss",
+            "grad_norm",
+            "entropy",
+            "sampler_mismatch/mean",
+            "sampler_mismatch/max",
+        )
         rows.append([script, device, precision, *(f"{record[key]:.4g}" for key in keys)])
         rows[-1].append(f"{read_metrics(run_dir)[0]['eval/accuracy']:.3f}")
     header = ["script", "device", "precision", "reward", "loss", "gradient norm", "entropy"]
     header += ["mean mismatch (nats)", "largest", "accuracy before training"]
     batches = {setting: first_batches(*setting)(grpo.Args.seed) for setting in settings}
-    shares = [[*setting, *compare_batches(batches["cpu", "float32"], batch)] for setting, batch in batches.items()]
+    shares = [
+        [*setting, *compare_batches(batches["cpu", "float32"], batch)]
+        for setting, batch in batches.items()
+    ]
     text = f"""# The first step on a GPU and on a CPU
 
 {reporting.table(header, rows)}
@@ -100,8 +116,15 @@ def first_batches(device, precision):
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
     device, precision = choose_device(device, precision, "transformers")
     model = load_model(TINY_MODEL, "", device)
-    prompts = load_problems(load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens).prompts
-    generation = (end_of_sequence_ids(model, tokenizer), defaults.max_response_tokens, 1.0, precision)
+    prompts = load_problems(
+        load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens
+    ).prompts
+    generation = (
+        end_of_sequence_ids(model, tokenizer),
+        defaults.max_response_tokens,
+        1.0,
+        precision,
+    )
     sampler = TransformersSampler(model, *generation)
 
     def first_batch(seed):
@@ -134,28 +157,56 @@ def timings(label, run_dir):
 
 
 def timing_table(rows):
-    header = ["run", "steps", "s per step", "sampling", "training", "sampled tokens/s", "tokens per response"]
-    header += ["peak memory (GiB)", "first reward", "last 3 rewards", "held-out accuracy", "KL at the end"]
+    header = [
+        "run",
+        "steps",
+        "s per step",
+        "sampling",
+        "training",
+        "sampled tokens/s",
+        "tokens per response",
+    ]
+    header += [
+        "peak memory (GiB)",
+        "first reward",
+        "last 3 rewards",
+        "held-out accuracy",
+        "KL at the end",
+    ]
     return reporting.table(header, rows)
 
 
 def attention(args, directory):
-    """Seconds to sample a batch of the default run with new random numbers each time, so that shapes are new, too."""
-    run_dir = train("grpo", directory, num_steps=1, device=args.device, name="run")  # for its environment
+    """Seconds to sample a batch of the default run with new random numbers each time, so that
+    shapes are new, too.
+    """
+    run_dir = train(
+        "grpo", directory, num_steps=1, device=args.device, name="run"
+    )  # for its environment
     first_batch, seconds = first_batches(args.device, "auto"), {True: [], False: []}
     for k in range(1, 2 * (args.steps or 6) + 1):
         for cudnn, times in seconds.items():
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             times.append(first_batch(seed=k + 1000 * cudnn).metrics["time/sample"])
-    rows = [["with" if cudnn else "without", ", ".join(f"{t:.2f}" for t in times)] for cudnn, times in seconds.items()]
-    yield f"# Sampling with and without cuDNN's attention\n\n{reporting.table(['cuDNN', 'seconds'], rows)}\n", run_dir
+    rows = [
+        ["with" if cudnn else "without", ", ".join(f"{t:.2f}" for t in times)]
+        for cudnn, times in seconds.items()
+    ]
+    yield (
+        f"# Sampling with and without cuDNN's attention\n\n{reporting.table(['cuDNN', 'seconds'], rows)}\n",
+        run_dir,
+    )
 
 
 def default(args, directory):
-    """The default run's first 40 steps, in which the reward rises from 0.3 to about 0.9 on a CPU."""
+    """The default run's first 40 steps, in which the reward rises from 0.3 to about 0.9 on a CPU.
+    """
     options = {"num_steps": args.steps or 40, "device": args.device, "name": "default"}
     run_dir = train("grpo", directory, **options)
-    yield f"# The default run on a GPU\n\n{timing_table([timings('`python grpo.py`', run_dir)])}\n", run_dir
+    yield (
+        f"# The default run on a GPU\n\n{timing_table([timings('`python grpo.py`', run_dir)])}\n",
+        run_dir,
+    )
 
 
 def train_smollm2(args, directory, task, steps, **more):
@@ -176,7 +227,10 @@ def smollm2(args, directory):
     for task in ("Sentiment", "Extraction"):
         run_dir = train_smollm2(args, directory, task, 12)
         rows.append(timings(f"{task}, {args.engine}", run_dir))
-        yield f"# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO\n\n{timing_table(rows)}\n", run_dir
+        yield (
+            f"# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO\n\n{timing_table(rows)}\n",
+            run_dir,
+        )
 
 
 def ranks(args, directory):
@@ -187,7 +241,9 @@ def ranks(args, directory):
         rows.append(timings(f"ranks: {n}", run_dir))
         of_steps = reporting.column(reporting.read_steps(run_dir), "reward/mean")
         rewards.append([n, *(f"{reward:.4f}" for reward in of_steps)])
-        by_step = reporting.table(["ranks", *(f"step {step}" for step in range(1, len(rewards[0])))], rewards)
+        by_step = reporting.table(
+            ["ranks", *(f"step {step}" for step in range(1, len(rewards[0])))], rewards
+        )
         yield (
             "# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step\n\n"
             f"{timing_table(rows)}\n\nRewards by step; equal, but for rounding that changes a sample:\n\n{by_step}\n",
@@ -196,13 +252,22 @@ def ranks(args, directory):
 
 
 def qwen(args, directory):
-    """Random weights in the shape of Qwen2.5-0.5B: nothing is learned, but every response is as long as it may be."""
+    """Random weights in the shape of Qwen2.5-0.5B: nothing is learned, but every response is as
+    long as it may be.
+    """
     tokenizer = load_tokenizer(TINY_MODEL)
-    sizes = {"hidden_size": 896, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 896,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    }
     if args.device == "cpu":
         sizes["num_hidden_layers"] = 2
     ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    config = Qwen2Config(vocab_size=151_936, intermediate_size=4864, tie_word_embeddings=True, **sizes, **ids)
+    config = Qwen2Config(
+        vocab_size=151_936, intermediate_size=4864, tie_word_embeddings=True, **sizes, **ids
+    )
     torch.manual_seed(0)
     Qwen2ForCausalLM(config).save_pretrained(Path(directory) / "model")
     tokenizer.save_pretrained(Path(directory) / "model")

@@ -1,4 +1,6 @@
-"""Runs training scripts: one and wait, or several at a time, continuing where an earlier call was stopped."""
+"""Runs training scripts: one and wait, or several at a time, continuing where an earlier call was
+stopped.
+"""
 
 import os
 import signal
@@ -12,9 +14,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# `kill -9` leaves the launcher no chance to stop its runs, which would go on and meet those of the next call. So each
-# run asks Linux to be killed when its parent dies (option 1 of prctl), looks whether that has happened already, and
-# only then becomes the training script. Not in Popen's `preexec_fn`, which may deadlock where there are threads.
+# `kill -9` leaves the launcher no chance to stop its runs, which would go on and meet those of the
+# next call. So each run asks Linux to be killed when its parent dies (option 1 of prctl), looks
+# whether that has happened already, and only then becomes the training script. Not in Popen's
+# `preexec_fn`, which may deadlock where there are threads.
 LEAVE_WITH_PARENT = """
 import ctypes, os, signal, sys
 parent, *command = sys.argv[1:]
@@ -41,28 +44,40 @@ def as_options(values):
     """A dict as command-line options; True and False switch a flag on and off."""
     words = {key.replace("_", "-"): value for key, value in values.items()}
     flags = {True: "--{}", False: "--no-{}"}
-    return [flags[value].format(key) if isinstance(value, bool) else f"--{key}={value}" for key, value in words.items()]
+    return [
+        flags[value].format(key) if isinstance(value, bool) else f"--{key}={value}"
+        for key, value in words.items()
+    ]
 
 
 def torchrun(ranks):
-    """What stands before a script on the command line of Python, to run it on several ranks; nothing for one."""
+    """What stands before a script on the command line of Python, to run it on several ranks;
+    nothing for one.
+    """
     return ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks > 1 else []
 
 
 def run_once(command, **environment):
-    """Run Python with this command line in the repository's root. If it fails, exits with the end of its output."""
+    """Run Python with this command line in the repository's root. If it fails, exits with the end
+    of its output.
+    """
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+    )
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
 
 
 def run_all(runs, num_steps, directory, jobs):
-    """Bring every run to `num_steps` steps, `jobs` at a time; finished ones are left alone, begun ones are resumed.
+    """Bring every run to `num_steps` steps, `jobs` at a time; finished ones are left alone, begun
+    ones are resumed.
 
-    Shows one progress bar over all steps. When a run fails, stops the others and exits with the end of its output.
+    Shows one progress bar over all steps. When a run fails, stops the others and exits with the end
+    of its output.
     """
-    # A plain `kill` ends Python without any `finally`; the runs would go on and meet those of the next call.
+    # A plain `kill` ends Python without any `finally`; the runs would go on and meet those of the
+    # next call.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command continues."))
     directory = directory.resolve()  # the runs start in the repository's root
     directory.mkdir(parents=True, exist_ok=True)
@@ -81,7 +96,9 @@ def run_all(runs, num_steps, directory, jobs):
                     if process.poll() is not None:
                         del active[name]
                     if process.poll():
-                        sys.exit(f"{name} failed:\n{(directory / f'{name}.log').read_text()[-3000:]}")
+                        sys.exit(
+                            f"{name} failed:\n{(directory / f'{name}.log').read_text()[-3000:]}"
+                        )
             bar.update(bar.total - bar.n)
         finally:
             for process in active.values():
@@ -92,13 +109,20 @@ def _start(run, num_steps, directory):
     command = [sys.executable, "-c", LEAVE_WITH_PARENT, str(os.getpid())]
     command += [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps), *run.options]
     if (directory / run.name / "args.json").exists():
-        command += ["--resume", str(directory / run.name)]  # which refuses if the options are not those of that run
+        command += [
+            "--resume",
+            str(directory / run.name),
+        ]  # which refuses if the options are not those of that run
     else:
         command += ["--output", str(directory), "--name", run.name]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))  # scripts elsewhere need common/
+    path = os.pathsep.join(
+        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    )  # scripts elsewhere need common/
     environment = {**os.environ, "PYTHONPATH": path}
     with open(directory / f"{run.name}.log", "a") as log:
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
 
 
 def _is_finished(run_dir, num_steps):
@@ -107,4 +131,6 @@ def _is_finished(run_dir, num_steps):
 
 def _steps_done(run_dir):
     metrics = run_dir / "metrics.jsonl"
-    return max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0  # the first line is step 0
+    return (
+        max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0
+    )  # the first line is step 0

@@ -2,13 +2,13 @@
 
     python benchmarks/learning_rates.py         ten minutes on two otherwise idle cores
 
-Three learning rates × four losses (GRPO, REC-OneSide-NoIS, RED-Weight, and plain REINFORCE with the group's mean as
-baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts, task and temperature of `algorithms.py`, where a
-right answer earns 8. Plain REINFORCE is not a script of its own: it is `rec_oneside_nois.py` with ε = ∞, whose mask
-then keeps every token.
+Three learning rates × four losses (GRPO, REC-OneSide-NoIS, RED-Weight, and plain REINFORCE with the
+group's mean as baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts, task and
+temperature of `algorithms.py`, where a right answer earns 8. Plain REINFORCE is not a script of its
+own: it is `rec_oneside_nois.py` with ε = ∞, whose mask then keeps every token.
 
-Writes `report.md`, and `strip.png` with the values it shows in `curves.csv`. Repeat the command to continue where it
-was stopped.
+Writes `report.md`, and `strip.png` with the values it shows in `curves.csv`. Repeat the command to
+continue where it was stopped.
 """
 
 import sys
@@ -46,21 +46,29 @@ class Args:
 
 
 def main(args):
-    common = f"--seed {args.seed} --sync-interval 20 --threads 1 --serial --prompts-per-step 8".split()
+    common = (
+        f"--seed {args.seed} --sync-interval 20 --threads 1 --serial --prompts-per-step 8".split()
+    )
     common += ["--temperature", str(algorithms.Args.temperature), "--task", algorithms.TASK]
     runs = {
-        (label, rate): Run(f"{label}-{rate:g}", script, [*common, "--learning-rate", str(rate), *options])
+        (label, rate): Run(
+            f"{label}-{rate:g}", script, [*common, "--learning-rate", str(rate), *options]
+        )
         for rate in args.learning_rates
         for label, (script, options) in LOSSES.items()
     }
     run_all(list(runs.values()), args.steps, args.runs, args.jobs)
     records = {key: reporting.read_steps(args.runs / run.name) for key, run in runs.items()}
 
-    figure, axes = reporting.new_figure(["Training Reward"] * len(args.learning_rates), "Training Steps", sharey=True)
+    figure, axes = reporting.new_figure(
+        ["Training Reward"] * len(args.learning_rates), "Training Steps", sharey=True
+    )
     for axis, rate in zip(axes, args.learning_rates, strict=True):
         axis.set_title(f"learning rate {rate:g}")
         for label in LOSSES:
-            reporting.plot_band(axis, [records[label, rate]], "reward/mean", "step", label, COLOURS[label])
+            reporting.plot_band(
+                axis, [records[label, rate]], "reward/mean", "step", label, COLOURS[label]
+            )
     reporting.save_figure(figure, axes[0], args.output / "strip.png")
     groups = {f"{label}, {rate:g}": [one] for (label, rate), one in records.items()}
     reporting.write_curves(args.output / "curves.csv", groups, [args.seed], ["step", "reward/mean"])

@@ -1,25 +1,33 @@
-"""Time, memory and error of log-probs from hidden states: this repository, other libraries, and the plain expression.
+"""Time, memory and error of log-probs from hidden states: this repository, other libraries, and the
+plain expression.
 
     pip install -r benchmarks/requirements.txt
-    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1 cut-cross-entropy==25.1.1       peers
-    pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops     for Liger and quack on Hopper
-    python benchmarks/logprob_kernels.py                all that this machine can run; ten minutes on two idle cores
-    python benchmarks/logprob_kernels.py --parts gpu --hidden-sizes 2048                           or a part of it
-    python benchmarks/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR   to try it, in seconds
+    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1
+    cut-cross-entropy==25.1.1       peers
+    pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops     for Liger and
+    quack on Hopper
+    python benchmarks/logprob_kernels.py                all that this machine can run; ten minutes
+    on two idle cores
+    python benchmarks/logprob_kernels.py --parts gpu --hidden-sizes 2048
+    or a part of it
+    python benchmarks/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR   to
+    try it, in seconds
 
-Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns log-probs; then
-gradients to h and W are made from the same upstream gradient, 1 for a share f of the rows (live ones) and 0 for the
-others. They take turns in one process, and a contestant's time is the least of its rounds: disturbances only add.
+Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns
+log-probs; then gradients to h and W are made from the same upstream gradient, 1 for a share f of
+the rows (live ones) and 0 for the others. They take turns in one process, and a contestant's time
+is the least of its rounds: disturbances only add.
 
-- Extra memory: the peak while it runs, less what was there before, and less both gradients, which all must return.
+- Extra memory: the peak while it runs, less what was there before, and less both gradients, which
+  all must return.
 - Error: of the gradients, in relative Frobenius norm, against float64 on the same rounded inputs.
-- Floor: (2 + 6f)·N·H·V operations, or what else a contestant has to do, at the rate that this machine reaches on a
-  plain product of bf16 matrices; next to a time stands its ratio to the floor.
+- Floor: (2 + 6f)·N·H·V operations, or what else a contestant has to do, at the rate that this
+  machine reaches on a plain product of bf16 matrices; next to a time stands its ratio to the floor.
 
-Flat logits: W of the size of an initialised model's; peaked: entropies of about one nat, as trained models have them.
-What needs a GPU is marked "not run" on a machine without one. A peer that is not installed, or that does not run here,
-is listed with the reason. Writes `results/logprob_kernels/`, after each part and each size on a GPU, so that a crash
-loses nothing that was measured before.
+Flat logits: W of the size of an initialised model's; peaked: entropies of about one nat, as trained
+models have them. What needs a GPU is marked "not run" on a machine without one. A peer that is not
+installed, or that does not run here, is listed with the reason. Writes `results/logprob_kernels/`,
+after each part and each size on a GPU, so that a crash loses nothing that was measured before.
 """
 
 import ctypes
@@ -53,7 +61,12 @@ OURS, PLAIN = "this repository", "plain"
 
 @dataclass
 class Args:
-    parts: tuple[Literal["gpu", "step", "cpu", "crossover"], ...] = ("gpu", "step", "cpu", "crossover")
+    parts: tuple[Literal["gpu", "step", "cpu", "crossover"], ...] = (
+        "gpu",
+        "step",
+        "cpu",
+        "crossover",
+    )
     """what to measure"""
     hidden_sizes: tuple[int, ...] = (896, 2048, 3584)
     """H of the GPU's part; the CPU's takes the first"""
@@ -69,7 +82,8 @@ class Args:
     """where report.md and results.json are written"""
 
 
-# Contestants: (h, W, y) → log-probs [N], or a loss already summed over live rows, for those that know no other
+# Contestants: (h, W, y) → log-probs [N], or a loss already summed over live rows, for those that
+# know no other
 
 
 def ours(hidden, weight, targets, upstream):
@@ -82,7 +96,9 @@ def plain_results(hidden, weight, targets, entropy):
     found_N, entropy_N = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), None
     if entropy:
         with torch.no_grad():
-            entropy_N = -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(torch.float32).min)).sum(dim=-1)
+            entropy_N = -(
+                logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(torch.float32).min)
+            ).sum(dim=-1)
     return found_N, entropy_N
 
 
@@ -91,12 +107,16 @@ def plain(hidden, weight, targets, upstream, entropy=True):
 
 
 def compiled():
-    function = torch.compile(plain_results, dynamic=False)  # returns the entropy, which would be left out otherwise
+    function = torch.compile(
+        plain_results, dynamic=False
+    )  # returns the entropy, which would be left out otherwise
     return lambda h, w, y, up: function(h, w, y, True)[0] @ up
 
 
 def from_file(package, path):
-    """A module of an installed package, loaded by itself: its package may want much that is not needed here."""
+    """A module of an installed package, loaded by itself: its package may want much that is not
+    needed here.
+    """
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ImportError("not installed")
@@ -111,7 +131,9 @@ def from_file(package, path):
 def trl():
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return lambda h, w, y, up: ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 8192, None, 1.0, ("entropy",))[0] @ up
+    return lambda h, w, y, up: (
+        ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 8192, None, 1.0, ("entropy",))[0] @ up
+    )
 
 
 def liger(fallback=False):
@@ -130,7 +152,10 @@ def verl_cpu():
 
 
 def verl_gpu():
-    for name in ("verl", "verl.utils"):  # not run: they import ray and others, which the kernels do without
+    for name in (
+        "verl",
+        "verl.utils",
+    ):  # not run: they import ray and others, which the kernels do without
         sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
@@ -140,7 +165,9 @@ def verl_gpu():
 def quack():
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda h, w, y, up: -chunked_linear_cross_entropy(h, w, y.masked_fill(up == 0, -100), reduction="sum")
+    return lambda h, w, y, up: (
+        -chunked_linear_cross_entropy(h, w, y.masked_fill(up == 0, -100), reduction="sum")
+    )
 
 
 def cce(filter_eps):
@@ -150,7 +177,11 @@ def cce(filter_eps):
     return lambda h, w, y, up: -(linear_cross_entropy(h, w, y, **options).float() @ up)
 
 
-BOTH = {OURS: lambda: ours, PLAIN: lambda: plain, "plain, no entropy": lambda: partial(plain, entropy=False)}
+BOTH = {
+    OURS: lambda: ours,
+    PLAIN: lambda: plain,
+    "plain, no entropy": lambda: partial(plain, entropy=False),
+}
 ON_CPU = {**BOTH, "TRL": trl, "Liger": liger, "verl": verl_cpu}
 ON_GPU = {
     **BOTH,
@@ -173,9 +204,14 @@ OPERATIONS = {"quack (no entropy)": (6, 0)}
 def make_problem(N, H, dtype, peaked, device, vocabulary, live=1.0):
     torch.manual_seed(0)
     hidden = torch.randn(N, H, device=device).to(dtype)
-    weight = (torch.randn(vocabulary, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(dtype)
+    weight = (torch.randn(vocabulary, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(
+        dtype
+    )
     with torch.no_grad():  # in pieces: N × V values are what this is about
-        targets = [(rows.float() @ weight.float().T).softmax(-1).multinomial(1) for rows in hidden.split(256)]
+        targets = [
+            (rows.float() @ weight.float().T).softmax(-1).multinomial(1)
+            for rows in hidden.split(256)
+        ]
     upstream = (torch.arange(N, device=device) % 100 < 100 * live).float()
     return hidden.requires_grad_(), weight.requires_grad_(), torch.cat(targets).squeeze(1), upstream
 
@@ -190,7 +226,9 @@ def gradients(contestant, problem):
 def timed(contestant, problem):
     """Seconds of one forward and backward pass."""
     if problem[0].is_cuda:
-        gradients(contestant, problem)  # after another contestant, memory has to be found anew: not part of the time
+        gradients(
+            contestant, problem
+        )  # after another contestant, memory has to be found anew: not part of the time
     _synchronize(problem)
     started = time.perf_counter()
     gradients(contestant, problem)
@@ -221,7 +259,11 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_):
-        now = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self._status("VmHWM")
+        now = (
+            torch.cuda.max_memory_allocated()
+            if self.device.type == "cuda"
+            else self._status("VmHWM")
+        )
         self.bytes = now - self.before
 
     @staticmethod
@@ -249,7 +291,8 @@ def relative_error(found, true):
 
 
 def contest(makers, problem, rounds):
-    """Time, extra memory and gradient error of every contestant that runs: one dict per contestant."""
+    """Time, extra memory and gradient error of every contestant that runs: one dict per contestant.
+    """
     contestants, rows, true = {}, {}, true_gradients(problem)
     for name, make in makers.items():
         hidden, weight, _, _ = problem
@@ -260,7 +303,9 @@ def contest(makers, problem, rounds):
             hidden.grad = weight.grad = None
             with PeakMemory(hidden.device) as peak:
                 found = gradients(contestant, problem)
-        except Exception as error:  # a peer may fail in as many ways as there are peers; the table says so
+        except (
+            Exception
+        ) as error:  # a peer may fail in as many ways as there are peers; the table says so
             rows[name] = {"does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
             continue
         contestants[name] = contestant
@@ -275,7 +320,9 @@ def contest(makers, problem, rounds):
             try:
                 rows[name]["seconds"].append(timed(contestant, problem))
             except Exception as error:
-                rows[name] = {"does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
+                rows[name] = {
+                    "does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                }
                 del contestants[name]
                 continue
             print(f"  {name}: {rows[name]['seconds'][-1]:.3f} s", flush=True)
@@ -294,7 +341,9 @@ def run_cpu(args):
 
 
 def run_crossover(args):
-    """Seconds of the two ways through a CPU's vocabulary, by its size: what `LARGE_VOCABULARY` is set by."""
+    """Seconds of the two ways through a CPU's vocabulary, by its size: what `LARGE_VOCABULARY` is
+    set by.
+    """
     cases = []
     for dtype in (torch.float32, torch.bfloat16):
         for N in (64, 256, 1024):
@@ -302,8 +351,13 @@ def run_crossover(args):
                 problem = make_problem(N, args.hidden_sizes[0], dtype, True, "cpu", size)
                 seconds = {"sliced": [], PLAIN: []}
                 for _ in range(args.rounds + 1):
-                    for way, function in (("sliced", SlicedLogprobs.apply), (PLAIN, plain_logprobs_and_entropy)):
-                        seconds[way].append(timed(lambda h, w, y, up, f=function: f(h, w, y)[0] @ up, problem))
+                    for way, function in (
+                        ("sliced", SlicedLogprobs.apply),
+                        (PLAIN, plain_logprobs_and_entropy),
+                    ):
+                        seconds[way].append(
+                            timed(lambda h, w, y, up, f=function: f(h, w, y)[0] @ up, problem)
+                        )
                 dtype_name = str(dtype).removeprefix("torch.")
                 cases.append({"dtype": dtype_name, "N": N, "vocabulary": size, "seconds": seconds})
     return cases
@@ -324,13 +378,17 @@ def run_gpu(args, keep):
     for H in args.hidden_sizes:
         for peaked in (False, True):
             for live in (1.0, 0.5):
-                problem = make_problem(16_384, H, torch.bfloat16, peaked, "cuda", args.vocabulary, live)
+                problem = make_problem(
+                    16_384, H, torch.bfloat16, peaked, "cuda", args.vocabulary, live
+                )
                 case = {"N": 16_384, "H": H, "logits": "peaked" if peaked else "flat", "live": live}
                 print(case)
                 rows = contest(ON_GPU, problem, args.rounds)
                 for name, row in rows.items():
                     every, of_live = OPERATIONS.get(name, (2, 6))
-                    row["floor_seconds"] = (every + of_live * live) * 16_384 * H * args.vocabulary / best
+                    row["floor_seconds"] = (
+                        (every + of_live * live) * 16_384 * H * args.vocabulary / best
+                    )
                 cases.append(case | {"contestants": rows})
                 keep({"operations_per_second": best, "cases": cases})
                 del problem
@@ -338,9 +396,11 @@ def run_gpu(args, keep):
 
 
 def run_step(args, device):
-    """Peak memory of a training step's forward and backward pass, by path and number of response tokens.
+    """Peak memory of a training step's forward and backward pass, by path and number of response
+    tokens.
 
-    The backbone is small (one layer, H = 64), so that what the peak is made of is the step from hidden states to loss.
+    The backbone is small (one layer, H = 64), so that what the peak is made of is the step from
+    hidden states to loss.
     """
     config = Qwen2Config(
         vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
@@ -354,10 +414,17 @@ def run_step(args, device):
     for N in (2048, 8192):
         tokens_BT = torch.randint(args.vocabulary, (N // 512, 512), device=device)
         micro = SimpleNamespace(
-            inputs_BT=tokens_BT, targets_BT=tokens_BT.roll(-1, dims=1), mask_BT=torch.ones_like(tokens_BT).bool()
+            inputs_BT=tokens_BT,
+            targets_BT=tokens_BT.roll(-1, dims=1),
+            mask_BT=torch.ones_like(tokens_BT).bool(),
         )
         for path, step in ((OURS, _our_step), ("plain, no entropy", _plain_step)):
-            row = {"N": N, "path": path, "peak_bytes": None, "logits_bytes": 4 * N * args.vocabulary}
+            row = {
+                "N": N,
+                "path": path,
+                "peak_bytes": None,
+                "logits_bytes": 4 * N * args.vocabulary,
+            }
             results.append(row)
             if step is _plain_step and device == "cpu" and available < 3.5 * row["logits_bytes"]:
                 continue
@@ -375,10 +442,20 @@ def _our_step(model, micro):
 
 
 def _plain_step(model, micro):
-    """The least that plain PyTorch can do: logits, log-softmax and its gradient, three times N × V, and no entropy."""
-    hidden_NH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    """The least that plain PyTorch can do: logits, log-softmax and its gradient, three times N × V,
+    and no entropy.
+    """
+    hidden_NH = model.base_model(
+        input_ids=micro.inputs_BT, use_cache=False
+    ).last_hidden_state.flatten(0, 1)
     weight_VH = model.get_output_embeddings().weight
-    plain(hidden_NH, weight_VH, micro.targets_BT.flatten(), torch.ones_like(hidden_NH[:, 0]), entropy=False).backward()
+    plain(
+        hidden_NH,
+        weight_VH,
+        micro.targets_BT.flatten(),
+        torch.ones_like(hidden_NH[:, 0]),
+        entropy=False,
+    ).backward()
 
 
 # Reporting
@@ -401,17 +478,24 @@ def cpu_table(case):
         else:
             lines.append(f"| {name} | {row['does_not_run']} | | | | |")
     title = f"N = {case['N']}, H = {case['H']}, V = {case['V']:,}, {case['dtype']}, peaked logits"
-    return f"{title} (load average at the start: {case['load_average']:.1f}):\n\n" + "\n".join(lines)
+    return f"{title} (load average at the start: {case['load_average']:.1f}):\n\n" + "\n".join(
+        lines
+    )
 
 
 def crossover_table(cases):
     sizes = sorted({case["vocabulary"] for case in cases})
-    lines = ["| dtype | N | " + " | ".join(f"{size:,}" for size in sizes) + " |", "|---" * (2 + len(sizes)) + "|"]
+    lines = [
+        "| dtype | N | " + " | ".join(f"{size:,}" for size in sizes) + " |",
+        "|---" * (2 + len(sizes)) + "|",
+    ]
     ratios = {}
     for case in cases:
         ratio = min(case["seconds"]["sliced"]) / min(case["seconds"][PLAIN])
         ratios.setdefault((case["dtype"], case["N"]), []).append(f"{ratio:.2f}")
-    lines += [f"| {dtype} | {N:,} | " + " | ".join(row) + " |" for (dtype, N), row in ratios.items()]
+    lines += [
+        f"| {dtype} | {N:,} | " + " | ".join(row) + " |" for (dtype, N), row in ratios.items()
+    ]
     return "\n".join(lines)
 
 
@@ -421,8 +505,15 @@ def gpu_table(gpu):
         "|---|---|---|---|---|---|---|---|",
     ]
     if gpu is None:
-        grid = [(H, logits, live) for H in (896, 2048, 3584) for logits in ("flat", "peaked") for live in (1.0, 0.5)]
-        return "\n".join(lines + [f"| {H} | {x} | {live:.0%} | all | not run | | | |" for H, x, live in grid])
+        grid = [
+            (H, logits, live)
+            for H in (896, 2048, 3584)
+            for logits in ("flat", "peaked")
+            for live in (1.0, 0.5)
+        ]
+        return "\n".join(
+            lines + [f"| {H} | {x} | {live:.0%} | all | not run | | | |" for H, x, live in grid]
+        )
     for case in gpu["cases"]:
         for name, row in case["contestants"].items():
             start = f"| {case['H']} | {case['logits']} | {case['live']:.0%} | {name} "
@@ -436,7 +527,10 @@ def gpu_table(gpu):
                 f"| {row['gradient_error']:.1e} |"
             )
     rate = gpu["operations_per_second"] / 1e12
-    return "\n".join(lines) + f"\n\nFloors at {rate:.0f} TFLOP/s, for the operations that each has to do."
+    return (
+        "\n".join(lines)
+        + f"\n\nFloors at {rate:.0f} TFLOP/s, for the operations that each has to do."
+    )
 
 
 def step_table(steps):
@@ -444,8 +538,12 @@ def step_table(steps):
     peaks = {(row["N"], row["path"]): row["peak_bytes"] for row in steps}
     for row in steps:
         peak, other = row["peak_bytes"], peaks[row["N"], "plain, no entropy"]
-        fall = f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] == OURS and other else ""
-        lines.append(f"| {row['N']:,} | {row['path']} | {f'{peak / 2**20:,.0f}' if peak else 'not run'} | {fall} |")
+        fall = (
+            f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] == OURS and other else ""
+        )
+        lines.append(
+            f"| {row['N']:,} | {row['path']} | {f'{peak / 2**20:,.0f}' if peak else 'not run'} | {fall} |"
+        )
     return "\n".join(lines)
 
 
@@ -492,7 +590,9 @@ def main(args):
     environment = describe_environment()
     for package in PEERS:
         try:
-            environment += f"{package}: {version(package)}\n" if f"{package}: " not in environment else ""
+            environment += (
+                f"{package}: {version(package)}\n" if f"{package}: " not in environment else ""
+            )
         except PackageNotFoundError:
             environment += f"{package}: not installed\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"

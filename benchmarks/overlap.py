@@ -1,13 +1,16 @@
-"""How close an overlapped run comes to the shortest time its schedule allows, and what handing over weights costs.
+"""How close an overlapped run comes to the shortest time its schedule allows, and what handing over
+weights costs.
 
     python benchmarks/overlap.py            about five minutes on two otherwise idle cores
 
-1. Runs of `grpo.py` with one thread for the sampler and one for the trainer. The time per step is compared with the
-   shortest possible one, worked out (`schedule_replay.shortest_step`) from the median times of sampling and training in
-   the same run, plus the measured sync where it is due. The number of prompts is chosen so that sampling and training
-   take about the same, which is when waiting for one another shows most. The learning rate is 1e-9, so that all steps
-   are the same work.
-2. `SharedWeights.write` of a model of 100 million parameters against a plain copy of as many bytes from one tensor to
+1. Runs of `grpo.py` with one thread for the sampler and one for the trainer. The time per step is
+  compared with the
+   shortest possible one, worked out (`schedule_replay.shortest_step`) from the median times of
+   sampling and training in the same run, plus the measured sync where it is due. The number of
+   prompts is chosen so that sampling and training take about the same, which is when waiting for
+   one another shows most. The learning rate is 1e-9, so that all steps are the same work.
+2. `SharedWeights.write` of a model of 100 million parameters against a plain copy of as many bytes
+  from one tensor to
    another, taking turns in one process.
 
 Writes `report.md`, and `overlap.json` with the numbers of the runs.
@@ -31,8 +34,12 @@ from benchmarks.reporting import column, table, yes
 from benchmarks.schedule_replay import MODES, shortest_step, times_of_steps
 from common.sampling.process import SharedWeights
 
-SCHEDULES = {label: mode for label, mode in MODES.items() if mode != (1, 0)}  # which has nothing to overlap
-WARM_UP = 10  # steps, in whole intervals, until caches are warm and the schedule has reached its rhythm
+SCHEDULES = {
+    label: mode for label, mode in MODES.items() if mode != (1, 0)
+}  # which has nothing to overlap
+WARM_UP = (
+    10  # steps, in whole intervals, until caches are warm and the schedule has reached its rhythm
+)
 LIMIT = 1.05  # of the shortest possible time
 COPY_LIMIT = 1.2  # of a plain copy
 COLUMNS = ["sample", "train", "sync", "shortest step", "measured step", "ratio"]
@@ -43,7 +50,9 @@ class Args:
     steps: int = 80
     """steps of each run; the first 10 are warm-up"""
     prompts_per_step: int = 16
-    """P; 16 × 8 rollouts take about as long to sample as to train on, on the CPU of the committed results"""
+    """P; 16 × 8 rollouts take about as long to sample as to train on, on the CPU of the committed
+    results
+    """
     copies: int = 21
     """how often each copy is timed"""
     runs: Path = reporting.RUNS / "overlap"
@@ -56,8 +65,13 @@ def measure_run(run_dir, interval, offset):
     """`COLUMNS`: medians in seconds, and the ratio."""
     records = reporting.read_steps(run_dir)[WARM_UP:]
     sample, train, sync = times_of_steps(records)
-    sample, train, sync = np.median(sample), np.median(train), np.median(sync[interval - 1 :: interval]) / interval
-    # With (I, 0) the steps of an interval differ, and repeat every I steps: the median is over whole intervals.
+    sample, train, sync = (
+        np.median(sample),
+        np.median(train),
+        np.median(sync[interval - 1 :: interval]) / interval,
+    )
+    # With (I, 0) the steps of an interval differ, and repeat every I steps: the median is over
+    # whole intervals.
     step = np.median(np.diff(column(records, "time/step_started_at")[::interval])) / interval
     shortest = shortest_step(sample, train, interval, offset)
     return sample, train, sync, shortest, step, step / (shortest + sync)
@@ -66,8 +80,17 @@ def measure_run(run_dir, interval, offset):
 def measure_copies(repeats):
     """Parameters of the model, and median seconds of a plain copy and of handing over."""
     torch.set_num_threads(1)
-    # The shape of a small transformer: a large embedding, many square and some long matrices, many vectors.
-    shapes = [(32_000, 768)] + [(768, 768), (768, 768), (768, 768), (768, 768), (2048, 768), (768, 2048), (768,)] * 14
+    # The shape of a small transformer: a large embedding, many square and some long matrices, many
+    # vectors.
+    shapes = [(32_000, 768)] + [
+        (768, 768),
+        (768, 768),
+        (768, 768),
+        (768, 768),
+        (2048, 768),
+        (768, 2048),
+        (768,),
+    ] * 14
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     weights = SharedWeights(model, num_slots=2)
@@ -80,14 +103,16 @@ def measure_copies(repeats):
         weights.write(repeat % 2, repeat, model)
         plain.append(copied - start)
         hand_over.append(time.perf_counter() - copied)
-    return num_parameters, statistics.median(plain[2:]), statistics.median(hand_over[2:])  # memory is touched by then
+    return (
+        num_parameters,
+        statistics.median(plain[2:]),
+        statistics.median(hand_over[2:]),
+    )  # memory is touched by then
 
 
 def main(args):
     num_parameters, plain, hand_over = measure_copies(args.copies)  # first: it allocates 1.6 GB
-    options = (
-        f"--threads 1 --learning-rate 1e-9 --no-reference-kl --eval-size 8 --prompts-per-step {args.prompts_per_step}"
-    )
+    options = f"--threads 1 --learning-rate 1e-9 --no-reference-kl --eval-size 8 --prompts-per-step {args.prompts_per_step}"
     options += f" --eval-interval {args.steps} --checkpoint-interval {args.steps}"
     rows, results = [], {}
     for label, (interval, offset) in SCHEDULES.items():
@@ -96,7 +121,9 @@ def main(args):
         run_all([run], args.steps, args.runs, jobs=1)
         *seconds, ratio = measured = measure_run(args.runs / run.name, interval, offset)
         results[label] = dict(zip(COLUMNS, map(float, measured), strict=True))
-        rows.append([label, *(f"{value:.4f}" for value in seconds), f"{ratio:.3f}", yes(ratio <= LIMIT)])
+        rows.append(
+            [label, *(f"{value:.4f}" for value in seconds), f"{ratio:.3f}", yes(ratio <= LIMIT)]
+        )
     reporting.write_json(args.output / "overlap.json", runs=results)
     report = f"""# Overlapped sampling: how close to the schedule's shortest time
 
@@ -112,7 +139,9 @@ step / (shortest step at these sampling and training times + sync).
 copy {plain * 1e3:.1f} ms, hand-over {hand_over * 1e3:.1f} ms, ratio {hand_over / plain:.2f} (at most {COPY_LIMIT}:
 {yes(hand_over <= COPY_LIMIT * plain)}). The sampler copies nothing: its parameters become views of the shared memory.
 """
-    reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / run.name))
+    reporting.write_report(
+        args.output / "report.md", report, reporting.environment_of(args.runs / run.name)
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""A pretrained model, SmolLM2-135M-Instruct, trained on a CPU: two tasks, and a reward that is shaped badly.
+"""A pretrained model, SmolLM2-135M-Instruct, trained on a CPU: two tasks, and a reward that is
+shaped badly.
 
     pip install gguf accelerate
-    python benchmarks/pretrained.py             15 runs, two at a time; 50 minutes on two cores, bf16
-    python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three minutes
-    python benchmarks/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which is in there
+    python benchmarks/pretrained.py             15 runs, two at a time; 50 minutes on two cores,
+    bf16
+    python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three
+    minutes
+    python benchmarks/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which
+    is in there
 
-`smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`. `Sentiment` is learned
-in a few steps, by three algorithms: nearly all that the model lacks is the format. The other two are trained with GRPO.
-`Extraction` takes longer. `FourKeys` is a lesson: its reward rises, and what one wants does not.
+`smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`.
+`Sentiment` is learned in a few steps, by three algorithms: nearly all that the model lacks is the
+format. The other two are trained with GRPO. `Extraction` takes longer. `FourKeys` is a lesson: its
+reward rises, and what one wants does not.
 
-Writes a figure per task, `curves.csv`, `completions.md` (answers to the first ten held-out problems, before and after)
-and `report.md`. Repeat the command to continue where it was stopped.
+Writes a figure per task, `curves.csv`, `completions.md` (answers to the first ten held-out
+problems, before and after) and `report.md`. Repeat the command to continue where it was stopped.
 """
 
 import sys
@@ -40,7 +45,11 @@ TASK_FILE = "benchmarks/chat_tasks.py"
 
 @dataclass
 class Args:
-    tasks: tuple[Literal["Sentiment", "Extraction", "FourKeys"], ...] = ("Sentiment", "Extraction", "FourKeys")
+    tasks: tuple[Literal["Sentiment", "Extraction", "FourKeys"], ...] = (
+        "Sentiment",
+        "Extraction",
+        "FourKeys",
+    )
     """which of the tasks"""
     learning_rate: float = 1e-5
     """of all runs"""
@@ -64,10 +73,17 @@ class Args:
 
 def main(args):
     smollm2.main(args.model)
-    tasks, batch = {task: TASKS[task] for task in args.tasks}, {"prompts-per-step": 8, "group-size": 8}
+    tasks, batch = (
+        {task: TASKS[task] for task in args.tasks},
+        {"prompts-per-step": 8, "group-size": 8},
+    )
     if args.quick:
         tasks = {task: (2, tokens, labels[:1]) for task, (_, tokens, labels) in tasks.items()}
-        args.seeds, args.eval_size, batch = args.seeds[:1], 8, {"prompts-per-step": 4, "group-size": 4}
+        args.seeds, args.eval_size, batch = (
+            args.seeds[:1],
+            8,
+            {"prompts-per-step": 4, "group-size": 4},
+        )
         reporting.use_quick_directories(args, Args.output)
     parts, curves = [], {}
     for task, (steps, tokens, labels) in tasks.items():
@@ -76,19 +92,27 @@ def main(args):
             "max-response-tokens": tokens, "precision": "bfloat16", "threads": 1, "serial": True,
             "eval-size": args.eval_size, "eval-interval": 2, "checkpoint-interval": 1000,
         }  # fmt: skip
-        names = {label: [f"{task}-{SCRIPTS[label]}-{seed}" for seed in args.seeds] for label in labels}
+        names = {
+            label: [f"{task}-{SCRIPTS[label]}-{seed}" for seed in args.seeds] for label in labels
+        }
         runs = [
             Run(name, SCRIPTS[label], [*as_options(options), f"--seed={seed}"])
             for label in labels
             for name, seed in zip(names[label], args.seeds, strict=True)
         ]
         run_all(runs, steps, args.runs, args.jobs)
-        groups = {label: [read_metrics(args.runs / name) for name in names[label]] for label in labels}
-        panels = PANELS | ({"keys_present": "share of the keys present"} if task == "FourKeys" else {})
+        groups = {
+            label: [read_metrics(args.runs / name) for name in names[label]] for label in labels
+        }
+        panels = PANELS | (
+            {"keys_present": "share of the keys present"} if task == "FourKeys" else {}
+        )
         reporting.plot_runs(args.output / f"{task.lower()}.png", groups, COLOURS, panels)
         curves |= {f"{task}, {label}": records for label, records in groups.items()}
         parts.append(section(task, groups, steps))
-    reporting.write_curves(args.output / "curves.csv", curves, args.seeds, ["step", *PANELS, "keys_present"])
+    reporting.write_curves(
+        args.output / "curves.csv", curves, args.seeds, ["step", *PANELS, "keys_present"]
+    )
     (args.output / "completions.md").write_text(completions(tasks, args))
     if args.gsm8k:
         parts.append(on_gsm8k(args))
@@ -102,7 +126,9 @@ def main(args):
 
 {chr(10).join(parts)}"""
     first = f"{next(iter(tasks))}-grpo-{args.seeds[0]}"
-    reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / first))
+    reporting.write_report(
+        args.output / "report.md", report, reporting.environment_of(args.runs / first)
+    )
 
 
 def section(task, groups, steps):
@@ -118,12 +144,20 @@ def section(task, groups, steps):
         after = ", ".join(f"{values[-1]:.2f}" for values in accuracy)
         rows.append([label, arrow(reward), f"{accuracy[0][0]:.2f}", after, arrow(length, ".1f")])
         rows[-1] += [f"{np.mean(kl, axis=0)[1]:.3f}", f"{peak:.1f}"]
-    header = ["algorithm", "sampled reward", "held-out accuracy before", "after, by seed", "length", "KL at the end"]
+    header = [
+        "algorithm",
+        "sampled reward",
+        "held-out accuracy before",
+        "after, by seed",
+        "length",
+        "KL at the end",
+    ]
     header += ["peak memory (GiB)"]
     lesson = ""
     if task == "FourKeys":
         keys, exact = (
-            [column(records, key)[[0, -1]] for records in groups["GRPO"]] for key in ("keys_present", "eval/accuracy")
+            [column(records, key)[[0, -1]] for records in groups["GRPO"]]
+            for key in ("keys_present", "eval/accuracy")
         )
         lesson = f"""
 The reward is the share of right values among four: {arrow(reward)} sampled. Exact match on held-out problems:
@@ -151,15 +185,22 @@ def arrow(ends, digits=".2f"):
 
 
 def completions(tasks, args):
-    """A page of greedy answers to the first ten held-out problems of each task, before and after (first seed)."""
+    """A page of greedy answers to the first ten held-out problems of each task, before and after
+    (first seed).
+    """
     page = [
         "# Answers before and after, to the first ten held-out problems",
         "Greedy, with the runs of the first seed.",
     ]
     for task, (_, tokens, labels) in tasks.items():
         models = {"before": args.model}
-        models |= {label: args.runs / f"{task}-{SCRIPTS[label]}-{args.seeds[0]}" / "model" for label in labels}
-        problems, found = greedy_answers(list(models.values()), f"{TASK_FILE}:{task}", 10, tokens, "bfloat16")
+        models |= {
+            label: args.runs / f"{task}-{SCRIPTS[label]}-{args.seeds[0]}" / "model"
+            for label in labels
+        }
+        problems, found = greedy_answers(
+            list(models.values()), f"{TASK_FILE}:{task}", 10, tokens, "bfloat16"
+        )
         columns = [[problem["prompt"][0]["content"].split("\n")[0] for problem in problems]]
         columns += [[text for text, _ in answers] for answers in found]
         rows = [map(cell, row) for row in zip(*columns, strict=True)]

@@ -2,10 +2,11 @@
 
     python benchmarks/ranks.py                  seven minutes on two idle cores
 
-A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so that every step is
-the same work. Each of the two ranks holds half of the weights, gradients, moments and reference; in every pass they
-exchange weights and gradients with gloo. The two kinds of runs alternate; times are medians over steps. Memory is
-measured with few tokens and two models, of 24 and 229 million parameters: what more the larger one takes is its state.
+A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so
+that every step is the same work. Each of the two ranks holds half of the weights, gradients,
+moments and reference; in every pass they exchange weights and gradients with gloo. The two kinds of
+runs alternate; times are medians over steps. Memory is measured with few tokens and two models, of
+24 and 229 million parameters: what more the larger one takes is its state.
 
 Writes `ranks.md`.
 """
@@ -47,7 +48,11 @@ def make_model(directory, hidden, layers):
     tokenizer = load_tokenizer(TINY_MODEL)
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes, **heads, **ids))
     model.save_pretrained(directory)
@@ -73,19 +78,31 @@ def main(args):
         models = {make_model(path, *sizes): path for path, sizes in zip(paths, SIZES, strict=True)}
         for round_ in range(args.rounds):
             for ranks, runs in times.items():
-                runs.append(run(ranks, models[min(models)], f"{ranks}-{round_}", directory, args.steps))
+                runs.append(
+                    run(ranks, models[min(models)], f"{ranks}-{round_}", directory, args.steps)
+                )
         for ranks, found in peaks.items():
             for parameters, model in models.items():
-                steps = reporting.read_steps(run(ranks, model, f"{ranks}-{parameters}", directory, 2, 2, 2))
+                steps = reporting.read_steps(
+                    run(ranks, model, f"{ranks}-{parameters}", directory, 2, 2, 2)
+                )
                 found.append(column(steps, "memory/peak_gib").max())
-        records = {ranks: [r for path in runs for r in reporting.read_steps(path)[1:]] for ranks, runs in times.items()}
+        records = {
+            ranks: [r for path in runs for r in reporting.read_steps(path)[1:]]
+            for ranks, runs in times.items()
+        }
         environment = reporting.environment_of(times[1][0]).replace(directory, "DIRECTORY")
     small, large = models
-    time_rows = [[ranks, *(f"{np.median(column(steps, key)):.2f}" for key in KEYS)] for ranks, steps in records.items()]
+    time_rows = [
+        [ranks, *(f"{np.median(column(steps, key)):.2f}" for key in KEYS)]
+        for ranks, steps in records.items()
+    ]
     memory_rows = []
     for ranks, found in peaks.items():
         held = BYTES[ranks] * (large - small) / 2**30
-        memory_rows.append([ranks, *(f"{peak:.2f}" for peak in (*found, found[1] - found[0], held))])
+        memory_rows.append(
+            [ranks, *(f"{peak:.2f}" for peak in (*found, found[1] - found[0], held))]
+        )
     one, two = (np.median(column(records[ranks], "time/step")) for ranks in (1, 2))
     report = f"""# Two ranks on two cores, against one process with two threads
 

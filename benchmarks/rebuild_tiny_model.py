@@ -2,9 +2,9 @@
 
     python benchmarks/rebuild_tiny_model.py     as long as the build, some ten minutes on one core
 
-Rebuilds `common/tiny_model/` elsewhere and compares. On the machine and versions named in the report the weights are
-the same bit for bit; on others last bits may differ, and the report says by how much. Writes `rebuild_tiny_model.md`;
-the exit code is 1 if a weight differs.
+Rebuilds `common/tiny_model/` elsewhere and compares. On the machine and versions named in the
+report the weights are the same bit for bit; on others last bits may differ, and the report says by
+how much. Writes `rebuild_tiny_model.md`; the exit code is 1 if a weight differs.
 """
 
 import subprocess
@@ -32,13 +32,24 @@ class Args:
 def main(args):
     kept = ROOT / "common" / "tiny_model"
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run([sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory], check=True)
+        subprocess.run(
+            [sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory],
+            check=True,
+        )
         rebuilt = Path(directory)
         rows = [
-            [f"`{path.name}`", "the same" if path.read_bytes() == (rebuilt / path.name).read_bytes() else "different"]
+            [
+                f"`{path.name}`",
+                "the same"
+                if path.read_bytes() == (rebuilt / path.name).read_bytes()
+                else "different",
+            ]
             for path in sorted(kept.iterdir())
         ]
-        ours, theirs = load_file(kept / "model.safetensors"), load_file(rebuilt / "model.safetensors")
+        ours, theirs = (
+            load_file(kept / "model.safetensors"),
+            load_file(rebuilt / "model.safetensors"),
+        )
         difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
     report = f"""# The bundled model, rebuilt
 

@@ -1,7 +1,8 @@
 """What the benchmarks share: metrics of runs, figures in one style, and the files that they write.
 
-`plot_runs` and `write_curves` take runs in groups, {label: [records of a run, …]}: one curve per group, one run per
-seed. A figure shows the mean over seeds as a line and their range as a band; its CSV file has every seed's values.
+`plot_runs` and `write_curves` take runs in groups, {label: [records of a run, …]}: one curve per
+group, one run per seed. A figure shows the mean over seeds as a line and their range as a band; its
+CSV file has every seed's values.
 """
 
 import csv
@@ -39,10 +40,14 @@ def column(records, key):
 
 
 def clipped(runs):
-    """Clipped tokens in the steps with the largest lag, just before a sync: plain, and weighted by 1 − p."""
+    """Clipped tokens in the steps with the largest lag, just before a sync: plain, and weighted by
+    1 − p.
+    """
     largest = max(record["lag"] for record in runs[0])
     late = [record for records in runs for record in records if record["lag"] == largest]
-    return [f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")]
+    return [
+        f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")
+    ]
 
 
 def moving_average(values, width=SMOOTHING):
@@ -62,22 +67,27 @@ def use_quick_directories(args, default_output):
 
 Z = 1.959964  # so many standard deviations to either side hold 95 % of a normal distribution
 
-# A bootstrap and a normal interval have no width where all values agree, say at 0 or 1, however few there are: of a
-# share of 0.02, 16 values show nothing three times in four. So `mean_interval` adds imagined values at both ends of the
-# possible range. For values of 0 and 1, two at each end give the interval of Agresti and Coull (1998), which contains
-# Wilson's. For differences, one at each end gives a little more than Agresti and Min (2005) recommend.
+# A bootstrap and a normal interval have no width where all values agree, say at 0 or 1, however few
+# there are: of a share of 0.02, 16 values show nothing three times in four. So `mean_interval` adds
+# imagined values at both ends of the possible range. For values of 0 and 1, two at each end give
+# the interval of Agresti and Coull (1998), which contains Wilson's. For differences, one at each
+# end gives a little more than Agresti and Min (2005) recommend.
 OF_SHARES, OF_DIFFERENCES = (0, 0, 1, 1), (-1, 1)
 
 
 def wilson(right, total):
-    """Wilson's score interval for a probability, from so many successes in so many trials: (low, high)."""
+    """Wilson's score interval for a probability, from so many successes in so many trials: (low,
+    high).
+    """
     share, centre = right / total, (right + Z**2 / 2) / (total + Z**2)
     half = Z / (1 + Z**2 / total) * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mean_interval(values, imagined):
-    """Interval for the mean that independent values, and the `imagined` ones, are a sample of: (low, high)."""
+    """Interval for the mean that independent values, and the `imagined` ones, are a sample of:
+    (low, high).
+    """
     values = np.array([*values, *imagined], dtype=float)
     half = Z * values.std() / math.sqrt(len(values))
     return max(min(imagined), values.mean() - half), min(max(imagined), values.mean() + half)
@@ -87,7 +97,9 @@ def mean_interval(values, imagined):
 
 
 def new_figure(labels, x_label, **options):
-    """A figure of panels, one per label of a y-axis, four and more of them in two rows; returns figure and axes."""
+    """A figure of panels, one per label of a y-axis, four and more of them in two rows; returns
+    figure and axes.
+    """
     rows = 1 if len(labels) < 4 else 2
     columns = math.ceil(len(labels) / rows)
     size = (4.75 * columns, 3.6 * rows)
@@ -103,21 +115,36 @@ def new_figure(labels, x_label, **options):
 
 
 def plot_band(axis, runs, key, x, label, colour):
-    """One curve, the mean over runs, and their range; smoothed if there is a value for every step."""
+    """One curve, the mean over runs, and their range; smoothed if there is a value for every step.
+    """
     values = [column(records, key) for records in runs]
     if len(values[0]) > 2 * SMOOTHING:
         values = [moving_average(one) for one in values]
     places = np.mean([column([r for r in records if key in r], x) for records in runs], axis=0)
     axis.plot(places, np.mean(values, axis=0), color=colour, label=label, linewidth=1.6)
-    axis.fill_between(places, np.min(values, axis=0), np.max(values, axis=0), color=colour, alpha=0.18, linewidth=0)
+    axis.fill_between(
+        places,
+        np.min(values, axis=0),
+        np.max(values, axis=0),
+        color=colour,
+        alpha=0.18,
+        linewidth=0,
+    )
 
 
 def mark_published(axis, points, colours):
-    """Mark start and end of published curves, {label: [(x, y), (x, y)]}, by triangles, with a y-axis of their own."""
+    """Mark start and end of published curves, {label: [(x, y), (x, y)]}, by triangles, with a
+    y-axis of their own.
+    """
     theirs = axis.twinx()
     for label, places in points.items():
         theirs.plot(
-            *zip(*places, strict=True), "^", color=colours[label], markersize=9, fillstyle="none", clip_on=False
+            *zip(*places, strict=True),
+            "^",
+            color=colours[label],
+            markersize=9,
+            fillstyle="none",
+            clip_on=False,
         )
     theirs.set_ylabel("published (triangles)", color="gray")
     theirs.tick_params(colors="gray")
@@ -126,14 +153,26 @@ def mark_published(axis, points, colours):
 
 def save_figure(figure, axis, path):
     """With one legend below, of the labels in `axis`."""
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(
+        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-def plot_runs(path, groups, colours, panels, x="step", x_label="training steps", published=None, logarithmic=()):
-    """One panel per metric, {key: label of the y-axis}, with a curve for each group; `colours` by the group's label.
+def plot_runs(
+    path,
+    groups,
+    colours,
+    panels,
+    x="step",
+    x_label="training steps",
+    published=None,
+    logarithmic=(),
+):
+    """One panel per metric, {key: label of the y-axis}, with a curve for each group; `colours` by
+    the group's label.
 
     `published`, for `mark_published`, is {key: {label: [(x, y), (x, y)]}}; `logarithmic` are keys.
     """
@@ -142,14 +181,18 @@ def plot_runs(path, groups, colours, panels, x="step", x_label="training steps",
         for label, runs in groups.items():
             plot_band(axis, runs, key, x, label, colours[label])
         if key in logarithmic:
-            axis.set(yscale="log", ylim=(max(axis.get_ylim()[0], 1e-4), None))  # the first step's KL is 0
+            axis.set(
+                yscale="log", ylim=(max(axis.get_ylim()[0], 1e-4), None)
+            )  # the first step's KL is 0
         if published:
             mark_published(axis, published[key], colours)
     save_figure(figure, axes[0], path)
 
 
 def plot_strip(path, panels, key, label_of_axis, colours):
-    """One metric over steps in two rows of small panels, {title: {label: [run, …]}}; `colours` by label."""
+    """One metric over steps in two rows of small panels, {title: {label: [run, …]}}; `colours` by
+    label.
+    """
     shape = (2, -(-len(panels) // 2))
     options = {"sharex": True, "sharey": True, "squeeze": False, "layout": "constrained"}
     figure, axes = plt.subplots(*shape, figsize=(2.6 * shape[1], 5), **options)
@@ -175,11 +218,14 @@ def write_csv(path, header, rows):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows([f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+        writer.writerows(
+            [f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row] for row in rows
+        )
 
 
 def write_curves(path, groups, seeds, keys):
-    """What `plot_runs` plots, before smoothing: one row per run and step, with the columns `keys`."""
+    """What `plot_runs` plots, before smoothing: one row per run and step, with the columns `keys`.
+    """
     rows = [
         [label, seed, *(record.get(key) for key in keys)]
         for label, runs in groups.items()
@@ -209,7 +255,9 @@ SPREAD = "within the seeds' spread"
 
 
 def difference(values, others):
-    """ "above" or "below": by how the means of two lists differ; `SPREAD` if by no more than both ranges added up."""
+    """ "above" or "below": by how the means of two lists differ; `SPREAD` if by no more than both
+    ranges added up.
+    """
     gap = np.mean(values) - np.mean(others)
     if abs(gap) <= np.ptp(values) + np.ptp(others):
         return SPREAD
@@ -217,16 +265,23 @@ def difference(values, others):
 
 
 def compare(observations, runs, seeds):
-    """Whether observations hold: for all runs, for those of each seed, and had the runs been shorter.
+    """Whether observations hold: for all runs, for those of each seed, and had the runs been
+    shorter.
 
-    `observations` takes groups of runs, {label: [run, …]}, with the runs in the order of `seeds`, and returns
-    (statement, bool) pairs. The answer is that for the means over seeds if at least four in five seeds, each looked at
-    alone, agree with it; else the runs do not tell, and it is `SPREAD`. Returns a table, and a summary of it.
+    `observations` takes groups of runs, {label: [run, …]}, with the runs in the order of `seeds`,
+    and returns (statement, bool) pairs. The answer is that for the means over seeds if at least
+    four in five seeds, each looked at alone, agree with it; else the runs do not tell, and it is
+    `SPREAD`. Returns a table, and a summary of it.
     """
     columns = [observations(runs)]
-    columns += [observations({label: [group[i]] for label, group in runs.items()}) for i in range(len(seeds))]
+    columns += [
+        observations({label: [group[i]] for label, group in runs.items()})
+        for i in range(len(seeds))
+    ]
     for share in (0.5, 0.75):
-        shorter = {label: [run[: int(share * len(run))] for run in group] for label, group in runs.items()}
+        shorter = {
+            label: [run[: int(share * len(run))] for run in group] for label, group in runs.items()
+        }
         columns.append(observations(shorter))
     statements = {yes(True): [], yes(False): [], SPREAD: []}
     rows = []
@@ -238,7 +293,13 @@ def compare(observations, runs, seeds):
         rows.append([statement, answer, *map(yes, others)])
     count = ["**number of yes**", f"**{len(statements['yes'])} of {len(rows)}**"]
     count += [f"**{sum(holds for _, holds in one)} of {len(one)}**" for one in columns[1:]]
-    header = ["observation", "answer", *(f"seed {seed}" for seed in seeds), "after half of the steps", "three quarters"]
+    header = [
+        "observation",
+        "answer",
+        *(f"seed {seed}" for seed in seeds),
+        "after half of the steps",
+        "three quarters",
+    ]
     listed = {answer: "; ".join(found) or "nothing" for answer, found in statements.items()}
     summary = f"""Of {len(rows)} observations about the published figure, {len(statements["yes"])} hold here,
 {len(statements["no"])} do not, and {len(statements[SPREAD])} are within the seeds' spread: fewer than four in five
@@ -251,11 +312,14 @@ seeds agree with the mean.
 
 
 def environment_of(run_dir):
-    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware, threads.
+    """What `environment.txt` of a run says of its first start: command, commit, versions, hardware,
+    threads.
 
     With paths as seen from the repository, wherever that lies.
     """
-    return (run_dir / "environment.txt").read_text().split("\n\n")[0].strip().replace(f"{ROOT}/", "")
+    return (
+        (run_dir / "environment.txt").read_text().split("\n\n")[0].strip().replace(f"{ROOT}/", "")
+    )
 
 
 def write_report(path, text, environment):

@@ -1,15 +1,18 @@
-"""Tokens per second of `TransformersSampler` against `model.generate` of the same transformers version, and vLLM.
+"""Tokens per second of `TransformersSampler` against `model.generate` of the same transformers
+version, and vLLM.
 
     python benchmarks/sampling.py               half a minute
-    python benchmarks/sampling.py --model runs/smollm2 --task benchmarks/chat_tasks.py:Extraction --prompts 8 \
-        --max-response-tokens 48 --precision bfloat16 --rounds 3 --output benchmarks/results/pretrained
+    python benchmarks/sampling.py --model runs/smollm2 --task benchmarks/chat_tasks.py:Extraction
+    --prompts 8 \
+        --max-response-tokens 48 --precision bfloat16 --rounds 3 --output
+        benchmarks/results/pretrained
 
-All sample responses to the prompts of the default workload (32 prompts, 8 responses each, at most 64 tokens,
-temperature 1) with the bundled model, in one process, taking turns. `model.generate` does no less: pure sampling, no
-top-p or top-k, the same EOS and limit, the same loaded model, whose layers are as fast for both
-(`common/kernels/cpu.py`); in bf16, a copy with all weights in bf16, so that nothing is cast. It reports log-probs only
-if asked to keep all scores; it is timed both ways. vLLM takes part where it is installed (see the README). Writes
-`sampling.md`.
+All sample responses to the prompts of the default workload (32 prompts, 8 responses each, at most
+64 tokens, temperature 1) with the bundled model, in one process, taking turns. `model.generate`
+does no less: pure sampling, no top-p or top-k, the same EOS and limit, the same loaded model, whose
+layers are as fast for both (`common/kernels/cpu.py`); in bf16, a copy with all weights in bf16, so
+that nothing is cast. It reports log-probs only if asked to keep all scores; it is timed both ways.
+vLLM takes part where it is installed (see the README). Writes `sampling.md`.
 """
 
 import copy
@@ -69,29 +72,47 @@ def main(args):
     prompts = problems.prompts[:P]
     eos_ids = end_of_sequence_ids(model, tokenizer)
     generation = (max_tokens, DEFAULTS.temperature, args.precision)
-    samplers = {"`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)}
+    samplers = {
+        "`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)
+    }
     if find_spec("vllm"):
         plan = Plan(prompts, P, G, 1, 0, DEFAULTS.seed)
-        options = {"engine": "vllm", "serial": True, "timeout": 0, "threads": args.threads, "model_name": args.model}
-        engine = make_rollouts(plan, [], model, tokenizer, *generation, revision="", **options).sampler
+        options = {
+            "engine": "vllm",
+            "serial": True,
+            "timeout": 0,
+            "threads": args.threads,
+            "model_name": args.model,
+        }
+        engine = make_rollouts(
+            plan, [], model, tokenizer, *generation, revision="", **options
+        ).sampler
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         deliver(engine, tensors, describe(model, 0, args.precision))
         samplers["vLLM, with log-probs"] = engine
     generating = copy.deepcopy(model).to(getattr(torch, args.precision))
     pad_id = tokenizer.pad_token_id
     tokenizer.padding_side = "left"
-    padded = tokenizer.pad({"input_ids": [prompt for prompt in prompts for _ in range(G)]}, return_tensors="pt")
+    padded = tokenizer.pad(
+        {"input_ids": [prompt for prompt in prompts for _ in range(G)]}, return_tensors="pt"
+    )
 
     def sample_with(sampler, seed):
-        return sum(map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses))
+        return sum(
+            map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses)
+        )
 
     def generate(seed, **scores):
         torch.manual_seed(seed)
         ends = {"eos_token_id": sorted(eos_ids), "pad_token_id": pad_id}
-        config = GenerationConfig(do_sample=True, max_new_tokens=max_tokens, top_k=0, **ends, **scores)
+        config = GenerationConfig(
+            do_sample=True, max_new_tokens=max_tokens, top_k=0, **ends, **scores
+        )
         output = generating.generate(**padded, generation_config=config)
         tokens_BT = (output.sequences if scores else output)[:, padded["input_ids"].shape[1] :]
-        ended_BT = torch.isin(tokens_BT, torch.tensor(sorted(eos_ids))).cumsum(dim=1)  # what follows is padding
+        ended_BT = torch.isin(tokens_BT, torch.tensor(sorted(eos_ids))).cumsum(
+            dim=1
+        )  # what follows is padding
         return int((ended_BT == 0).sum() + (ended_BT > 0).any(dim=1).sum())
 
     def generate_with_scores(seed):
@@ -110,7 +131,10 @@ def main(args):
             tokens = sample(seed)
             speeds[name].append(tokens / (time.perf_counter() - started))
     medians = {name: statistics.median(values[1:]) for name, values in speeds.items()}
-    rows = [[name, f"{speed:,.0f}", f"{speed / medians[baseline]:.2f}"] for name, speed in medians.items()]
+    rows = [
+        [name, f"{speed:,.0f}", f"{speed / medians[baseline]:.2f}"]
+        for name, speed in medians.items()
+    ]
     report = f"""# Sampling speed
 
 {P} × {G} responses of at most {max_tokens} tokens, model {args.model}, task {args.task}, {args.precision},

@@ -1,13 +1,16 @@
 """Every setting that was tried for the two figures, on seeds that the figures do not use.
 
-    python benchmarks/scans.py sync_modes --seeds 11          16 runs, two at a time; a quarter of an hour
+    python benchmarks/scans.py sync_modes --seeds 11          16 runs, two at a time; a quarter of
+    an hour
     python benchmarks/scans.py algorithms --seeds 11          33 runs; an hour
 
-The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table says what became of
-the curves and how many of the observations about the published figure hold (those about time left out: runs share the
-machine here). The setting of a figure was chosen from this table, one for all curves, before its own seeds were run.
+The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table
+says what became of the curves and how many of the observations about the published figure hold
+(those about time left out: runs share the machine here). The setting of a figure was chosen from
+this table, one for all curves, before its own seeds were run.
 
-Writes `scan.md` into the figure's directory in `results/`. Repeat the command to continue where it was stopped.
+Writes `scan.md` into the figure's directory in `results/`. Repeat the command to continue where it
+was stopped.
 """
 
 import sys
@@ -25,20 +28,31 @@ from benchmarks.launcher import Run, as_options, run_all
 from benchmarks.reporting import column, table
 from benchmarks.schedule_replay import MODES
 
-SCANS = {  # options, and the share of hasty examples in the start model; without one, it is the bundled model
+# options, and the share of hasty examples in the start model; without one, it is the bundled model
+SCANS = {
     "sync_modes": [
         {"hasty": hasty, "learning-rate": rate, "prompts-per-step": 16, "steps": 80}
         for hasty, rate in ((0.85, 1e-4), (0.85, 5e-5), (0.55, 5e-5), (0.55, 2e-5))
     ],
     "algorithms": [
-        # (Longer problems, of five or six terms, are out of reach for the bundled model: 1 of 128 answers was right.)
-        *({"learning-rate": rate, "prompts-per-step": 8, "steps": 200} for rate in (2e-4, 1e-4, 5e-5, 2e-5)),
+        # (Longer problems, of five or six terms, are out of reach for the bundled model: 1 of 128
+        # answers was right.)
+        *(
+            {"learning-rate": rate, "prompts-per-step": 8, "steps": 200}
+            for rate in (2e-4, 1e-4, 5e-5, 2e-5)
+        ),
         *({"learning-rate": rate, "prompts-per-step": 32, "steps": 100} for rate in (1e-4, 5e-5)),
         {"temperature": 1.2, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
         {"group-size": 32, "learning-rate": 5e-5, "prompts-per-step": 2, "steps": 200},
         {"hasty": 0.55, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
         {"reward": 8, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
-        {"reward": 8, "temperature": 1.2, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
+        {
+            "reward": 8,
+            "temperature": 1.2,
+            "learning-rate": 5e-5,
+            "prompts-per-step": 8,
+            "steps": 200,
+        },
     ],
 }
 
@@ -62,7 +76,9 @@ def curves_of(figure):
     if figure == "algorithms":
         interval = f"--sync-interval={algorithms.SYNC_INTERVAL}"
         return {label: (script, [interval]) for label, script in algorithms.SCRIPTS.items()}
-    options = {mode: [f"--sync-interval={i}", f"--sync-offset={o}"] for mode, (i, o) in MODES.items()}
+    options = {
+        mode: [f"--sync-interval={i}", f"--sync-offset={o}"] for mode, (i, o) in MODES.items()
+    }
     return {mode: ("grpo", both) for mode, both in options.items()}
 
 
@@ -79,7 +95,9 @@ def run_setting(figure, setting, args):
     directory, groups, runs = args.runs / figure / name, {}, []
     for label, (script, own) in curves_of(figure).items():
         for seed in args.seeds:
-            runs.append(Run(f"{label} {seed}".replace(" ", "-"), script, [*own, *shared, f"--seed={seed}"]))
+            runs.append(
+                Run(f"{label} {seed}".replace(" ", "-"), script, [*own, *shared, f"--seed={seed}"])
+            )
             groups.setdefault(label, []).append(directory / runs[-1].name)
     run_all(runs, steps, directory, args.jobs)
     read = sync_modes.read_run if figure == "sync_modes" else reporting.read_steps
@@ -99,7 +117,8 @@ def main(args):
         groups = run_setting(args.figure, setting, args)
         asked = getattr(module, "about_curves", module.observations)(groups)
         behaviour = {
-            label: np.mean([column(r, "kl/behaviour_k3").max() for r in runs]) for label, runs in groups.items()
+            label: np.mean([column(r, "kl/behaviour_k3").max() for r in runs])
+            for label, runs in groups.items()
         }
         rows = [
             [
@@ -110,14 +129,25 @@ def main(args):
             ]
             for label, runs in groups.items()
         ]
-        header = ["curve", *module.PANELS.values(), "clipped at the largest lag (weighted)", "largest behaviour KL"]
+        header = [
+            "curve",
+            *module.PANELS.values(),
+            "clipped at the largest lag (weighted)",
+            "largest behaviour KL",
+        ]
         title = ", ".join(f"{key} {value}" for key, value in setting.items())
         holding = sum(holds for _, holds in asked)
         failing = "; ".join(statement for statement, holds in asked if not holds)
-        parts.append(f"## {title}\n\n{holding} of {len(asked)} hold. Not: {failing}.\n\n{table(header, rows)}")
-        text = f"# Settings tried for `{args.figure}.py`, seeds {args.seeds}\n\n" + "\n\n".join(parts)
+        parts.append(
+            f"## {title}\n\n{holding} of {len(asked)} hold. Not: {failing}.\n\n{table(header, rows)}"
+        )
+        text = f"# Settings tried for `{args.figure}.py`, seeds {args.seeds}\n\n" + "\n\n".join(
+            parts
+        )
         last = next((args.runs / args.figure).glob("*/*/environment.txt")).parent
-        reporting.write_report(args.output / args.figure / "scan.md", text, reporting.environment_of(last))
+        reporting.write_report(
+            args.output / args.figure / "scan.md", text, reporting.environment_of(last)
+        )
 
 
 if __name__ == "__main__":

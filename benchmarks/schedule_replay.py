@@ -1,19 +1,24 @@
-"""What a schedule costs: replays sampler and trainer from how long sampling, training and a sync take.
+"""What a schedule costs: replays sampler and trainer from how long sampling, training and a sync
+take.
 
     python benchmarks/schedule_replay.py --sample 2.0 --train 1.0 --sync 0.1
-    python benchmarks/schedule_replay.py --sample 60 --train 45 --sync 3 --slow-share 0.2 --slow-factor 4
+    python benchmarks/schedule_replay.py --sample 60 --train 45 --sync 3 --slow-share 0.2
+    --slow-factor 4
     python benchmarks/schedule_replay.py --run runs/NAME          the times of a run's own steps
 
 Assumptions, all of them:
-- One sampler and one trainer, which do not slow each other down. The sampler works on one batch at a time, in order.
-- Batch k is sampled as soon as the sampler is free and the weights of version(k) have arrived (`common/sampling`).
-  With (I, O) = (1, 0) the two take turns, whether they are one process or two.
-- Step k begins when step k − 1 has ended and batch k is there. It is `train` seconds of grading and training and, after
-  every I-th update, `sync` seconds in which the trainer hands over the weights; the sampler can use them after it.
-- How long it takes to sample a batch, or to train on it, does not depend on the schedule. (In a real run it does, a
-  little: an older policy may give shorter or longer responses.) Evaluation and checkpoints are left out.
-- With `--run`, the run sampled with transformers: vLLM samples the batches of a version together, so that none has a
-  time of its own.
+- One sampler and one trainer, which do not slow each other down. The sampler works on one batch at
+  a time, in order.
+- Batch k is sampled as soon as the sampler is free and the weights of version(k) have arrived
+  (`common/sampling`). With (I, O) = (1, 0) the two take turns, whether they are one process or two.
+- Step k begins when step k − 1 has ended and batch k is there. It is `train` seconds of grading and
+  training and, after every I-th update, `sync` seconds in which the trainer hands over the weights;
+  the sampler can use them after it.
+- How long it takes to sample a batch, or to train on it, does not depend on the schedule. (In a
+  real run it does, a little: an older policy may give shorter or longer responses.) Evaluation and
+  checkpoints are left out.
+- With `--run`, the run sampled with transformers: vLLM samples the batches of a version together,
+  so that none has a time of its own.
 """
 
 import random
@@ -39,7 +44,9 @@ MODES = {  # label: (sync_interval, sync_offset)
 
 @dataclass
 class Replay:
-    """Who worked when, in seconds from the start; intervals are (start, end), the k-th of a list is of batch k + 1."""
+    """Who worked when, in seconds from the start; intervals are (start, end), the k-th of a list is
+    of batch k + 1.
+    """
 
     sampling: list[tuple[float, float]]
     training: list[tuple[float, float]]
@@ -50,16 +57,25 @@ class Replay:
 
     def idle(self, *work):
         """The share of the whole time in which none of these, e.g. `replay.sampling`, goes on."""
-        return 1 - sum(min(end, self.seconds) - start for intervals in work for start, end in intervals) / self.seconds
+        return (
+            1
+            - sum(min(end, self.seconds) - start for intervals in work for start, end in intervals)
+            / self.seconds
+        )
 
 
 def replay(sample, train, sync, sync_interval, sync_offset):
-    """Replay one run; the three lists hold seconds per batch (a sync's where it is due). Returns a `Replay`."""
+    """Replay one run; the three lists hold seconds per batch (a sync's where it is due). Returns a
+    `Replay`.
+    """
     version_ready = {0: 0.0}  # when the sampler has each version of the weights
     sampling, training, syncing = [], [], []
     sampler_free = trainer_free = 0.0
-    for k, (sample_seconds, train_seconds, sync_seconds) in enumerate(zip(sample, train, sync, strict=True), start=1):
-        # Batch k needs no update after k − 1, so that whatever it waits for has been replayed by now.
+    for k, (sample_seconds, train_seconds, sync_seconds) in enumerate(
+        zip(sample, train, sync, strict=True), start=1
+    ):
+        # Batch k needs no update after k − 1, so that whatever it waits for has been replayed by
+        # now.
         start = max(sampler_free, version_ready[version_of_batch(k, sync_interval, sync_offset)])
         sampler_free = start + sample_seconds
         sampling.append((start, sampler_free))
@@ -71,23 +87,30 @@ def replay(sample, train, sync, sync_interval, sync_offset):
             syncing.append((trainer_free, trainer_free + sync_seconds))
             trainer_free += sync_seconds
             version_ready[k] = trainer_free
-    lag = [k - 1 - version_of_batch(k, sync_interval, sync_offset) for k in range(1, len(training) + 1)]
+    lag = [
+        k - 1 - version_of_batch(k, sync_interval, sync_offset) for k in range(1, len(training) + 1)
+    ]
     return Replay(sampling, training, syncing, lag, seconds=trainer_free)
 
 
 def shortest_step(sample, train, sync_interval, sync_offset):
-    """Seconds per step in the long run, where every batch takes S to sample and T to train on, and a sync nothing.
+    """Seconds per step in the long run, where every batch takes S to sample and T to train on, and
+    a sync nothing.
 
-    (I max(S, T) + min(S, T)) / I for (I, 0): within an interval the slower of the two is always busy, and at its end
-    the other one is waited for once, for one batch. max(S, T) for (1, 1).
+    (I max(S, T) + min(S, T)) / I for (I, 0): within an interval the slower of the two is always
+    busy, and at its end the other one is waited for once, for one batch. max(S, T) for (1, 1).
     """
     steps = 100 * sync_interval
-    finished = replay([sample] * 2 * steps, [train] * 2 * steps, [0.0] * 2 * steps, sync_interval, sync_offset)
+    finished = replay(
+        [sample] * 2 * steps, [train] * 2 * steps, [0.0] * 2 * steps, sync_interval, sync_offset
+    )
     return (finished.training[-1][1] - finished.training[steps - 1][1]) / steps
 
 
 def times_of_steps(records):
-    """(sample, train, sync), arrays of seconds per step, as `replay` takes them; grading counts as training."""
+    """(sample, train, sync), arrays of seconds per step, as `replay` takes them; grading counts as
+    training.
+    """
     train = column(records, "time/grade") + column(records, "time/train")
     return column(records, "time/sample"), train, column(records, "time/sync")
 
@@ -101,7 +124,9 @@ class Args:
     sync: float = 0.0
     """seconds to hand over the weights"""
     slow_share: float = 0.0
-    """share of the batches with a response that takes the sampler longer; chosen at random, the same for every mode"""
+    """share of the batches with a response that takes the sampler longer; chosen at random, the
+    same for every mode
+    """
     slow_factor: float = 3.0
     """how much longer such a batch takes to sample"""
     steps: int = 1000
@@ -129,7 +154,15 @@ def main(args):
         ]
         for label, result in results.items()
     ]  # fmt: skip
-    header = ["mode", "seconds per step", "speed-up", "sampler idle", "trainer idle", "mean lag", "largest lag"]
+    header = [
+        "mode",
+        "seconds per step",
+        "speed-up",
+        "sampler idle",
+        "trainer idle",
+        "mean lag",
+        "largest lag",
+    ]
     print(table(header, rows))
 
 

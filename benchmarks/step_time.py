@@ -3,30 +3,35 @@
     pip install -r benchmarks/requirements.txt
     python benchmarks/step_time.py              about 25 minutes on two idle cores
 
-A step is: sample G responses to each of P prompts, grade them, make one update. Both sides get the same model
-directory, the same prompts in the same order, the same reward function, group size, token limit, float32, device (CPU)
-and number of threads. Short runs take turns, A B C D A B C D …, each in a process of its own, so that a machine that
-slows down slows all of them. The first steps of each are warm-up, and medians over all rounds are compared.
+A step is: sample G responses to each of P prompts, grade them, make one update. Both sides get the
+same model directory, the same prompts in the same order, the same reward function, group size,
+token limit, float32, device (CPU) and number of threads. Short runs take turns, A B C D A B C D …,
+each in a process of its own, so that a machine that slows down slows all of them. The first steps
+of each are warm-up, and medians over all rounds are compared.
 
-The work of a step changes while a model learns: responses get shorter, and more groups have equal rewards. So the
-default run is made first, and steps are timed with its policy as it was after several of its steps, at a learning rate
-of 1e-9 on both sides, which keeps that policy: left to learn by themselves, the two sides would soon do different work.
-The time of the whole run follows by the trapezoid rule.
+The work of a step changes while a model learns: responses get shorter, and more groups have equal
+rewards. So the default run is made first, and steps are timed with its policy as it was after
+several of its steps, at a learning rate of 1e-9 on both sides, which keeps that policy: left to
+learn by themselves, the two sides would soon do different work. The time of the whole run follows
+by the trapezoid rule.
 
 What is timed:
-- `grpo.py`: `time/step` in its metrics.jsonl, from before sampling to after the update, without evaluation.
-- TRL: from the trainer's `on_step_begin` to its `on_step_end`. `GRPOTrainer` generates and grades inside its
-  `training_step`, which is between the two, so this includes the same things. Loading the data and logging are outside,
-  as they are for `grpo.py`.
+- `grpo.py`: `time/step` in its metrics.jsonl, from before sampling to after the update, without
+  evaluation.
+- TRL: from the trainer's `on_step_begin` to its `on_step_end`. `GRPOTrainer` generates and grades
+  inside its `training_step`, which is between the two, so this includes the same things. Loading
+  the data and logging are outside, as they are for `grpo.py`.
 
 How TRL is set up, to do the same work at its best:
 - `loss_type="dapo"` is its token mean over the whole batch, the normalisation of `grpo.py`.
-- Gradient checkpointing and bfloat16, both on by default, are off; so are logging, saving and evaluation.
+- Gradient checkpointing and bfloat16, both on by default, are off; so are logging, saving and
+  evaluation.
 - Micro-batches are the fastest size: see `trl_batch_size`.
-- It ends responses at the same EOS ids; nothing is reported if mean response lengths differ by more than 5 %.
-TRL's sampler reports no log-probs, so that it has less to do there; it treats the policy that sampled the batch as
-equal to the one being trained. `grpo.py` skips the backward pass of groups whose rewards are all equal, which have no
-gradient; the report says how many there are.
+- It ends responses at the same EOS ids; nothing is reported if mean response lengths differ by more
+  than 5 %.
+TRL's sampler reports no log-probs, so that it has less to do there; it treats the policy that
+sampled the batch as equal to the one being trained. `grpo.py` skips the backward pass of groups
+whose rewards are all equal, which have no gradient; the report says how many there are.
 
 Writes `report.md`, `step_time.json` with its numbers, and `steps.csv` with every step.
 """
@@ -59,7 +64,9 @@ from common.runlog import describe_environment
 from common.sampling import problems_of_batch
 from common.tasks import load_problems, load_task
 
-DEFAULTS = grpo.Args()  # P, G, token limit, temperature, clipping, seed: whatever grpo.py does when left alone
+DEFAULTS = (
+    grpo.Args()
+)  # P, G, token limit, temperature, clipping, seed: whatever grpo.py does when left alone
 WARM_UP = 2  # steps of each run: first allocations, lazy imports
 LEARNING_RATE = 1e-9
 BASELINE = "TRL"
@@ -83,8 +90,8 @@ class Args:
     steps: int = 9
     """training steps of each timed run, warm-up included"""
     trl_batch_size: tuple[int, ...] = (64, 128)
-    """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128 and 256 with the
-    policies of the first and the last stage"""
+    """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128
+    and 256 with the policies of the first and the last stage"""
     model: str = DEFAULTS.model
     """as in grpo.py, like the options below; another model is timed as it is, with --stages 0"""
     task: str = DEFAULTS.task
@@ -102,9 +109,20 @@ WORK = ("task", "prompts_per_step", "max_response_tokens", "device", "precision"
 
 
 def make_stages(model, stages, directory):
-    """Make the default run up to the last stage, and keep its policy after each. Returns {stage: model directory}."""
+    """Make the default run up to the last stage, and keep its policy after each. Returns {stage:
+    model directory}.
+    """
     directories = {0: location(model)}
-    options = ["--output", directory, "--name", "default", "--device", "cpu", "--precision", "float32"]
+    options = [
+        "--output",
+        directory,
+        "--name",
+        "default",
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
     for stage in stages[1:]:
         run_child(["grpo.py", "--num-steps", str(stage), *options], threads=2)
         options = ["--resume", f"{directory}/default"]
@@ -121,12 +139,20 @@ def run_grpo(work, model, threads, reference, steps, directory, microbatch):
         "output": directory, "name": "run", "reference_kl": reference,
     }  # fmt: skip
     run_child(["grpo.py", *as_options(options)], threads)
-    keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups", "memory/peak_gib")
+    keys = (
+        "time/step",
+        "response_length/mean",
+        "reward/mean",
+        "reward/zero_std_groups",
+        "memory/peak_gib",
+    )
     return [[record[key] for key in keys] for record in reporting.read_steps(f"{directory}/run")]
 
 
 def run_trl(*arguments):
-    """Run `train_with_trl` in a process of its own. Returns a list of `MEASURED` per step, warm-up included."""
+    """Run `train_with_trl` in a process of its own. Returns a list of `MEASURED` per step, warm-up
+    included.
+    """
     threads, directory = arguments[2], arguments[5]
     run_child([__file__, "--trl-child", json.dumps(arguments)], threads)
     return json.loads(Path(directory, "steps.json").read_text())
@@ -134,7 +160,9 @@ def run_trl(*arguments):
 
 def run_child(command, threads):
     """Run a script with that many threads in every library that has its own."""
-    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads))
+    limits = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads)
+    )
     run_once(command, HF_HUB_OFFLINE="1", **limits)
 
 
@@ -148,7 +176,9 @@ def peak_gib(device):
 
 
 def train_with_trl(work, model, threads, reference, steps, directory, batch_size):
-    """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json` into `directory`."""
+    """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json`
+    into `directory`.
+    """
     from datasets import Dataset  # the parent process needs none of this
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
@@ -158,8 +188,14 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
     task = load_task(work["task"])
     problems = load_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens).problems
     P, G = work["prompts_per_step"], DEFAULTS.group_size
-    order = [i for k in range(1, steps + 1) for i in problems_of_batch(k, len(problems), P, DEFAULTS.seed)]
-    dataset = Dataset.from_list([{"prompt": problems[index]["prompt"], "problem": index} for index in order])
+    order = [
+        i
+        for k in range(1, steps + 1)
+        for i in problems_of_batch(k, len(problems), P, DEFAULTS.seed)
+    ]
+    dataset = Dataset.from_list(
+        [{"prompt": problems[index]["prompt"], "problem": index} for index in order]
+    )
     records = []
 
     def reward(completions, completion_ids, problem, **_):
@@ -167,7 +203,13 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
         rewards = task.rewards([problems[index] for index in problem], texts)
         rewards = [reward["reward"] if isinstance(reward, dict) else reward for reward in rewards]
         equal = [len(set(rewards[i : i + G])) == 1 for i in range(0, len(rewards), G)]
-        records.append([statistics.mean(map(len, completion_ids)), statistics.mean(rewards), statistics.mean(equal)])
+        records.append(
+            [
+                statistics.mean(map(len, completion_ids)),
+                statistics.mean(rewards),
+                statistics.mean(equal),
+            ]
+        )
         return rewards
 
     class StepTimer(TrainerCallback):
@@ -178,7 +220,9 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
             records[-1].insert(0, time.perf_counter() - self.started)
             records[-1].append(peak_gib(work["device"]))
             # What is timed must contain the sampling and grading of exactly one batch.
-            assert len(records) == self.batches_before + 1, "TRL generates outside of the timed part of a step"
+            assert len(records) == self.batches_before + 1, (
+                "TRL generates outside of the timed part of a step"
+            )
 
     config = GRPOConfig(
         output_dir=directory,
@@ -187,7 +231,9 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
         gradient_checkpointing=False,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=P * G // batch_size,  # micro-batches per update; they share one batch
+        gradient_accumulation_steps=P
+        * G
+        // batch_size,  # micro-batches per update; they share one batch
         num_generations=G,
         max_completion_length=work["max_response_tokens"],
         temperature=DEFAULTS.temperature,
@@ -207,12 +253,16 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
         report_to="none",
         disable_tqdm=True,
     )
-    GRPOTrainer(model, reward, config, dataset, processing_class=tokenizer, callbacks=[StepTimer()]).train()
+    GRPOTrainer(
+        model, reward, config, dataset, processing_class=tokenizer, callbacks=[StepTimer()]
+    ).train()
     Path(directory, "steps.json").write_text(json.dumps(records))
 
 
 def main(args):
-    environment = [line for line in describe_environment().splitlines() if not line.startswith("threads")]
+    environment = [
+        line for line in describe_environment().splitlines() if not line.startswith("threads")
+    ]
     environment += [f"{name}: {version(name)}" for name in ("trl", "accelerate")]
     load = os.getloadavg()[0]
     settings = [(threads, name) for threads in args.threads for name in VARIANTS]
@@ -231,11 +281,27 @@ def main(args):
                     if is_trl:
                         microbatch = args.trl_batch_size[args.threads.index(threads)]
                     with tempfile.TemporaryDirectory() as directory:
-                        arguments = (work, models[stage], threads, reference, args.steps, directory, microbatch)
-                        measured[threads, name, stage, round] = (run_trl if is_trl else run_grpo)(*arguments)
+                        arguments = (
+                            work,
+                            models[stage],
+                            threads,
+                            reference,
+                            args.steps,
+                            directory,
+                            microbatch,
+                        )
+                        measured[threads, name, stage, round] = (run_trl if is_trl else run_grpo)(
+                            *arguments
+                        )
                     bar.update()
-    rows = [[*key, k, *values] for key, steps in measured.items() for k, values in enumerate(steps, start=1)]
-    reporting.write_csv(args.output / "steps.csv", ["threads", "variant", "stage", "round", "step", *MEASURED], rows)
+    rows = [
+        [*key, k, *values]
+        for key, steps in measured.items()
+        for k, values in enumerate(steps, start=1)
+    ]
+    reporting.write_csv(
+        args.output / "steps.csv", ["threads", "variant", "stage", "round", "step", *MEASURED], rows
+    )
     report, results = write_text(measured, settings, args, load)
     reporting.write_json(args.output / "step_time.json", summary=results)
     reporting.write_report(args.output / "report.md", report, "\n".join(environment))
@@ -244,17 +310,25 @@ def main(args):
 def write_text(measured, settings, args, load):
     # [stages, rounds, steps, what is measured] by setting
     values = {
-        setting: np.array([[measured[*setting, s, r][WARM_UP:] for r in range(args.rounds)] for s in args.stages])
+        setting: np.array(
+            [[measured[*setting, s, r][WARM_UP:] for r in range(args.rounds)] for s in args.stages]
+        )
         for setting in settings
     }
-    policy = np.array([value.mean(axis=(1, 2)) for value in values.values()])[..., 1:4]  # [settings, stages, 3]
+    policy = np.array([value.mean(axis=(1, 2)) for value in values.values()])[
+        ..., 1:4
+    ]  # [settings, stages, 3]
     lengths = policy[..., 0]
     if (lengths.max(axis=0) > 1.05 * lengths.min(axis=0)).any():
-        sys.exit(f"No report: mean response lengths differ by more than 5 % ({lengths}), so the work was not the same.")
+        sys.exit(
+            f"No report: mean response lengths differ by more than 5 % ({lengths}), so the work was not the same."
+        )
     seconds = {setting: value[..., 0] for setting, value in values.items()}
 
     def whole_run(per_stage):
-        return np.trapezoid(per_stage, args.stages, axis=0) if len(args.stages) > 1 else per_stage[0]
+        return (
+            np.trapezoid(per_stage, args.stages, axis=0) if len(args.stages) > 1 else per_stage[0]
+        )
 
     rows, results = [], []
     for threads, name in settings:
@@ -263,16 +337,29 @@ def write_text(measured, settings, args, load):
         cells = [f"{a:.2f} s ({b / a:.2f} ×)" for a, b in zip(medians, baseline, strict=True)]
         speed = whole_run(baseline) / whole_run(medians)
         by_round = whole_run(np.median(theirs, axis=2)) / whole_run(np.median(ours, axis=2))
-        cells += [f"{whole_run(medians):.3g}", f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})"]
+        cells += [
+            f"{whole_run(medians):.3g}",
+            f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})",
+        ]
         rows.append([threads, name, *cells, f"{values[threads, name][..., 4].max():.2f}"])
         results.append({"threads": threads, "variant": name, "speed_relative_to_trl": float(speed)})
-    header = ["threads", "variant", *(f"after {stage}" for stage in args.stages), "in all (s)", "speed (by round)"]
+    header = [
+        "threads",
+        "variant",
+        *(f"after {stage}" for stage in args.stages),
+        "in all (s)",
+        "speed (by round)",
+    ]
     header += ["peak memory (GiB)"]
     policies = [
         [stage, f"{length:.1f}", f"{reward:.2f}", f"{equal:.0%}"]
         for stage, (length, reward, equal) in zip(args.stages, policy.mean(axis=0), strict=True)
     ]
-    which = "with the policy as it was after so many steps of the default run" if args.stages[1:] else "of this policy"
+    which = (
+        "with the policy as it was after so many steps of the default run"
+        if args.stages[1:]
+        else "of this policy"
+    )
     text = f"""# Time of training steps: grpo.py and TRL {version("trl")}
 
 Median seconds of a whole step (sample, grade, update) {which};

@@ -1,24 +1,28 @@
-"""The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy, three seeds each.
+"""The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy,
+three seeds each.
 
     python benchmarks/sync_modes.py             25 minutes on two otherwise idle cores
     python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
 
-The start model is built first, in less than a minute: the bundled model, trained on with examples most of which state
-the answer at once, without any work (`common/build_tiny_model.py --hasty`). Such an answer is as a rule wrong, since
-the model cannot add in its head, and now and then it works a problem out, which as a rule is right. So the runs also
-answer a question: does reinforcement teach it to work things out?
+The start model is built first, in less than a minute: the bundled model, trained on with examples
+most of which state the answer at once, without any work (`common/build_tiny_model.py --hasty`).
+Such an answer is as a rule wrong, since the model cannot add in its head, and now and then it works
+a problem out, which as a rule is right. So the runs also answer a question: does reinforcement
+teach it to work things out?
 
-The modes are compared by time, so the runs go one after another, on a machine that does nothing else. Each phase has
-one thread: Sync (1) samples and trains in turns in one process; the other modes have a second process that samples, as
-far as the schedule lets it, while the first one trains. One more run of Sync (1) has two threads for each phase, as by
-default, since with one thread it leaves a core idle.
+The modes are compared by time, so the runs go one after another, on a machine that does nothing
+else. Each phase has one thread: Sync (1) samples and trains in turns in one process; the other
+modes have a second process that samples, as far as the schedule lets it, while the first one
+trains. One more run of Sync (1) has two threads for each phase, as by default, since with one
+thread it leaves a core idle.
 
-Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and `report.md`. The setting was
-chosen by `scans.py`, on other seeds. Repeat the command to continue where it was stopped. (A run that was itself
-stopped has a gap in its time: delete its directory first.)
+Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and
+`report.md`. The setting was chosen by `scans.py`, on other seeds. Repeat the command to continue
+where it was stopped. (A run that was itself stopped has a gap in its time: delete its directory
+first.)
 
-Options it does not know go to the training scripts, so the same command is the recipe for other models and data. What a
-mode would cost with other times: `benchmarks/schedule_replay.py`.
+Options it does not know go to the training scripts, so the same command is the recipe for other
+models and data. What a mode would cost with other times: `benchmarks/schedule_replay.py`.
 """
 
 import json
@@ -60,9 +64,13 @@ class Args:
     steps: int = 80
     """training steps of each run"""
     learning_rate: float = 2e-5
-    """of all runs; the scripts' default is for fresh batches, and high for batches up to 9 updates old"""
+    """of all runs; the scripts' default is for fresh batches, and high for batches up to 9 updates
+    old
+    """
     hasty: float = 0.55
-    """share of answers at once in what the start model is trained on; 0 for the bundled model itself"""
+    """share of answers at once in what the start model is trained on; 0 for the bundled model
+    itself
+    """
     prompts_per_step: int = 16
     """P; with groups of 8, 128 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -79,17 +87,28 @@ class Args:
 
 def main(args, script_options):
     if args.quick:
-        args.steps, args.seeds, args.prompts_per_step, args.long_tail_steps = 14, args.seeds[:1], 4, 12
+        args.steps, args.seeds, args.prompts_per_step, args.long_tail_steps = (
+            14,
+            args.seeds[:1],
+            4,
+            12,
+        )
         reporting.use_quick_directories(args, Args.output)
 
     def run(name, mode, seed, steps, *options):
-        """One run. It evaluates and saves at its ends only, and little: meanwhile, the sampler would get ahead."""
+        """One run. It evaluates and saves at its ends only, and little: meanwhile, the sampler
+        would get ahead.
+        """
         interval, offset = MODES[mode]
         fixed = {
             "seed": seed, "sync-interval": interval, "sync-offset": offset, "prompts-per-step": args.prompts_per_step,
             "learning-rate": args.learning_rate, "eval-interval": steps, "checkpoint-interval": steps, "eval-size": 8,
         }  # fmt: skip
-        return Run(name, "grpo", [f"--{key}={value}" for key, value in fixed.items()] + [*options, *script_options])
+        return Run(
+            name,
+            "grpo",
+            [f"--{key}={value}" for key, value in fixed.items()] + [*options, *script_options],
+        )
 
     def name(mode, seed):
         return "sync-{}-{}-{}".format(*MODES[mode], seed)
@@ -98,35 +117,50 @@ def main(args, script_options):
     model = hasty_model(args.hasty, args.runs) if args.hasty else TINY_MODEL
     start = f"--model={model}"
     runs = [
-        run(name(mode, seed), mode, seed, args.steps, "--threads=1", start) for seed in args.seeds for mode in MODES
+        run(name(mode, seed), mode, seed, args.steps, "--threads=1", start)
+        for seed in args.seeds
+        for mode in MODES
     ]
     runs.append(run("two-threads", ONE, args.seeds[0], args.steps, "--threads=2", start))
-    # The bundled model rambles: with room for it, a few responses are several times longer than the median. A
-    # learning rate of 1e-9 keeps it so, and every step the same work.
+    # The bundled model rambles: with room for it, a few responses are several times longer than the
+    # median. A learning rate of 1e-9 keeps it so, and every step the same work.
     long_tail = ("--threads=1", "--learning-rate=1e-9", f"--max-response-tokens={LONG_TAIL_TOKENS}")
-    tail_runs = [run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, *long_tail) for mode in MODES]
+    tail_runs = [
+        run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, *long_tail) for mode in MODES
+    ]
     run_all(runs, args.steps, args.runs, jobs=1)
     run_all(tail_runs, args.long_tail_steps, args.runs, jobs=1)
 
-    groups = {mode: [read_run(args.runs / name(mode, seed)) for seed in args.seeds] for mode in MODES}
+    groups = {
+        mode: [read_run(args.runs / name(mode, seed)) for seed in args.seeds] for mode in MODES
+    }
     groups_and_more = {**groups, TWO_THREADS: [read_run(args.runs / "two-threads")]}
     tail = {mode: [read_run(args.runs / f"tail-{name(mode, 1)}")] for mode in MODES}
     plot_options = {"x": "minutes", "x_label": "Time (minutes)", "published": marks(groups)}
     reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, **plot_options)
-    reporting.write_curves(args.output / "curves.csv", groups, args.seeds, ["step", "minutes", *PANELS])
+    reporting.write_curves(
+        args.output / "curves.csv", groups, args.seeds, ["step", "minutes", *PANELS]
+    )
     plot_timing({mode: runs[0] for mode, runs in groups.items()}, args.output)
     trained = args.runs / name(ONE, args.seeds[0]) / "model"
     problems, (before, after) = greedy_answers([model, trained], "addition", 5, 64)
     examples = [
-        [problem["prompt"].splitlines()[0], *(f"{text.strip()} ({reward:.0f})" for text, reward in answers)]
+        [
+            problem["prompt"].splitlines()[0],
+            *(f"{text.strip()} ({reward:.0f})" for text, reward in answers),
+        ]
         for problem, *answers in zip(problems, before, after, strict=True)
     ]
     report = write_text(groups, groups_and_more, tail, examples, args, script_options)
-    reporting.write_report(args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name))
+    reporting.write_report(
+        args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name)
+    )
 
 
 def hasty_model(share, runs):
-    """A start model that answers at once in that share of cases; built in less than a minute, unless it is there."""
+    """A start model that answers at once in that share of cases; built in less than a minute,
+    unless it is there.
+    """
     directory = runs / f"hasty-{share:g}-model"
     if not (directory / "tokenizer_config.json").exists():  # written last
         command = [sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory]
@@ -136,7 +170,9 @@ def hasty_model(share, runs):
 
 
 def marks(groups):
-    """Start and end of the published curves, for `mark_published`; hours are scaled so that Sync (1) ends with ours."""
+    """Start and end of the published curves, for `mark_published`; hours are scaled so that Sync
+    (1) ends with ours.
+    """
     published = json.loads(PUBLISHED.read_text())
     longest = np.mean([records[-1]["minutes"] for records in groups[ONE]])
     return {
@@ -163,7 +199,8 @@ def read_run(run_dir):
 def seconds(records):
     """Measured seconds per step.
 
-    The first steps do not count: caches are cold, and the schedule needs an interval to reach its rhythm.
+    The first steps do not count: caches are cold, and the schedule needs an interval to reach its
+    rhythm.
     """
     first = min(WARM_UP, len(records) // 2)
     return 60 * (records[-1]["minutes"] - records[first - 1]["minutes"]) / (len(records) - first)
@@ -190,15 +227,18 @@ def final(records, key):
 def plot_timing(runs, output, first_step=21, num_steps=12):
     """Who worked when, one panel per mode, from the timestamps that a run logged.
 
-    A batch has the colour of the weights that sampled it, in the sampler's lane and in the trainer's; what is blank is
-    waiting. Under the trainer's lane is the lag, the number of updates the policy was behind when its batch was used.
+    A batch has the colour of the weights that sampled it, in the sampler's lane and in the
+    trainer's; what is blank is waiting. Under the trainer's lane is the lag, the number of updates
+    the policy was behind when its batch was used.
     """
     figure, axes = plt.subplots(len(runs), 1, figsize=(14, 9), layout="constrained", sharex=True)
     palette, rows, ends = plt.get_cmap("tab10").colors, [], []
     for axis, (mode, records) in zip(axes, runs.items(), strict=True):
         first = min(first_step, max(1, len(records) - num_steps))
         begin = records[first - 1]["time/step_started_at"]
-        ends.append(records[min(len(records), first + num_steps) - 1]["time/step_started_at"] - begin)
+        ends.append(
+            records[min(len(records), first + num_steps) - 1]["time/step_started_at"] - begin
+        )
         for record in records[max(0, first - 4) : first + 2 * num_steps]:
             sampling = record["time/sample_started_at"] - begin
             training = record["time/step_started_at"] + record["time/wait"] - begin
@@ -208,18 +248,28 @@ def plot_timing(runs, output, first_step=21, num_steps=12):
             colour = palette[(record["weights_version"] // MODES[mode][0]) % len(palette)]
             centred = {"ha": "center", "fontsize": 9, "clip_on": True}
             for lane, start, width in ((1, sampling, record["time/sample"]), (0, training, work)):
-                axis.broken_barh([(start, width)], (lane + 0.08, 0.84), facecolor=colour, edgecolor="white", alpha=0.75)
+                axis.broken_barh(
+                    [(start, width)],
+                    (lane + 0.08, 0.84),
+                    facecolor=colour,
+                    edgecolor="white",
+                    alpha=0.75,
+                )
                 axis.text(start + width / 2, lane + 0.5, record["step"], va="center", **centred)
             axis.text(training + work / 2, -0.12, record["lag"], va="top", **centred)
             if record["step"] % MODES[mode][0] == 0:
-                axis.axvline(training + work + record["time/sync"], color="black", linewidth=1, linestyle=":")
+                axis.axvline(
+                    training + work + record["time/sync"], color="black", linewidth=1, linestyle=":"
+                )
         axis.set_yticks([1.5, 0.5, -0.3], ["sampling", "training", "lag"])
         axis.set_ylim(-0.55, 2.1)
         axis.set_title(mode, loc="left", fontsize=11)
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(left=False)
     axes[-1].set_xlim(0, max(1.0, min(ends)))
-    axes[-1].set_xlabel("seconds; numbers are batches, colours the weights that sampled them, dotted lines syncs")
+    axes[-1].set_xlabel(
+        "seconds; numbers are batches, colours the weights that sampled them, dotted lines syncs"
+    )
     figure.savefig(output / "timing.png", dpi=120)
     plt.close(figure)
     header = "mode,batch,weights_version,lag,sampling_starts,sampling_takes,training_starts,training_takes,sync_takes"
@@ -233,7 +283,10 @@ def observations(groups):
 
 def over_seeds(groups, value, *arguments):
     """By mode: the mean over its runs of `value(records, *arguments)`."""
-    return {mode: np.mean([value(records, *arguments) for records in runs]) for mode, runs in groups.items()}
+    return {
+        mode: np.mean([value(records, *arguments) for records in runs])
+        for mode, runs in groups.items()
+    }
 
 
 def order(values):
@@ -254,7 +307,10 @@ def about_time(groups):
         reached = moving_average(column(records, "reward/mean")) >= np.mean(lowest)
         return min(column(records, "minutes")[reached], default=np.inf)
 
-    duration, halfway = order(over_seeds(groups, seconds)), order(over_seeds(groups, time_to_halfway))
+    duration, halfway = (
+        order(over_seeds(groups, seconds)),
+        order(over_seeds(groups, time_to_halfway)),
+    )
     return [
         (f"{ONE} takes the longest", duration[0] == ONE),
         (f"{TWO} takes the second longest", duration[1] == TWO),
@@ -267,7 +323,9 @@ def about_curves(groups):
     """The other observations."""
 
     def swing(key):
-        return over_seeds(groups, lambda records: np.abs(np.diff(moving_average(column(records, key), 15))).max())
+        return over_seeds(
+            groups, lambda records: np.abs(np.diff(moving_average(column(records, key), 15))).max()
+        )
 
     start = {key: over_seeds(groups, first, key) for key in PANELS}
     end = {key: over_seeds(groups, final, key) for key in PANELS}
@@ -275,29 +333,59 @@ def about_curves(groups):
     reward, length, norm, kl = (end[key] for key in PANELS)
     return [
         ("Reward rises in all modes", all(rises["reward/mean"])),
-        ("Final rewards are alike (within 0.03)", max(reward.values()) - min(reward.values()) <= 0.03),
+        (
+            "Final rewards are alike (within 0.03)",
+            max(reward.values()) - min(reward.values()) <= 0.03,
+        ),
         ("Response length rises in all modes", all(rises["response_length/mean"])),
-        (f"Final response length: {ONE} > {TWO} > {OFFSET} > {TEN}", order(length) == [ONE, TWO, OFFSET, TEN]),
+        (
+            f"Final response length: {ONE} > {TWO} > {OFFSET} > {TEN}",
+            order(length) == [ONE, TWO, OFFSET, TEN],
+        ),
         ("The gradient norm falls in all modes", not any(rises["grad_norm"])),
-        (f"Final gradient norm: {OFFSET} > {TEN} > {TWO} > {ONE}", order(norm) == [OFFSET, TEN, TWO, ONE]),
+        (
+            f"Final gradient norm: {OFFSET} > {TEN} > {TWO} > {ONE}",
+            order(norm) == [OFFSET, TEN, TWO, ONE],
+        ),
         ("KL divergence rises in all modes", all(rises["kl/ref_k2"])),
         (f"Final KL: {ONE} > {TWO} > {OFFSET} > {TEN}", order(kl) == [ONE, TWO, OFFSET, TEN]),
-        (f"{ONE} swings most in KL (largest step of the smoothed curve)", order(swing("kl/ref_k2"))[0] == ONE),
-        (f"{ONE} swings most in response length (likewise)", order(swing("response_length/mean"))[0] == ONE),
+        (
+            f"{ONE} swings most in KL (largest step of the smoothed curve)",
+            order(swing("kl/ref_k2"))[0] == ONE,
+        ),
+        (
+            f"{ONE} swings most in response length (likewise)",
+            order(swing("response_length/mean"))[0] == ONE,
+        ),
     ]
 
 
 def cost_of_staleness(groups):
-    """By mode: the reward at the same steps, and how far the policy has moved away from the sampler's, at its most."""
+    """By mode: the reward at the same steps, and how far the policy has moved away from the
+    sampler's, at its most.
+    """
     rows = []
     for mode, runs in groups.items():
         rewards = [moving_average(column(records, "reward/mean"), 15) for records in runs]
-        cells = [f"{np.mean([r[int(share * len(r)) - 1] for r in rewards]):.3f}" for share in (0.25, 0.5, 0.75, 1.0)]
+        cells = [
+            f"{np.mean([r[int(share * len(r)) - 1] for r in rewards]):.3f}"
+            for share in (0.25, 0.5, 0.75, 1.0)
+        ]
         lag = max(record["lag"] for record in runs[0])
         late = [record for records in runs for record in records if record["lag"] == lag]
-        rows.append([mode, lag, *cells, *reporting.clipped(runs), f"{column(late, 'kl/behaviour_k3').mean():.4f}"])
+        rows.append(
+            [
+                mode,
+                lag,
+                *cells,
+                *reporting.clipped(runs),
+                f"{column(late, 'kl/behaviour_k3').mean():.4f}",
+            ]
+        )
     header = ["mode", "largest lag", "reward after 1/4 of the steps", "1/2", "3/4", "all"]
-    return table([*header, "clipped at that lag", "weighted by 1 − p", "behaviour KL at that lag"], rows)
+    return table(
+        [*header, "clipped at that lag", "weighted by 1 − p", "behaviour KL at that lag"], rows
+    )
 
 
 def table_of_times(groups):
@@ -305,12 +393,17 @@ def table_of_times(groups):
     rows = []
     for label, runs in groups.items():
         mode = label if label in MODES else ONE
-        sample, train, sync = np.mean([times_of_steps(records[WARM_UP:]) for records in runs], axis=(0, 2))
+        sample, train, sync = np.mean(
+            [times_of_steps(records[WARM_UP:]) for records in runs], axis=(0, 2)
+        )
         wait = np.mean([column(records[WARM_UP:], "time/wait") for records in runs])
         measured = np.mean([seconds(records) for records in runs])
         own = np.mean([replayed(records, mode) for records in runs])
         cells = [f"{value:.3f}" for value in (sample, wait, train, sync, measured)]
-        cells += [f"{np.mean(ratios(runs, groups[ONE])):.2f}", f"{own:.3f} ({own / measured - 1:+.1%})"]
+        cells += [
+            f"{np.mean(ratios(runs, groups[ONE])):.2f}",
+            f"{own:.3f} ({own / measured - 1:+.1%})",
+        ]
         if label in MODES:
             of_one = np.mean([replayed(records, mode) for records in groups[ONE]])
             cells.append(f"{of_one:.3f} ({of_one / measured - 1:+.1%})")
@@ -322,7 +415,8 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
     published = json.loads(PUBLISHED.read_text())["final"]
     observed, sentences = reporting.compare(observations, groups, args.seeds)
     rate = {
-        mode: np.mean([column(r[WARM_UP:], "response_length/mean") for r in runs]) / np.mean([seconds(r) for r in runs])
+        mode: np.mean([column(r[WARM_UP:], "response_length/mean") for r in runs])
+        / np.mean([seconds(r) for r in runs])
         for mode, runs in groups.items()
     }
     summary, speed = [], []
@@ -331,10 +425,15 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
         minutes = np.mean([records[-1]["minutes"] for records in runs])
         summary.append([mode, f"{theirs['hours']} h", f"{minutes:.2f} min"])
         for key, digits in zip(PANELS, (2, 1, 3, 3), strict=True):
-            summary[-1] += [f"{theirs[key]:g}", f"{np.mean([final(records, key) for records in runs]):.{digits}f}"]
+            summary[-1] += [
+                f"{theirs[key]:g}",
+                f"{np.mean([final(records, key) for records in runs]):.{digits}f}",
+            ]
         speed_up = published[ONE]["hours"] / theirs["hours"]
         shorter = theirs["response_length/mean"] / published[ONE]["response_length/mean"]
-        allowed = np.mean([seconds(r) for r in groups[ONE]]) / np.mean([replayed(r, mode) for r in groups[ONE]])
+        allowed = np.mean([seconds(r) for r in groups[ONE]]) / np.mean(
+            [replayed(r, mode) for r in groups[ONE]]
+        )
         per_seed = ratios(runs, groups[ONE])
         ours = f"{np.mean(per_seed):.2f} ({', '.join(f'{ratio:.2f}' for ratio in per_seed)})"
         speed.append([mode, f"{speed_up:.2f}", ours, f"{allowed:.2f}", f"{speed_up * shorter:.2f}"])
@@ -342,9 +441,14 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
     columns = ["total time", "reward", "length", "gradient norm", "KL"]
     header = ["mode", *(cell for name in columns for cell in (f"{name}, published", "ours"))]
     lengths, longest, cut = (
-        column(tail[ONE][0], f"response_length/{key}").mean() for key in ("mean", "max", "truncated")
+        column(tail[ONE][0], f"response_length/{key}").mean()
+        for key in ("mean", "max", "truncated")
     )
-    setting = f"script options `{' '.join(script_options)}`" if script_options else "the bundled model and task"
+    setting = (
+        f"script options `{' '.join(script_options)}`"
+        if script_options
+        else "the bundled model and task"
+    )
     return f"""# Four sync modes over time
 
 {sentences}

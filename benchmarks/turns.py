@@ -1,4 +1,6 @@
-"""Tasks without meaning, for timing: responses are rewarded in turns, so that each group has something to train on."""
+"""Tasks without meaning, for timing: responses are rewarded in turns, so that each group has
+something to train on.
+"""
 
 from common.tasks import Task
 

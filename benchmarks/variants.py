@@ -1,15 +1,20 @@
 """Ten more algorithms, each of them a few lines in place of `grpo.py`'s.
 
-    python benchmarks/variants.py --write gspo mine.py      write one as a script; run it with: python mine.py
-    python benchmarks/variants.py                           train with each of them; 40 to 55 minutes
-    python benchmarks/variants.py --quick                   the same in miniature, to see that it works
+    python benchmarks/variants.py --write gspo mine.py      write one as a script; run it with:
+    python mine.py
+    python benchmarks/variants.py                           train with each of them; 40 to 55
+    minutes
+    python benchmarks/variants.py --quick                   the same in miniature, to see that it
+    works
 
-A class below is what a variant puts into the four fenced regions of `grpo.py`: docstring, options, `advantages` and
-`per_token_loss`. What it does not define stays as in `grpo.py`, but a loss of its own comes with its own options only.
-What papers add outside of the fences is left out: KL penalties, rewards for length, sampling a group again.
+A class below is what a variant puts into the four fenced regions of `grpo.py`: docstring, options,
+`advantages` and `per_token_loss`. What it does not define stays as in `grpo.py`, but a loss of its
+own comes with its own options only. What papers add outside of the fences is left out: KL
+penalties, rewards for length, sampling a group again.
 
-Trains at `sync_interval` 1 and 20, with one setting for all, and the three scripts for comparison. Writes `report.md`,
-and `strip.png` with the values it shows in `curves.csv`. Repeat the command to continue where it was stopped.
+Trains at `sync_interval` 1 and 20, with one setting for all, and the three scripts for comparison.
+Writes `report.md`, and `strip.png` with the values it shows in `curves.csv`. Repeat the command to
+continue where it was stopped.
 """
 
 import difflib
@@ -43,7 +48,8 @@ sg(·) lets no gradient through. Each batch gives one update, and there is no KL
 
 
 class Reinforce:
-    """REINFORCE: with the group's mean as baseline (Williams, 1992; the baseline as in Yao et al., arXiv 2509.24203).
+    """REINFORCE: with the group's mean as baseline (Williams, 1992; the baseline as in Yao et al.,
+    arXiv 2509.24203).
 
         A_ij = r_ij − r̄_i
         loss = −1/N Σ_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
@@ -88,7 +94,8 @@ class DrGRPO:
         A_ij = r_ij − r̄_i
         loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)
 
-    Dividing by σ favours prompts solved nearly always or nearly never. The paper divides by a constant, not by N.
+    Dividing by σ favours prompts solved nearly always or nearly never. The paper divides by a
+    constant, not by N.
     """
 
     advantages = Reinforce.advantages
@@ -98,35 +105,47 @@ class DAPO:
     """DAPO: GRPO with a higher upper bound (Yu et al., arXiv 2503.14476), as far as it is a loss.
 
         A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)     with ε_high > ε_low
+        loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)     with ε_high >
+        ε_low
 
-    A higher bound leaves unlikely tokens room to rise. The paper also lowers the reward of overlong responses: left
-    out, since `advantages` does not see lengths. And it samples groups with equal rewards again.
+    A higher bound leaves unlikely tokens room to rise. The paper also lowers the reward of overlong
+    responses: left out, since `advantages` does not see lengths. And it samples groups with equal
+    rewards again.
     """
 
     clip_low: float = 0.2
-    """ε_low: a token with a negative advantage gets no gradient once its ratio is below 1 − ε_low"""
+    """ε_low: a token with a negative advantage gets no gradient once its ratio is below 1 − ε_low
+    """
     clip_high: float = 0.28
-    """ε_high: a token with a positive advantage gets no gradient once its ratio is above 1 + ε_high"""
+    """ε_high: a token with a positive advantage gets no gradient once its ratio is above 1 + ε_high
+    """
 
 
 class GSPO:
     """GSPO: Group Sequence Policy Optimization (Zheng et al., arXiv 2507.18071).
 
         A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        s_ij = exp(1/|y_ij| Σ_t log ρ_ijt)                                  the ratio of the whole response
+        s_ij = exp(1/|y_ij| Σ_t log ρ_ijt)                                  the ratio of the whole
+        response
         loss = −1/N Σ_ij min(s_ij A_ij, clip(s_ij, 1−ε_low, 1+ε_high) A_ij)
 
-    All tokens of a response are clipped, or none. The paper divides by the number of responses, not by N.
+    All tokens of a response are clipped, or none. The paper divides by the number of responses, not
+    by N.
     """
 
     clip_low: float = 3e-4
-    """ε_low: a response with a negative advantage gets no gradient once its ratio is below 1 − ε_low"""
+    """ε_low: a response with a negative advantage gets no gradient once its ratio is below 1 −
+    ε_low
+    """
     clip_high: float = 4e-4
-    """ε_high: a response with a positive advantage gets no gradient once its ratio is above 1 + ε_high"""
+    """ε_high: a response with a positive advantage gets no gradient once its ratio is above 1 +
+    ε_high
+    """
 
     def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−min(s A, clip(s, 1−ε_low, 1+ε_high) A) / |y| of each token: its share of the response's loss."""
+        """−min(s A, clip(s, 1−ε_low, 1+ε_high) A) / |y| of each token: its share of the response's
+        loss.
+        """
         length_B1 = mask_BT.sum(dim=1, keepdim=True)
         log_ratio_BT = (logprobs_BT - sampler_logprobs_BT) * mask_BT
         ratio_B1 = torch.exp(log_ratio_BT.sum(dim=1, keepdim=True) / length_B1)
@@ -141,7 +160,8 @@ class CISPO:
         A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
         loss = −1/N Σ_ijt sg(clip(ρ_ijt, 1−ε_low, 1+ε_high)) A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
-    Clips a token's weight, not its gradient: unlike in GRPO, rare tokens that have risen keep learning.
+    Clips a token's weight, not its gradient: unlike in GRPO, rare tokens that have risen keep
+    learning.
     """
 
     clip_low: float = 1.0
@@ -157,13 +177,15 @@ class CISPO:
 
 
 class TIS:
-    """TIS: truncated importance sampling (Yao et al., fengyao.notion.site/off-policy-rl, 2025; arXiv 1802.01561).
+    """TIS: truncated importance sampling (Yao et al., fengyao.notion.site/off-policy-rl, 2025;
+    arXiv 1802.01561).
 
         A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
         loss = −1/N Σ_ijt sg(min(ρ_ijt, C)) A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
-    Corrects for a sampler whose weights or arithmetic are not the trainer's, with the weight of V-trace. The authors
-    also clip the ratio to the policy before the update: with one update per batch, it is 1. CISPO has C = 1+ε_high.
+    Corrects for a sampler whose weights or arithmetic are not the trainer's, with the weight of
+    V-trace. The authors also clip the ratio to the policy before the update: with one update per
+    batch, it is 1. CISPO has C = 1+ε_high.
     """
 
     cap: float = 2.0
@@ -176,13 +198,15 @@ class TIS:
 
 
 class RECTwoSideIS:
-    """REC-TwoSide-IS: REINFORCE, clipped on both sides, with importance sampling (Yao et al., arXiv 2509.24203).
+    """REC-TwoSide-IS: REINFORCE, clipped on both sides, with importance sampling (Yao et al., arXiv
+    2509.24203).
 
         A_ij = r_ij − r̄_i
         M_ijt = 1 if 1−ε_low ≤ ρ_ijt ≤ 1+ε_high, else 0
         loss = −1/N Σ_ijt M_ijt sg(ρ_ijt) A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
-    Unlike in GRPO, a token that has moved against its advantage is masked as well, and cannot come back.
+    Unlike in GRPO, a token that has moved against its advantage is masked as well, and cannot come
+    back.
     """
 
     clip_low: float = 0.2
@@ -196,16 +220,19 @@ class RECTwoSideIS:
         """−M sg(ρ) A log π of each token."""
         ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT).detach()
         inside_BT = (ratio_BT >= 1 - args.clip_low) & (ratio_BT <= 1 + args.clip_high)
-        weight_BT = ratio_BT.masked_fill(~inside_BT, 0.0)  # the product of 0 and an infinite ρ would be NaN
+        weight_BT = ratio_BT.masked_fill(
+            ~inside_BT, 0.0
+        )  # the product of 0 and an infinite ρ would be NaN
         return -weight_BT * advantages_B1 * logprobs_BT
 
 
 class RECRingNoIS:
-    """REC-Ring-NoIS: REINFORCE, clipped on a ring, without importance sampling (Yao et al., arXiv 2509.24203).
+    """REC-Ring-NoIS: REINFORCE, clipped on a ring, without importance sampling (Yao et al., arXiv
+    2509.24203).
 
         A_ij = r_ij − r̄_i
-        M = 1 if 1−ε_low ≤ ρ ≤ 1+ε_high, or A ≥ 0 and ρ ≤ 1−ε'_low, or A ≤ 0 and ρ ≥ 1+ε'_high, else 0 (indices ijt)
-        loss = −1/N Σ_ijt M_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        M = 1 if 1−ε_low ≤ ρ ≤ 1+ε_high, or A ≥ 0 and ρ ≤ 1−ε'_low, or A ≤ 0 and ρ ≥ 1+ε'_high, else
+        0 (indices ijt) loss = −1/N Σ_ijt M_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
     Tokens learn where ρ is near 1, and again where it has gone far against their advantage.
     """
@@ -217,7 +244,8 @@ class RECRingNoIS:
     far_low: float = 0.6
     """ε'_low: a token with a positive advantage learns again once its ratio is below 1 − ε'_low"""
     far_high: float = 2.0
-    """ε'_high: a token with a negative advantage learns again once its ratio is above 1 + ε'_high"""
+    """ε'_high: a token with a negative advantage learns again once its ratio is above 1 + ε'_high
+    """
 
     advantages = Reinforce.advantages
 
@@ -237,12 +265,14 @@ class REDDrop:
         A_ij = r_ij − the mean reward in S_i, for responses in S_i; 0 for the others
         loss = −1/N Σ_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
-    The authors' code (Trinity-RFT, `rec_advantage.py`) drops at random; this drops the last in the group, which for
-    independent samples is as random, and repeatable. N counts all responses, as it does there.
+    The authors' code (Trinity-RFT, `rec_advantage.py`) drops at random; this drops the last in the
+    group, which for independent samples is as random, and repeatable. N counts all responses, as it
+    does there.
     """
 
     def advantages(rewards_PG, args):
-        """A = r − the mean over the responses that are kept, 0 for the others; float64 in and out."""
+        """A = r − the mean over the responses that are kept, 0 for the others; float64 in and out.
+        """
         bad_PG = rewards_PG < rewards_PG.mean(dim=1, keepdim=True)
         kept_PG = ~bad_PG | (bad_PG.cumsum(dim=1) <= (~bad_PG).sum(dim=1, keepdim=True))
         mean_P1 = (rewards_PG * kept_PG).sum(dim=1, keepdim=True) / kept_PG.sum(dim=1, keepdim=True)
@@ -257,7 +287,9 @@ VARIANTS = {
     "reinforce": Reinforce, "rloo": RLOO, "dr_grpo": DrGRPO, "dapo": DAPO, "gspo": GSPO, "cispo": CISPO, "tis": TIS,
     "rec_twoside_is": RECTwoSideIS, "rec_ring_nois": RECRingNoIS, "red_drop": REDDrop,
 }  # fmt: skip
-REGION = re.compile(r"(?<=# --- algorithm ---\n).*?(?=^ *# --- end algorithm ---$)", re.DOTALL | re.MULTILINE)
+REGION = re.compile(
+    r"(?<=# --- algorithm ---\n).*?(?=^ *# --- end algorithm ---$)", re.DOTALL | re.MULTILINE
+)
 OPTION = re.compile(r'^    \w+: \w+ = .*\n    """.*"""\n', re.MULTILINE)
 SETTING = "--threads 1 --serial --prompts-per-step 8 --learning-rate 5e-5"
 SYNC_INTERVALS = (1, 20)
@@ -282,7 +314,8 @@ class Args:
 
 
 def script_of(name, file):
-    """The text of a variant's script, to be called `file`: `grpo.py` with the regions of its class."""
+    """The text of a variant's script, to be called `file`: `grpo.py` with the regions of its class.
+    """
     variant, text = VARIANTS[name], (ROOT / "grpo.py").read_text()
     _, options, *functions = REGION.findall(text)
     title = f'"""{inspect.getdoc(variant)}\n{NOTATION}\nUsage:\n    python {file}\n"""\n'
@@ -297,7 +330,9 @@ def script_of(name, file):
 def write(name, path):
     """Write a variant's script to a new file."""
     if name not in VARIANTS:
-        sys.exit(f"variants.py: error: --write {name}: no such variant; give one of {', '.join(VARIANTS)}.")
+        sys.exit(
+            f"variants.py: error: --write {name}: no such variant; give one of {', '.join(VARIANTS)}."
+        )
     try:
         with open(path, "x") as file:
             file.write(script_of(name, path.name))
@@ -320,52 +355,94 @@ def main(args):
 
     def run_of(label, interval, seed):
         options = f"--sync-interval {interval} --seed {seed} {SETTING} --eval-interval {args.steps}"
-        return Run(f"{Path(scripts[label]).name}-{interval}-{seed}", scripts[label], options.split())
+        return Run(
+            f"{Path(scripts[label]).name}-{interval}-{seed}", scripts[label], options.split()
+        )
 
     curves = [(label, interval) for interval in SYNC_INTERVALS for label in scripts]
-    run_all([run_of(*curve, seed) for seed in args.seeds for curve in curves], args.steps, args.runs, args.jobs)
+    run_all(
+        [run_of(*curve, seed) for seed in args.seeds for curve in curves],
+        args.steps,
+        args.runs,
+        args.jobs,
+    )
     groups = {
-        curve: [reporting.read_steps(args.runs / run_of(*curve, seed).name) for seed in args.seeds] for curve in curves
+        curve: [reporting.read_steps(args.runs / run_of(*curve, seed).name) for seed in args.seeds]
+        for curve in curves
     }
-    panels = {label: {f"sync_interval {i}": groups[label, i] for i in SYNC_INTERVALS} for label in scripts}
+    panels = {
+        label: {f"sync_interval {i}": groups[label, i] for i in SYNC_INTERVALS} for label in scripts
+    }
     colours = dict(zip(panels["GRPO"], ("tab:blue", "tab:orange"), strict=True))
-    reporting.plot_strip(args.output / "strip.png", panels, "reward/mean", "training reward", colours)
+    reporting.plot_strip(
+        args.output / "strip.png", panels, "reward/mean", "training reward", colours
+    )
     columns = ["step", "reward/mean", "kl/ref_k2"]
-    named = {f"{label}, sync_interval {interval}": runs for (label, interval), runs in groups.items()}
+    named = {
+        f"{label}, sync_interval {interval}": runs for (label, interval), runs in groups.items()
+    }
     reporting.write_curves(args.output / "curves.csv", named, args.seeds, columns)
     environment = reporting.environment_of(args.runs / run_of("GRPO", 1, args.seeds[0]).name)
-    reporting.write_report(args.output / "report.md", write_text(groups, scripts, args), environment)
+    reporting.write_report(
+        args.output / "report.md", write_text(groups, scripts, args), environment
+    )
 
 
 def lines_of_diff(script):
-    """Lines that a diff of `grpo.py` and another script removes and adds, without the docstrings at the top."""
-    texts = [REGION.sub("", path.read_text(), count=1).splitlines() for path in (ROOT / "grpo.py", script)]
+    """Lines that a diff of `grpo.py` and another script removes and adds, without the docstrings at
+    the top.
+    """
+    texts = [
+        REGION.sub("", path.read_text(), count=1).splitlines()
+        for path in (ROOT / "grpo.py", script)
+    ]
     kinds = [line[0] for line in difflib.ndiff(*texts)]
     return f"−{kinds.count('-')} +{kinds.count('+')}"
 
 
 def is_stable(runs):
-    """Whether in all runs the last tenth's reward is within 0.1 of the best tenth's, and no update was skipped."""
+    """Whether in all runs the last tenth's reward is within 0.1 of the best tenth's, and no update
+    was skipped.
+    """
     tenths = algorithms.tenths(runs, "reward/mean")
     skipped = sum(column(records, "update_skipped").sum() for records in runs)
     return skipped == 0 and bool((tenths[:, -1] >= tenths.max(axis=1) - 0.1).all())
 
 
 def write_text(groups, scripts, args):
-    header = ["algorithm", "script", "lines of diff", "accuracy per seed", "mean", "against GRPO", "KL"]
+    header = [
+        "algorithm",
+        "script",
+        "lines of diff",
+        "accuracy per seed",
+        "mean",
+        "against GRPO",
+        "KL",
+    ]
     header += ["clipped", "clipped, weighted", "stable"]
     rows = {interval: [] for interval in SYNC_INTERVALS}
-    accuracy = {curve: [column(run, "eval/accuracy")[-1] for run in runs] for curve, runs in groups.items()}
+    accuracy = {
+        curve: [column(run, "eval/accuracy")[-1] for run in runs] for curve, runs in groups.items()
+    }
     for (label, interval), runs in groups.items():
         script = (ROOT / scripts[label]).with_suffix(".py")
         paper = re.search(r"arXiv (\d+\.\d+)", script.read_text())[1]
         values, grpos = accuracy[label, interval], accuracy["GRPO", interval]
-        row = [f"[{label}](https://arxiv.org/abs/{paper})", f"`{script.stem}`", lines_of_diff(script)]
+        row = [
+            f"[{label}](https://arxiv.org/abs/{paper})",
+            f"`{script.stem}`",
+            lines_of_diff(script),
+        ]
         row += [", ".join(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}"]
         row += ["" if label == "GRPO" else reporting.difference(values, grpos)]
-        row += [f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}", *reporting.clipped(runs)]
+        row += [
+            f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}",
+            *reporting.clipped(runs),
+        ]
         rows[interval].append([*row, yes(is_stable(runs))])
-    tables = "\n".join(f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS)
+    tables = "\n".join(
+        f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS
+    )
     return f"""# Variants of the loss
 
 `python benchmarks/variants.py`: {args.steps} steps with `{SETTING}`,

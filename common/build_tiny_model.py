@@ -1,18 +1,20 @@
-"""Build the tiny language model that the scripts train by default: `python common/build_tiny_model.py`.
+"""Build the tiny language model that the scripts train by default: `python
+common/build_tiny_model.py`.
 
-Reinforcement fine-tuning needs a policy that already succeeds now and then. This script makes one small enough
-to be trained on any laptop: a 0.4 M-parameter Qwen3, warm-started by supervised learning on worked solutions of
-chained additions that are flawed on purpose. They ramble ("hmm,"), doubt and repeat themselves ("wait,"), slip
-a digit, and go on checking after the answer. The result is right about a third of the time and too long-winded, which
-leaves reinforcement learning something to find: fewer than one text in ten is the short, correct solution it ends with.
+Reinforcement fine-tuning needs a policy that already succeeds now and then. This script makes one
+small enough to be trained on any laptop: a 0.4 M-parameter Qwen3, warm-started by supervised
+learning on worked solutions of chained additions that are flawed on purpose. They ramble ("hmm,"),
+doubt and repeat themselves ("wait,"), slip a digit, and go on checking after the answer. The result
+is right about a third of the time and too long-winded, which leaves reinforcement learning
+something to find: fewer than one text in ten is the short, correct solution it ends with.
 
-With `--hasty`, a share of the examples states the answer at once, without any work. The model cannot add in its head,
-so what it says at once is wrong as a rule; such a model has to discover that working it out pays (see
-`benchmarks/sync_modes.py`, which builds one from the bundled model).
+With `--hasty`, a share of the examples states the answer at once, without any work. The model
+cannot add in its head, so what it says at once is wrong as a rule; such a model has to discover
+that working it out pays (see `benchmarks/sync_modes.py`, which builds one from the bundled model).
 
-The output, `common/tiny_model/`, is an ordinary Hugging Face model directory: weights, configuration, tokenizer with a
-chat template. Same seed, machine and versions give the same weights, bit for bit (`benchmarks/rebuild_tiny_model.py`
-checks it).
+The output, `common/tiny_model/`, is an ordinary Hugging Face model directory: weights,
+configuration, tokenizer with a chat template. Same seed, machine and versions give the same
+weights, bit for bit (`benchmarks/rebuild_tiny_model.py` checks it).
 """
 
 import random
@@ -25,13 +27,22 @@ import torch.nn.functional as F
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, `common` is not yet importable
+sys.path.insert(
+    0, str(Path(__file__).resolve().parent.parent)
+)  # run as a script, `common` is not yet importable
 
 from common.tasks.addition import addition_problem, is_held_out
 
-# A minimal template: enough for tasks that speak in chat messages (GSM8K) to run with this model, if not to succeed.
+# A minimal template: enough for tasks that speak in chat messages (GSM8K) to run with this model,
+# if not to succeed.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -103,10 +114,15 @@ def training_example(rng, args):
 
 
 def build_tokenizer(rng, args):
-    """Byte-level BPE over the training text: digits stay single, frequent words become one token, any text encodes."""
+    """Byte-level BPE over the training text: digits stay single, frequent words become one token,
+    any text encodes.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     text = ["".join(training_example(rng, args)) for _ in range(2000)]
@@ -118,7 +134,10 @@ def build_tokenizer(rng, args):
     )
     tokenizer.train_from_iterator(text, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=tokenizer,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -127,7 +146,9 @@ def main(args):
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
 
-    tokenizer = AutoTokenizer.from_pretrained(args.start) if args.start else build_tokenizer(rng, args)
+    tokenizer = (
+        AutoTokenizer.from_pretrained(args.start) if args.start else build_tokenizer(rng, args)
+    )
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -144,7 +165,9 @@ def main(args):
     )
     model = Qwen3ForCausalLM.from_pretrained(args.start) if args.start else Qwen3ForCausalLM(config)
     print(sum(p.numel() for p in model.parameters()), len(tokenizer))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
+    )
     for step in (bar := tqdm(range(args.steps), desc="warm start")):
         rows = []
         for _ in range(args.batch_size):
@@ -153,7 +176,9 @@ def main(args):
             solution_ids = [*tokenizer.encode(solution), tokenizer.eos_token_id]
             rows.append((prompt_ids + solution_ids[: args.max_solution_tokens], len(prompt_ids)))
         width = max(len(tokens) for tokens, _ in rows)
-        tokens_BT = torch.tensor([tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows])
+        tokens_BT = torch.tensor(
+            [tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows]
+        )
         labels_BT = tokens_BT.clone()
         for row, (tokens, prompt_length) in enumerate(rows):
             labels_BT[row, :prompt_length] = -100
@@ -161,14 +186,18 @@ def main(args):
         decay = min(1.0, (step + 1) / 50) * (1.0 - step / args.steps)
         optimizer.param_groups[0]["lr"] = args.learning_rate * decay
         logits_BTV = model(input_ids=tokens_BT[:, :-1]).logits
-        loss = F.cross_entropy(logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100)
+        loss = F.cross_entropy(
+            logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100
+        )
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
 

@@ -1,8 +1,9 @@
 """One run on several GPUs or machines: what the ranks that `torchrun` starts do together.
 
-Every rank runs the same script. It samples and grades its share of the prompts, then gathers the other shares, so that
-all have the batch, N and micro-batches of a single process. Each computes some of the micro-batches (`deal`). Policy,
-reference and AdamW's moments are sharded (FSDP2); gradients are summed. Without `torchrun`, one rank has everything.
+Every rank runs the same script. It samples and grades its share of the prompts, then gathers the
+other shares, so that all have the batch, N and micro-batches of a single process. Each computes
+some of the micro-batches (`deal`). Policy, reference and AdamW's moments are sharded (FSDP2);
+gradients are summed. Without `torchrun`, one rank has everything.
 """
 
 import dataclasses
@@ -25,7 +26,9 @@ from common.commandline import BadInput, RunStopped
 
 
 def join_ranks(device, timeout):
-    """Under torchrun, set up communication between the ranks; one waits for another for `timeout` seconds at most."""
+    """Under torchrun, set up communication between the ranks; one waits for another for `timeout`
+    seconds at most.
+    """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
@@ -33,7 +36,9 @@ def join_ranks(device, timeout):
         torch.cuda.set_device(device)
     global _patience, _between_cpus  # the latter for objects; tensors go between GPUs
     _patience = timedelta(seconds=timeout)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_patience)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_patience
+    )
     _between_cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
 
@@ -52,7 +57,9 @@ def size():
 
 
 def gather(value, patience=None):
-    """Every rank's value, of any type, in the order of ranks. Raises `RunStopped`, naming a rank that is late."""
+    """Every rank's value, of any type, in the order of ranks. Raises `RunStopped`, naming a rank
+    that is late.
+    """
     values = [value] * size()
     try:
         if size() > 1:
@@ -60,7 +67,9 @@ def gather(value, patience=None):
             dist.all_gather_object(values, value, _between_cpus)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        raise RunStopped(f"Communication between ranks failed ({reason}): continue with --resume.") from error
+        raise RunStopped(
+            f"Communication between ranks failed ({reason}): continue with --resume."
+        ) from error
     return values
 
 
@@ -76,57 +85,81 @@ def gather_batch(batch, *lists):
     parts, *others = zip(*gather((batch, *lists)), strict=True)
     names = [name for name, value in vars(batch).items() if isinstance(value, list)]
     whole_lists = {name: [item for part in parts for item in getattr(part, name)] for name in names}
-    metrics = {key: max(part.metrics[key] for part in parts) for key in batch.metrics}  # slowest rank, worst mismatch
+    metrics = {
+        key: max(part.metrics[key] for part in parts) for key in batch.metrics
+    }  # slowest rank, worst mismatch
     joined = ([item for part in values for item in part] for values in others)
     return dataclasses.replace(batch, metrics=metrics, **whole_lists), *joined
 
 
 def deal(splits, kinds):
-    """This rank's micro-batches, as pairs (rows, real), dealt round-robin, one kind (`kinds[row]`) after the other.
+    """This rank's micro-batches, as pairs (rows, real), dealt round-robin, one kind (`kinds[row]`)
+    after the other.
 
-    All ranks must make the same passes in the same order, since they exchange weights and gradients in each. So where
-    the last round is incomplete, the remaining ranks repeat a row, with real=False.
+    All ranks must make the same passes in the same order, since they exchange weights and gradients
+    in each. So where the last round is incomplete, the remaining ranks repeat a row, with
+    real=False.
     """
     mine = []
     for kind in sorted({kinds[rows[0]] for rows in splits}):
         of_kind = [rows for rows in splits if kinds[rows[0]] == kind]
         for start in range(0, len(of_kind), size()):
             own = start + rank()
-            mine.append((of_kind[own], True) if own < len(of_kind) else (of_kind[start][-1:], False))
+            mine.append(
+                (of_kind[own], True) if own < len(of_kind) else (of_kind[start][-1:], False)
+            )
     return mine
 
 
 def shard(model, device, replicas=1):
-    """Shard rank 0's weights by layers, over all ranks or each of `replicas` groups. `BadInput` if these are uneven."""
+    """Shard rank 0's weights by layers, over all ranks or each of `replicas` groups. `BadInput` if
+    these are uneven.
+    """
     if size() % replicas:
         raise BadInput(f"--replicas {replicas} does not divide {size()} ranks: give a divisor.")
     if size() == 1 or model is None:
         return
     state = model.state_dict() if rank() == 0 else {}  # the others have only shapes
-    mesh = init_device_mesh(device.type, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(
+        device.type, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard")
+    )
     mesh = mesh if replicas > 1 else mesh["shard"]
-    for layer in [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])]:
+    for layer in [
+        m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])
+    ]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh, reshard_after_forward=True)  # else whole after a pass without gradients
+    fully_shard(
+        model, mesh=mesh, reshard_after_forward=True
+    )  # else whole after a pass without gradients
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    # Backbone and head are called one after the other, by `token_logprobs`; this makes both one pass of the root.
-    model.as_one_pass = types.MethodType(lambda model, function, *args: function(model, *args), model)
+    set_model_state_dict(
+        model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
+    # Backbone and head are called one after the other, by `token_logprobs`; this makes both one
+    # pass of the root.
+    model.as_one_pass = types.MethodType(
+        lambda model, function, *args: function(model, *args), model
+    )
     register_fsdp_forward_method(model, "as_one_pass")
 
 
 def one_pass(function):
-    """Run `function(model, …)` as one pass of a sharded model: the head's weights are whole until it returns."""
+    """Run `function(model, …)` as one pass of a sharded model: the head's weights are whole until
+    it returns.
+    """
 
     @functools.wraps(function)
     def wrapped(model, *args):
         if not isinstance(model, FSDPModule):
             return function(model, *args)
         result = model.as_one_pass(function, *args)
-        if not torch.is_grad_enabled() and hasattr(model, "reset_iter_state"):  # PyTorch 2.13 has it
-            model.reset_iter_state()  # else FSDP2 keeps a list of all layers passed, up to the next backward pass
+        if not torch.is_grad_enabled() and hasattr(
+            model, "reset_iter_state"
+        ):  # PyTorch 2.13 has it
+            # else FSDP2 keeps a list of all layers passed, up to the next backward pass
+            model.reset_iter_state()
         return result
 
     return wrapped
@@ -134,7 +167,9 @@ def one_pass(function):
 
 @contextmanager
 def gathered(model):
-    """Context in which every rank holds all weights and runs the model without communication. No gradients."""
+    """Context in which every rank holds all weights and runs the model without communication. No
+    gradients.
+    """
     for module in _sharded_modules(model):
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
@@ -158,7 +193,9 @@ def whole_state(state):
 
 
 def part_like(parameter, tensor):
-    """This rank's shard of a full tensor, sharded as `parameter` is; the tensor itself if that is not."""
+    """This rank's shard of a full tensor, sharded as `parameter` is; the tensor itself if that is
+    not.
+    """
     if not isinstance(parameter, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements

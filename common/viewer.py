@@ -1,6 +1,8 @@
-"""A page of rollouts: what an update did with every token of a few responses, in one HTML file that needs nothing else.
+"""A page of rollouts: what an update did with every token of a few responses, in one HTML file that
+needs nothing else.
 
-A run records rollouts.jsonl, and writes the page when it ends. Also while it runs, and for two runs side by side:
+A run records rollouts.jsonl, and writes the page when it ends. Also while it runs, and for two runs
+side by side:
 
     python -m common.viewer RUN_DIR             RUN_DIR/rollouts.html
     python -m common.viewer A B                 A/rollouts_vs_B.html, or --output FILE
@@ -15,7 +17,8 @@ import tyro
 
 from common.commandline import BadInput
 
-GROUPS = 2  # of a recorded step: the first of its batch, so that runs with the same seed show the same prompts
+# of a recorded step: the first of its batch, so that runs with the same seed show the same prompts
+GROUPS = 2
 MOST_TOKENS = 16_384  # of a recorded step: each response may have an equal share of them
 HELD_OUT = 4  # held-out problems whose answers are recorded at each evaluation
 CURVES = {  # of the page; the first six are in curves.png, too
@@ -28,38 +31,61 @@ CURVES = {  # of the page; the first six are in curves.png, too
     "ratio/clip_fraction": "clipped tokens (share)",
     "reward/zero_std_groups": "groups of equal rewards (share)",
 }
-SHOWN_OPTIONS = ("script", "task", "model", "seed", "prompts_per_step", "group_size", "sync_interval", "sync_offset")
+SHOWN_OPTIONS = (
+    "script",
+    "task",
+    "model",
+    "seed",
+    "prompts_per_step",
+    "group_size",
+    "sync_interval",
+    "sync_offset",
+)
 
 
 def token_values(micro, rows, logprobs_BT, entropy_BT, ref_logprobs_BT):
-    """Of each row of a micro-batch that is among `rows`, the values of its response's tokens: {row: {name: list}}.
+    """Of each row of a micro-batch that is among `rows`, the values of its response's tokens: {row:
+    {name: list}}.
 
-    Call it after the backward pass. `gradient` is that of the loss with respect to the log-prob; it is missing where
-    there was no backward pass, as `to_reference` is without a reference.
+    Call it after the backward pass. `gradient` is that of the loss with respect to the log-prob; it
+    is missing where there was no backward pass, as `to_reference` is without a reference.
     """
     lp_BT = logprobs_BT.detach().double()
-    values = {"logprob": lp_BT, "ratio": (lp_BT - micro.sampler_logprobs_BT.double()).exp(), "entropy": entropy_BT}
+    values = {
+        "logprob": lp_BT,
+        "ratio": (lp_BT - micro.sampler_logprobs_BT.double()).exp(),
+        "entropy": entropy_BT,
+    }
     values |= {"gradient": logprobs_BT.grad} if logprobs_BT.requires_grad else {}
-    values |= {"to_reference": lp_BT - ref_logprobs_BT.double()} if ref_logprobs_BT is not None else {}
+    values |= (
+        {"to_reference": lp_BT - ref_logprobs_BT.double()} if ref_logprobs_BT is not None else {}
+    )
     found = {}
     for place, row in enumerate(micro.rows):
         if row in rows:
             tokens = micro.mask_BT[place].nonzero().squeeze(1)[: MOST_TOKENS // len(rows)]
-            found[row] = {name: values_BT[place, tokens].tolist() for name, values_BT in values.items()}
+            found[row] = {
+                name: values_BT[place, tokens].tolist() for name, values_BT in values.items()
+            }
     return found
 
 
 def group_records(step, batch, problems, rewards_PG, advantages, values, tokenizer):
-    """The lines of rollouts.jsonl for the recorded groups of a step, as dicts; `values` are those of `token_values`.
+    """The lines of rollouts.jsonl for the recorded groups of a step, as dicts; `values` are those
+    of `token_values`.
 
-    `push` is −N · gradient, with N the response tokens of the batch: in which direction, and how strongly, the update
-    pushes a token's log-prob. It is 0 where the loss clipped the token, and None where the advantage is 0.
+    `push` is −N · gradient, with N the response tokens of the batch: in which direction, and how
+    strongly, the update pushes a token's log-prob. It is 0 where the loss clipped the token, and
+    None where the advantage is 0.
     """
     num_tokens, rewards, rows = sum(map(len, batch.responses)), rewards_PG.flatten(), sorted(values)
     for start in rows[:: rewards_PG.shape[1]]:
         responses = []
         for row in rows[start : start + rewards_PG.shape[1]]:
-            tokens, numbers = batch.responses[row], {"reward": rewards[row], "advantage": advantages[row]} | values[row]
+            tokens, numbers = (
+                batch.responses[row],
+                {"reward": rewards[row], "advantage": advantages[row]} | values[row],
+            )
             numbers["push"] = [-num_tokens * value for value in numbers.pop("gradient", [])] or None
             texts = token_texts(tokenizer, tokens[: len(numbers["logprob"])])
             response = {"length": len(tokens), "truncated": batch.truncated[row], "tokens": texts}
@@ -68,7 +94,9 @@ def group_records(step, batch, problems, rewards_PG, advantages, values, tokeniz
 
 
 def held_out_records(step, answers):
-    """The lines of rollouts.jsonl for an evaluation; `answers` are triples of problem, greedy response and grade."""
+    """The lines of rollouts.jsonl for an evaluation; `answers` are triples of problem, greedy
+    response and grade.
+    """
     for problem, text, grade in answers[:HELD_OUT]:
         yield {"step": step, **posed(problem), "greedy": text, "reward": _rounded(grade["reward"])}
 
@@ -82,9 +110,14 @@ def posed(problem):
 def token_texts(tokenizer, ids):
     """The text of each token, special ones included; joined, they are the decoded response.
 
-    Of tokens that share a character, as bytes of an emoji do, the last has it and the others are empty.
+    Of tokens that share a character, as bytes of an emoji do, the last has it and the others are
+    empty.
     """
-    texts, start, read = [], 0, 0  # ids[start:read] are decoded again, since a token's space depends on the one before
+    texts, start, read = (
+        [],
+        0,
+        0,
+    )  # ids[start:read] are decoded again, since a token's space depends on the one before
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end])
         if text.endswith("\ufffd") and end < len(ids):
@@ -103,7 +136,9 @@ def _rounded(value):
 
 
 def page(run_dirs):
-    """The page of some runs, as text. Raises `BadInput` where a directory holds no run with recorded rollouts."""
+    """The page of some runs, as text. Raises `BadInput` where a directory holds no run with
+    recorded rollouts.
+    """
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     # Without a "<", nothing in the data can end the element that holds it.
     data = json.dumps([_run(Path(run_dir)) for run_dir in run_dirs]).replace("<", "\\u003c")
@@ -113,16 +148,22 @@ def page(run_dirs):
 def _run(directory):
     try:
         args = json.loads((directory / "args.json").read_text())
-        metrics, rollouts = (_lines(directory / name) for name in ("metrics.jsonl", "rollouts.jsonl"))
+        metrics, rollouts = (
+            _lines(directory / name) for name in ("metrics.jsonl", "rollouts.jsonl")
+        )
     except (OSError, ValueError) as error:
         how = "give the directory of a run that was made with a --rollouts-interval above 0"
         raise BadInput(f"{directory} has no rollouts to show ({error}): {how}.") from error
     return {
         "name": directory.resolve().name,
-        "options": {name: str(args.get(name)).rpartition("/")[2] for name in SHOWN_OPTIONS},  # not whole paths
+        "options": {
+            name: str(args.get(name)).rpartition("/")[2] for name in SHOWN_OPTIONS
+        },  # not whole paths
         "labels": CURVES,
         "steps": [record["step"] for record in metrics],
-        "curves": {key: [_rounded(record.get(key)) for record in metrics] for key in [*CURVES, "lag"]},
+        "curves": {
+            key: [_rounded(record.get(key)) for record in metrics] for key in [*CURVES, "lag"]
+        },
         "groups": [record for record in rollouts if "responses" in record],
         "greedy": [record for record in rollouts if "greedy" in record],
     }
@@ -134,10 +175,14 @@ def _lines(path):
 
 
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None):
-    """Write the page of one run, or of two side by side, to `output`; without it, into the first run's directory."""
+    """Write the page of one run, or of two side by side, to `output`; without it, into the first
+    run's directory.
+    """
     if len(runs) not in (1, 2):
         raise BadInput(f"{len(runs)} runs do not fit on a page: give one run's directory, or two.")
-    output = output or runs[0] / ("_vs_".join(["rollouts", *(run.resolve().name for run in runs[1:])]) + ".html")
+    output = output or runs[0] / (
+        "_vs_".join(["rollouts", *(run.resolve().name for run in runs[1:])]) + ".html"
+    )
     output.write_text(page(runs), encoding="utf-8")
     print(f"Open {output} in a browser.")
 

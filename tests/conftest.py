@@ -1,10 +1,14 @@
-"""Shared by all tests: the repository on the path, no network, one thread, small random models, the GSM8K files."""
+"""Shared by all tests: the repository on the path, no network, one thread, small random models, the
+GSM8K files.
+"""
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test never reaches for the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before transformers is imported: a test never reaches for the network
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -18,7 +22,9 @@ torch.set_num_threads(1)  # the tests run side by side, one process per core
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
-"""directory with train.jsonl and test.jsonl, where this machine has it; tests ask for it with the fixture `gsm8k`"""
+"""directory with train.jsonl and test.jsonl, where this machine has it; tests ask for it with the
+fixture `gsm8k`
+"""
 
 
 @pytest.fixture(scope="session")
@@ -29,9 +35,15 @@ def gsm8k():
     return GSM8K
 
 
-# Three families with different position encodings, norms, biases and heads. Head size 32, the smallest that every
-# engine takes. The embeddings are wide enough to make the next-token distributions far from uniform.
-_SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+# Three families with different position encodings, norms, biases and heads. Head size 32, the
+# smallest that every engine takes. The embeddings are wide enough to make the next-token
+# distributions far from uniform.
+_SIZES = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 FAMILIES = {
     "qwen2": (Qwen2Config, {**_SIZES, "intermediate_size": 128, "tie_word_embeddings": True}),
     "llama": (LlamaConfig, {**_SIZES, "intermediate_size": 128, "tie_word_embeddings": False}),
@@ -40,18 +52,26 @@ FAMILIES = {
 
 
 def build_model(family, directory, **overrides):
-    """Save a small randomly initialised model, and the bundled model's tokenizer, in Hugging Face's format.
+    """Save a small randomly initialised model, and the bundled model's tokenizer, in Hugging Face's
+    format.
 
     Args:
         family: "qwen2" (tied embeddings), "llama" (untied) or "gpt2" (tied).
         directory: where to; it is created.
-        overrides: fields of the model's config, e.g. `tie_word_embeddings=False`; `seed` picks other weights.
+        overrides: fields of the model's config, e.g. `tie_word_embeddings=False`; `seed` picks
+        other weights.
 
     Returns the directory as a string, to be given to `load_model` or `--model`.
     """
-    tokenizer = load_tokenizer(TINY_MODEL)  # byte-level, so that any text encodes, and with a chat template
+    tokenizer = load_tokenizer(
+        TINY_MODEL
+    )  # byte-level, so that any text encodes, and with a chat template
     config_class, sizes = FAMILIES[family]
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     fields = {"vocab_size": len(tokenizer), "initializer_range": 0.15, **ids, **sizes, **overrides}
     with torch.random.fork_rng():
         torch.manual_seed(fields.pop("seed", 0))

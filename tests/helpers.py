@@ -1,7 +1,9 @@
-"""Runs of the scripts for the end-to-end tests: in this process, or in one of their own that a test may kill.
+"""Runs of the scripts for the end-to-end tests: in this process, or in one of their own that a test
+may kill.
 
-Importing torch and transformers takes seconds, so processes are forked from a server that has imported them and done
-nothing else (`multiprocessing`'s forkserver). Each is a real process, with a command line, signals and an exit code.
+Importing torch and transformers takes seconds, so processes are forked from a server that has
+imported them and done nothing else (`multiprocessing`'s forkserver). Each is a real process, with a
+command line, signals and an exit code.
 """
 
 import importlib.util
@@ -24,7 +26,8 @@ from common.runlog import read_metrics
 
 REPOSITORY = Path(grpo.__file__).resolve().parent
 
-# The reward of random text is hardly ever constant within a group, so that every step has something to learn from.
+# The reward of random text is hardly ever constant within a group, so that every step has something
+# to learn from.
 DENSE_TASK = '''
 """Rewards the share of digits in a response."""
 from common.tasks import Task
@@ -52,7 +55,9 @@ SMALL = {
     "device": "cpu",
     "learning_rate": 2e-4,  # which a model other than the bundled one needs to be told
 }
-"""settings of a run that takes a second; the sampler's own process takes seconds to start, see test_overlap.py"""
+"""settings of a run that takes a second; the sampler's own process takes seconds to start, see
+test_overlap.py
+"""
 
 
 def write_task(directory, text, name="task.py"):
@@ -68,9 +73,13 @@ def dense_task(directory):
 
 
 def train(output, name="run", script="grpo", **settings):
-    """Run a script's `main` in this process, `SMALL` but for the settings given; returns the run's directory."""
+    """Run a script's `main` in this process, `SMALL` but for the settings given; returns the run's
+    directory.
+    """
     settings = {**SMALL, "output": output, "name": name, **settings}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()}
+    settings = {
+        key: str(value) if isinstance(value, Path) else value for key, value in settings.items()
+    }
     module = importlib.import_module(script)
     args = module.Args(**settings)
     commandline.check(args)
@@ -88,7 +97,9 @@ def as_options(settings):
     words = []
     for field, value in settings.items():
         option = field.replace("_", "-")
-        words += ([f"--{option}"] if value else [f"--no-{option}"]) if isinstance(value, bool) else []
+        words += (
+            ([f"--{option}"] if value else [f"--no-{option}"]) if isinstance(value, bool) else []
+        )
         words += [] if isinstance(value, bool) else [f"--{option}", str(value)]
     return words
 
@@ -110,14 +121,20 @@ def command(*argv, module=grpo):
 
 
 def start(argv, log):
-    """Start `python grpo.py …` as a process, its output in the file `log`; returns a `multiprocessing.Process`."""
+    """Start `python grpo.py …` as a process, its output in the file `log`; returns a
+    `multiprocessing.Process`.
+    """
     return forked(_script, [str(word) for word in argv], str(log))
 
 
 def forked(function, *arguments, daemon=True):
-    """Start a process that calls a function; returns a `multiprocessing.Process`. A daemon has no children."""
+    """Start a process that calls a function; returns a `multiprocessing.Process`. A daemon has no
+    children.
+    """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY))  # Python 3.11 gives the server no other import path
+        patch.setenv(
+            "PYTHONPATH", str(REPOSITORY)
+        )  # Python 3.11 gives the server no other import path
         _processes.set_forkserver_preload(["grpo", "matplotlib.pyplot", "pytest"])
         forkserver.ensure_running()  # the first time only
     process = _processes.Process(target=function, args=arguments, daemon=daemon)
@@ -172,7 +189,9 @@ def num_logged(run_dir):
 
 
 def metrics(run_dir, timings=False):
-    """The records of `metrics.jsonl`; without the measured times, rates and memory, which differ from run to run."""
+    """The records of `metrics.jsonl`; without the measured times, rates and memory, which differ
+    from run to run.
+    """
     measured = ("time/", "throughput/", "memory/")
     records = read_metrics(run_dir)
     return [{k: v for k, v in r.items() if timings or not k.startswith(measured)} for r in records]
@@ -180,7 +199,9 @@ def metrics(run_dir, timings=False):
 
 def rollouts(run_dir):
     """The records of `rollouts.jsonl`."""
-    return [json.loads(line) for line in (Path(run_dir) / "rollouts.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line) for line in (Path(run_dir) / "rollouts.jsonl").read_text().splitlines()
+    ]
 
 
 def steps(run_dir):
@@ -198,7 +219,9 @@ def assert_same_run(run_dir, other):
         assert record == expected
     for name in ("completions.jsonl", "rollouts.jsonl", "model/model.safetensors"):
         same = (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes()
-        assert same, f"{name} differs between {run_dir} and {other}"  # without pytest's diff, which takes minutes
+        assert same, (
+            f"{name} differs between {run_dir} and {other}"
+        )  # without pytest's diff, which takes minutes
 
 
 class Run:
@@ -215,7 +238,9 @@ class Run:
             )  # fmt: skip
 
     def members(self):
-        """Process ids of the group and their parents'; the dead that nobody has read yet are left out."""
+        """Process ids of the group and their parents'; the dead that nobody has read yet are left
+        out.
+        """
         found = {}
         for path in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -243,7 +268,8 @@ class Run:
         return wait_for(look)
 
     def end(self, seconds=120, grace=5):
-        """Wait for the trainer's end; returns its exit code, once no process of the group is left."""
+        """Wait for the trainer's end; returns its exit code, once no process of the group is left.
+        """
         code = self.trainer.wait(seconds)
         deadline = time.monotonic() + grace
         while self.members():

@@ -1,8 +1,10 @@
-"""Problems, float64 truth and error bounds for every implementation of log-probs and entropies from hidden states.
+"""Problems, float64 truth and error bounds for every implementation of log-probs and entropies from
+hidden states.
 
-Inputs are new each time; the seed is printed and can be given as LOGPROB_SEED. Truth is the plain expression in float64
-on the same (rounded) inputs. Bounds: float32 1e-5; bf16 1e-3 on average and 1e-2 at most for log-probs, and 3e-3 of the
-norm for gradients: with 8 bits, rounding the logits' gradient and rounding the result cost 1.7e-3 each.
+Inputs are new each time; the seed is printed and can be given as LOGPROB_SEED. Truth is the plain
+expression in float64 on the same (rounded) inputs. Bounds: float32 1e-5; bf16 1e-3 on average and
+1e-2 at most for log-probs, and 3e-3 of the norm for gradients: with 8 bits, rounding the logits'
+gradient and rounding the result cost 1.7e-3 each.
 """
 
 import os
@@ -25,11 +27,17 @@ def seed():
 
 
 def problem(N, H, V, dtype=F32, spread=0.4):
-    """h, W and targets sampled from the distribution that they define; spread 0.4 at H = 64 makes peaked logits."""
+    """h, W and targets sampled from the distribution that they define; spread 0.4 at H = 64 makes
+    peaked logits.
+    """
     hidden = torch.randn(N, H).to(dtype)
     weight = (torch.randn(V, H) * spread).to(dtype)
     logits = hidden.double() @ weight.double().T
-    targets = torch.distributions.Categorical(logits=logits).sample() if N else torch.zeros(0, dtype=torch.int64)
+    targets = (
+        torch.distributions.Categorical(logits=logits).sample()
+        if N
+        else torch.zeros(0, dtype=torch.int64)
+    )
     return hidden.to(DEVICE), weight.to(DEVICE), targets.to(DEVICE)
 
 
@@ -46,10 +54,13 @@ def truth(hidden, weight, targets, dlogprobs, dentropy):
 
 
 def assert_close(found, expected, dtype, scale=1.0):
-    """Log-probs and entropies, then gradients; `scale` widens the first for logits that are large by themselves."""
+    """Log-probs and entropies, then gradients; `scale` widens the first for logits that are large
+    by themselves.
+    """
     mean, largest, norm = (1e-3, 1e-2, 3e-3) if dtype == BF16 else (1e-5, 1e-5, 1e-5)
-    # Where few numbers make up an average or a norm, roundings do not average out. (4,000 bf16 problems of one row, in
-    # slices: log-prob errors 2e-4 on average and 2e-3 at most, entropy errors 3e-4 and 3e-3, one in twenty above 1e-3.)
+    # Where few numbers make up an average or a norm, roundings do not average out. (4,000 bf16
+    # problems of one row, in slices: log-prob errors 2e-4 on average and 2e-3 at most, entropy
+    # errors 3e-4 and 3e-3, one in twenty above 1e-3.)
     if len(found[0]) < 10:
         mean, norm = largest, 4 * norm
     for x, y in zip(found[:2], expected[:2], strict=True):

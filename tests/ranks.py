@@ -1,4 +1,6 @@
-"""Ranks for the tests: processes with the environment that `torchrun` would give them, forked as in `helpers`."""
+"""Ranks for the tests: processes with the environment that `torchrun` would give them, forked as in
+`helpers`.
+"""
 
 import contextlib
 import gc
@@ -26,14 +28,20 @@ CPU = torch.device("cpu")
 
 
 def run_ranks(count, function, *arguments, seconds=120):
-    """`function(*arguments)` on each of `count` ranks; returns what each returned, in the order of ranks.
+    """`function(*arguments)` on each of `count` ranks; returns what each returned, in the order of
+    ranks.
 
     Where one dies, or none answers for so many seconds, all are killed, and the test fails.
     """
     port = free_port()
     processes, connections = [], []
     for rank in range(count):
-        environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        environment = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": count,
+            "LOCAL_WORLD_SIZE": count,
+        }
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
         ours, theirs = multiprocessing.Pipe()
         process = helpers.forked(_rank, theirs, environment, function, arguments, daemon=False)
@@ -53,7 +61,9 @@ def run_ranks(count, function, *arguments, seconds=120):
 
 
 def free_port():
-    """A free port, not one of those that the kernel gives to connections: tests beside this one make many."""
+    """A free port, not one of those that the kernel gives to connections: tests beside this one
+    make many.
+    """
     while True:
         with socket.socket() as free, contextlib.suppress(OSError):
             port = 10_000 + secrets.randbelow(22_000)
@@ -64,7 +74,9 @@ def free_port():
 def _rank(connection, environment, function, arguments):
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    connection.send_bytes(pickle.dumps(function(*arguments)))  # tensors themselves, not handles of shared memory
+    connection.send_bytes(
+        pickle.dumps(function(*arguments))
+    )  # tensors themselves, not handles of shared memory
     connection.close()
 
 
@@ -81,10 +93,12 @@ def script(argv, log):
 
 
 def loss_and_gradients(cases):
-    """For each case, what the lines of a script's loop make of it: total loss, and whole gradients by name.
+    """For each case, what the lines of a script's loop make of it: total loss, and whole gradients
+    by name.
 
-    A case has the script's module (or its path), a model directory, a batch, its advantages, a token budget, precision,
-    the vocabulary from which on slices are taken, and whether activations are recomputed.
+    A case has the script's module (or its path), a model directory, a batch, its advantages, a
+    token budget, precision, the vocabulary from which on slices are taken, and whether activations
+    are recomputed.
     """
     distributed.join_ranks(CPU, 60)
     results = []
@@ -101,19 +115,27 @@ def loss_and_gradients(cases):
         before, logprobs.LARGE_VOCABULARY = logprobs.LARGE_VOCABULARY, case["large"]
         exec(textwrap.dedent(lines), names)
         logprobs.LARGE_VOCABULARY = before
-        gradients = {name: distributed.whole(parameter.grad) for name, parameter in model.named_parameters()}
+        gradients = {
+            name: distributed.whole(parameter.grad) for name, parameter in model.named_parameters()
+        }
         results.append((names["total_loss"], gradients))
     return results if distributed.rank() == 0 else None
 
 
 def loaded(directory):
-    """How many bytes of memory a model takes after loading, and again after sharding; ids that end its responses."""
+    """How many bytes of memory a model takes after loading, and again after sharding; ids that end
+    its responses.
+    """
     distributed.join_ranks(CPU, 60)
     before = _resident_bytes()
     model = load_model(directory, "", CPU)
     after = _resident_bytes()
     distributed.shard(model, CPU)
-    return after - before, _resident_bytes() - before, end_of_sequence_ids(model, load_tokenizer(directory))
+    return (
+        after - before,
+        _resident_bytes() - before,
+        end_of_sequence_ids(model, load_tokenizer(directory)),
+    )
 
 
 def weights(directory):
@@ -121,7 +143,9 @@ def weights(directory):
     distributed.join_ranks(CPU, 60)
     model = load_model(directory, "", CPU)
     distributed.shard(model, CPU)
-    return {name: distributed.whole(parameter).detach() for name, parameter in model.named_parameters()}
+    return {
+        name: distributed.whole(parameter).detach() for name, parameter in model.named_parameters()
+    }
 
 
 def _resident_bytes():

@@ -1,10 +1,14 @@
-"""Keeps generated parts of the READMEs fresh: `python -m tests.readme` rewrites them, `test_readme.py` checks them.
+"""Keeps generated parts of the READMEs fresh: `python -m tests.readme` rewrites them,
+`test_readme.py` checks them.
 
-- References to code, written as [file:line](link) `fragment`: the line is the first one that contains the fragment.
-- Numbers, written as <!--=name-->12<!--/-->: `NUMBERS` computes them from the results of a benchmark, or from the code.
+- References to code, written as [file:line](link) `fragment`: the line is the first one that
+  contains the fragment.
+- Numbers, written as <!--=name-->12<!--/-->: `NUMBERS` computes them from the results of a
+  benchmark, or from the code.
 - Blocks between <!-- generated: name --> and <!-- end -->: `BLOCKS` makes them.
 
-A result that is missing, or has another form than expected, raises an error instead of leaving the old text in place.
+A result that is missing, or has another form than expected, raises an error instead of leaving the
+old text in place.
 """
 
 import difflib
@@ -27,14 +31,21 @@ DOCUMENTS = tuple(ROOT / name for name in ("README.md", "common/README.md", "ben
 REFERENCE = re.compile(r"\[([\w/\\]+\.py):\d+\]\([^)]*\) `([^`]+)`")
 NUMBER = re.compile(r"<!--=([\w.]+)-->.*?<!--/-->")
 BLOCK = re.compile(r"<!-- generated: ([^>]+) -->\n.*?<!-- end -->", re.DOTALL)
-FENCE = re.compile(r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE
+)
 
 
 def refresh(path):
-    """The text of a document with its generated parts made anew. Raises ValueError or KeyError where that fails."""
+    """The text of a document with its generated parts made anew. Raises ValueError or KeyError
+    where that fails.
+    """
     text = REFERENCE.sub(lambda match: _reference(path, *match.groups()), path.read_text())
     text = NUMBER.sub(lambda match: f"<!--={match[1]}-->{NUMBERS[match[1]]()}<!--/-->", text)
-    return BLOCK.sub(lambda match: f"<!-- generated: {match[1]} -->\n\n{BLOCKS[match[1]]()}\n\n<!-- end -->", text)
+    return BLOCK.sub(
+        lambda match: f"<!-- generated: {match[1]} -->\n\n{BLOCKS[match[1]]()}\n\n<!-- end -->",
+        text,
+    )
 
 
 def _reference(path, shown, fragment):
@@ -49,14 +60,22 @@ def _reference(path, shown, fragment):
 
 
 def code_of_fences(script):
-    """The code between the fences of a script, as lines: without docstrings, comments of their own and blank lines."""
+    """The code between the fences of a script, as lines: without docstrings, comments of their own
+    and blank lines.
+    """
     _, *fences = FENCE.findall((ROOT / script).read_text())
     code = re.sub(r'^ *""".*?"""\n', "", "\n".join(fences), flags=re.DOTALL | re.MULTILINE)
-    return [line + "\n" for line in code.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return [
+        line + "\n"
+        for line in code.splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
 
 
 def code_diff(one, other):
-    """What differs between two scripts, their docstrings and comments aside, with all of the fenced code around it."""
+    """What differs between two scripts, their docstrings and comments aside, with all of the fenced
+    code around it.
+    """
     changes = list(difflib.unified_diff(code_of_fences(one), code_of_fences(other), n=100))[3:]
     functions = "".join("\n" + line if line.startswith(" def ") else line for line in changes)
     return f"```diff\n{functions.rstrip()}\n```"
@@ -65,7 +84,9 @@ def code_diff(one, other):
 def code_of_variant(variant):
     """The body of a class in variants.py, without docstrings."""
     body = textwrap.dedent(inspect.getsource(variant).partition("\n")[2])
-    code = re.sub(r'^ *""".*?"""\n+', "", body, flags=re.DOTALL | re.MULTILINE).replace("\ndef ", "\n\n\ndef ")
+    code = re.sub(r'^ *""".*?"""\n+', "", body, flags=re.DOTALL | re.MULTILINE).replace(
+        "\ndef ", "\n\n\ndef "
+    )
     return f"```python\n{code.rstrip()}\n```"
 
 
@@ -88,9 +109,14 @@ def default_run():
 def worked_out():
     """Two answers of the hasty model, before and after training."""
     rows = re.findall(
-        r"^\| (Q:.*?) \| (.*?) \| (.*?) \|$", _section("sync_modes/report.md", "work things"), re.MULTILINE
+        r"^\| (Q:.*?) \| (.*?) \| (.*?) \|$",
+        _section("sync_modes/report.md", "work things"),
+        re.MULTILINE,
     )
-    answers = [f"{prompt}\nbefore training:  {one}\nafter training:   {other}" for prompt, one, other in rows[:2]]
+    answers = [
+        f"{prompt}\nbefore training:  {one}\nafter training:   {other}"
+        for prompt, one, other in rows[:2]
+    ]
     return "\n".join(["```", *answers, "```"])
 
 
@@ -124,7 +150,9 @@ def accuracy_with(engine):
 def speed_up_of_overlap():
     """Time of Sync (1) over that of One-Step Off-Policy, mean over seeds."""
     section = _section("sync_modes/report.md", "Speed-up over")
-    (speed_up,) = re.findall(r"^\| One-Step Off-Policy \| [\d.]+ \| ([\d.]+) ", section, re.MULTILINE)
+    (speed_up,) = re.findall(
+        r"^\| One-Step Off-Policy \| [\d.]+ \| ([\d.]+) ", section, re.MULTILINE
+    )
     return speed_up
 
 
@@ -138,13 +166,21 @@ def observations(report):
 
 
 def sampling_ratio():
-    (ratio,) = re.findall(r"^\| `TransformersSampler`.*\| ([\d.]+) \|$", _text("sampling.md"), re.MULTILINE)
+    (ratio,) = re.findall(
+        r"^\| `TransformersSampler`.*\| ([\d.]+) \|$", _text("sampling.md"), re.MULTILINE
+    )
     return ratio
 
 
 def peak_memory(ours):
-    """Of the largest training step measured, in GiB: with this repository's log-probs, or with the plain expression."""
-    (peak,) = (step["peak_bytes"] for step in _largest_step() if (step["path"] == "this repository") == ours)
+    """Of the largest training step measured, in GiB: with this repository's log-probs, or with the
+    plain expression.
+    """
+    (peak,) = (
+        step["peak_bytes"]
+        for step in _largest_step()
+        if (step["path"] == "this repository") == ours
+    )
     return f"{peak / 2**30:.1f}"
 
 
@@ -180,7 +216,9 @@ NUMBERS = {
     "gpu.ours": lambda: " and ".join(on_gpu("this repository")),
     "gpu.plain": lambda: " and ".join(on_gpu("plain")),
     "gpu.trl": lambda: " and ".join(on_gpu("TRL")),
-    "gpu.half": lambda: f"{on_gpu('this repository', 0.5)[0]} against TRL's {on_gpu('TRL', 0.5)[0]}",
+    "gpu.half": lambda: (
+        f"{on_gpu('this repository', 0.5)[0]} against TRL's {on_gpu('TRL', 0.5)[0]}"
+    ),
     "gpu.step_time": gpu_step_time,
     "num_steps": lambda: default("num_steps"),
     "batch_size": lambda: str(grpo.Args.prompts_per_step * grpo.Args.group_size),
@@ -204,7 +242,9 @@ NUMBERS = {
     "sync_modes.speed_up": speed_up_of_overlap,
     "sync_modes.observations": lambda: observations("sync_modes/report.md"),
     "algorithms.observations": lambda: observations("algorithms/report.md"),
-    "overlap.worst": lambda: f"{max(run['ratio'] for run in _json('overlap/overlap.json')['runs'].values()):.2f}",
+    "overlap.worst": lambda: (
+        f"{max(run['ratio'] for run in _json('overlap/overlap.json')['runs'].values()):.2f}"
+    ),
     "sampling.ratio": sampling_ratio,
     "logprobs.rows": lambda: f"{_largest_step()[0]['N']:,}",
     "logprobs.peak": lambda: peak_memory(ours=True),
@@ -222,7 +262,9 @@ def _json(name):
 
 def _section(report, words):
     """The one section of a report with these words in its title."""
-    (section,) = (part for part in _text(report).split("\n## ")[1:] if words in part.partition("\n")[0])
+    (section,) = (
+        part for part in _text(report).split("\n## ")[1:] if words in part.partition("\n")[0]
+    )
     return section
 
 

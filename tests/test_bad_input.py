@@ -1,7 +1,8 @@
 """What a user can get wrong ends with exit code 2 and one line on stderr that names the option.
 
 It does so before a model is loaded, and creates no file or directory. `refused` checks all of that;
-`test_a_good_start_*` shows that its checks can fail. Numbers, and arguments of resumed runs: test_commandline.py.
+`test_a_good_start_*` shows that its checks can fail. Numbers, and arguments of resumed runs:
+test_commandline.py.
 """
 
 import io
@@ -14,7 +15,17 @@ import sys
 import pytest
 import torch
 from conftest import build_model
-from helpers import DENSE_TASK, checkpoint, command, dense_task, metrics, options, resume, train, write_task
+from helpers import (
+    DENSE_TASK,
+    checkpoint,
+    command,
+    dense_task,
+    metrics,
+    options,
+    resume,
+    train,
+    write_task,
+)
 
 import grpo
 
@@ -23,7 +34,9 @@ LOADING = "Loading weights"  # what transformers' progress bar says when a model
 
 @pytest.fixture
 def refused(tmp_path, capsys):
-    """A function that starts a run with the given options and returns the message it was refused with."""
+    """A function that starts a run with the given options and returns the message it was refused
+    with.
+    """
 
     def start(*argv, names, output=None):
         output = output or tmp_path
@@ -43,7 +56,9 @@ def refused(tmp_path, capsys):
 
 @pytest.fixture
 def given(tmp_path):
-    """A command line: small settings, an output directory that does not exist yet, and the settings given."""
+    """A command line: small settings, an output directory that does not exist yet, and the settings
+    given.
+    """
 
     def command_line(**settings):
         return options(tmp_path / "output", **settings)
@@ -57,17 +72,25 @@ def model(tmp_path_factory):
 
 
 def good_rows(count, start=0):
-    return [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(start, count)]
+    return [
+        {"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"}
+        for n in range(start, count)
+    ]
 
 
 def write_rows(path, rows):
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
 def test_a_good_start_loads_a_model_and_returns_zero(given, model, tmp_path, capsys):
     data = write_rows(tmp_path / "good.jsonl", good_rows(20))
-    assert command(*given(num_steps=1, task="gsm8k", data=data, model=model, max_response_tokens=2)) == 0
+    assert (
+        command(*given(num_steps=1, task="gsm8k", data=data, model=model, max_response_tokens=2))
+        == 0
+    )
     assert LOADING in capsys.readouterr().err
     assert sorted(path.name for path in (tmp_path / "output").iterdir()) == ["run"]
 
@@ -86,7 +109,9 @@ def test_unknown_task(given, refused):
 
 
 def test_task_file_is_missing(given, refused, tmp_path):
-    refused(*given(task=f"{tmp_path}/absent.py:Digits"), names=f"--task {tmp_path}/absent.py:Digits")
+    refused(
+        *given(task=f"{tmp_path}/absent.py:Digits"), names=f"--task {tmp_path}/absent.py:Digits"
+    )
 
 
 def test_task_class_is_missing(given, refused, tmp_path):
@@ -96,7 +121,11 @@ def test_task_class_is_missing(given, refused, tmp_path):
 
 @pytest.mark.parametrize(
     "text, reason",
-    [("import no_such_module", "no_such_module"), ("class Broken(:\n", "SyntaxError"), ("1 / 0", "Zero")],
+    [
+        ("import no_such_module", "no_such_module"),
+        ("class Broken(:\n", "SyntaxError"),
+        ("1 / 0", "Zero"),
+    ],
 )
 def test_task_file_raises_on_import(text, reason, given, refused, tmp_path):
     path = write_task(tmp_path, text)
@@ -104,7 +133,9 @@ def test_task_file_raises_on_import(text, reason, given, refused, tmp_path):
 
 
 def test_task_has_no_problems(given, refused, tmp_path):
-    path = write_task(tmp_path, DENSE_TASK.replace('"eval": (100, self.eval_size)', '"eval": (0, 0)'))
+    path = write_task(
+        tmp_path, DENSE_TASK.replace('"eval": (100, self.eval_size)', '"eval": (0, 0)')
+    )
     refused(*given(task=f"{path}:Digits"), names="--task ")
 
 
@@ -151,14 +182,18 @@ def test_malformed_row_is_named_by_its_number(bad_row, option, given, refused, t
     bad = write_rows(tmp_path / "bad.jsonl", [ROW, ROW, bad_row, ROW])
     good = write_rows(tmp_path / "good.jsonl", [ROW] * 20)
     line = refused(
-        *given(task="gsm8k", **{"data": good, option: bad}), names=f"--{option.replace('_', '-')} {tmp_path}/bad.jsonl"
+        *given(task="gsm8k", **{"data": good, option: bad}),
+        names=f"--{option.replace('_', '-')} {tmp_path}/bad.jsonl",
     )
     assert "row 3" in line
 
 
 def test_trailing_blank_lines_are_no_rows(given, model, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [*good_rows(20), "", " "])
-    assert command(*given(num_steps=1, task="gsm8k", data=data, model=model, max_response_tokens=2)) == 0
+    assert (
+        command(*given(num_steps=1, task="gsm8k", data=data, model=model, max_response_tokens=2))
+        == 0
+    )
 
 
 def test_a_bom_blank_lines_and_numbers_are_accepted(given, refused, tmp_path):
@@ -199,7 +234,12 @@ def test_parquet_is_corrupted(given, refused, tmp_path):
     path = tmp_path / "data.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(good_rows(20)), path)
     intact = path.read_bytes()
-    for content in (intact[: len(intact) // 2], b"", b"PAR1 but nothing else", intact[:-8] + b"\0\0\0\0PAR1"):
+    for content in (
+        intact[: len(intact) // 2],
+        b"",
+        b"PAR1 but nothing else",
+        intact[:-8] + b"\0\0\0\0PAR1",
+    ):
         path.write_bytes(content)
         refused(*given(task="gsm8k", data=path), names=f"--data {path}")
     # A damaged page in the middle of a file whose footer is intact.
@@ -247,7 +287,8 @@ def test_model_directory_is_missing(given, refused, tmp_path):
 
 
 def test_model_directory_is_mistyped(given, refused, tmp_path, monkeypatch):
-    """Beside one that is there: it is no name on the hub, which would be tried for half a minute."""
+    """Beside one that is there: it is no name on the hub, which would be tried for half a minute.
+    """
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     line = refused(*given(model="models/mime"), names="--model models/mime")
@@ -255,7 +296,9 @@ def test_model_directory_is_mistyped(given, refused, tmp_path, monkeypatch):
 
 
 def test_model_is_not_on_this_machine(given, refused):
-    line = refused(*given(model="no-such-user/no-such-model"), names="--model no-such-user/no-such-model")
+    line = refused(
+        *given(model="no-such-user/no-such-model"), names="--model no-such-user/no-such-model"
+    )
     assert "no such directory, and on the hub: " in line
 
 
@@ -267,7 +310,9 @@ def test_model_is_a_gguf_file(given, refused, tmp_path):
 def test_a_model_gets_no_learning_rate_by_default(given, refused, model):
     argv = given(model=model, task="gsm8k")
     place = argv.index("--learning-rate")
-    line = refused(*argv[:place], *argv[place + 2 :], names="--learning-rate: the default, 0.0002, ")
+    line = refused(
+        *argv[:place], *argv[place + 2 :], names="--learning-rate: the default, 0.0002, "
+    )
     assert f"--model {model}" in line
 
 
@@ -304,14 +349,22 @@ def test_model_directory_is_broken(damage, given, refused, model, tmp_path):
 
 @pytest.mark.parametrize(
     "damage",
-    [{"truncate": ["model.safetensors"]}, {"write": {"model.safetensors": ""}}, "other_shapes", "missing_tensor"],
+    [
+        {"truncate": ["model.safetensors"]},
+        {"write": {"model.safetensors": ""}},
+        "other_shapes",
+        "missing_tensor",
+    ],
     ids=["truncated_weights", "empty_weights", "other_shapes", "missing_tensor"],
 )
 def test_weights_are_broken(damage, given, model, tmp_path, capsys):
-    # These show only when the weights are read, so `refused`, which wants nothing loaded, asks too much.
+    # These show only when the weights are read, so `refused`, which wants nothing loaded, asks too
+    # much.
     from safetensors.torch import load_file, save_file
 
-    directory = broken_model(model, tmp_path / "model", **(damage if isinstance(damage, dict) else {}))
+    directory = broken_model(
+        model, tmp_path / "model", **(damage if isinstance(damage, dict) else {})
+    )
     if damage == "other_shapes":
         config = json.loads((directory / "config.json").read_text())
         (directory / "config.json").write_text(json.dumps({**config, "intermediate_size": 96}))
@@ -353,7 +406,9 @@ def test_chat_template_that_refuses_the_messages(given, refused, model, tmp_path
     directory = shutil.copytree(model, tmp_path / "model")
     template = "{{ raise_exception('no system messages') }}"
     (directory / "chat_template.jinja").write_text(template)
-    assert "no system messages" in refused(*given(task="gsm8k", model=directory), names=f"--model {directory}")
+    assert "no system messages" in refused(
+        *given(task="gsm8k", model=directory), names=f"--model {directory}"
+    )
 
 
 def test_tokens_that_the_model_does_not_have(given, refused, model, tmp_path):
@@ -379,16 +434,22 @@ def test_chat_template_is_missing_where_it_is_not_needed(given, model, tmp_path)
 def test_a_models_own_code_is_never_run(given, refused, model, tmp_path, monkeypatch):
     directory = shutil.copytree(model, tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
-    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"},
+    }
     (directory / "config.json").write_text(json.dumps(config))
-    (directory / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n")
+    (directory / "mine.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("yes\n" * 9))  # what transformers would ask for
     refused(*given(model=directory, task=dense_task(tmp_path)), names=f"--model {directory}")
     assert not (tmp_path / "ran").exists()
 
 
 def test_positions_that_would_change_in_the_middle_of_a_response(given, refused, model, tmp_path):
-    # "longrope", of Phi-3, scales all positions otherwise once a text is longer than so many tokens.
+    # "longrope", of Phi-3, scales all positions otherwise once a text is longer than so many
+    # tokens.
     directory = shutil.copytree(model, tmp_path / "model")
     config = json.loads((directory / "config.json").read_text())
     config["rope_parameters"] = {
@@ -396,8 +457,14 @@ def test_positions_that_would_change_in_the_middle_of_a_response(given, refused,
         "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "factor": 4.0,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    settings = {"model": directory, "task": dense_task(tmp_path), "num_steps": 1}  # its prompts have up to 12 tokens
-    assert "prompt of 12" in refused(*given(**settings, max_response_tokens=13), names="--max-response-tokens 13")
+    settings = {
+        "model": directory,
+        "task": dense_task(tmp_path),
+        "num_steps": 1,
+    }  # its prompts have up to 12 tokens
+    assert "prompt of 12" in refused(
+        *given(**settings, max_response_tokens=13), names="--max-response-tokens 13"
+    )
     assert command(*given(**settings, max_response_tokens=12)) == 0
 
 
@@ -405,7 +472,11 @@ def test_wandb_without_a_login(given, model, tmp_path):
     # In a process of its own: wandb keeps what it was first set up with.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    argv = [sys.executable, grpo.__file__, *given(model=model, task=dense_task(tmp_path), track=True)]
+    argv = [
+        sys.executable,
+        grpo.__file__,
+        *given(model=model, task=dense_task(tmp_path), track=True),
+    ]
     ended = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "error: --track: wandb does not start" in ended.stderr.splitlines()[-1]
@@ -417,7 +488,8 @@ def test_revision_of_a_directory(given, refused, model):
 
 
 def test_sequences_longer_than_the_model_can_read(given, refused, tmp_path):
-    # Learned position embeddings end somewhere; without a check that shows as an IndexError in the middle of a run.
+    # Learned position embeddings end somewhere; without a check that shows as an IndexError in the
+    # middle of a run.
     model = build_model("gpt2", tmp_path / "model", n_positions=20)
     refused(*given(model=model, task=dense_task(tmp_path), max_response_tokens=32), names="--max-")
 
@@ -462,13 +534,20 @@ def test_output_cannot_be_written(below, refused, tmp_path):
 # Prompts
 
 
-def test_prompts_over_the_budget_are_left_out_and_counted(given, model, tmp_path, capsys, monkeypatch):
+def test_prompts_over_the_budget_are_left_out_and_counted(
+    given, model, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr("common.runlog.COMPLETIONS_PER_STEP", 16)
-    data = write_rows(tmp_path / "data.jsonl", [*good_rows(6), {"question": "What? " * 300, "answer": "#### 2"}] * 2)
+    data = write_rows(
+        tmp_path / "data.jsonl",
+        [*good_rows(6), {"question": "What? " * 300, "answer": "#### 2"}] * 2,
+    )
     settings = {"max_prompt_tokens": 1000, "eval_size": 7, "num_steps": 3, "max_response_tokens": 1}
     assert command(*given(task="gsm8k", data=data, model=model, **settings)) == 0
     error = capsys.readouterr().err
-    assert "1 of 7 train prompts are longer than --max-prompt-tokens 1000 and are left out." in error
+    assert (
+        "1 of 7 train prompts are longer than --max-prompt-tokens 1000 and are left out." in error
+    )
     assert "1 of 7 eval prompts are longer than --max-prompt-tokens 1000 and are left out." in error
     completions = (tmp_path / "output" / "run" / "completions.jsonl").read_text()
     assert "What is 5 + 5?" in completions and "What? What?" not in completions
@@ -484,8 +563,13 @@ def test_all_prompts_are_too_long(given, refused, tmp_path):
 
 
 def test_resume_of_a_run_that_has_more_steps_already(model, tmp_path, capsys):
-    run_dir = train(tmp_path, model=model, task=dense_task(tmp_path), num_steps=3, max_response_tokens=2)
-    before = {path: path.read_bytes() for path in [*run_dir.glob("model/*"), *run_dir.glob("checkpoints/*")]}
+    run_dir = train(
+        tmp_path, model=model, task=dense_task(tmp_path), num_steps=3, max_response_tokens=2
+    )
+    before = {
+        path: path.read_bytes()
+        for path in [*run_dir.glob("model/*"), *run_dir.glob("checkpoints/*")]
+    }
     capsys.readouterr()
     assert command(*resume(run_dir, "--num-steps", 2)) == 0
     assert "Continue with" not in capsys.readouterr().out  # there is nothing left to do

@@ -1,6 +1,8 @@
-"""Padding, shifting, masks and micro-batches, against loops over tokens and numbers worked out by hand.
+"""Padding, shifting, masks and micro-batches, against loops over tokens and numbers worked out by
+hand.
 
-Everything here is integers and copied floats: no tolerance but the rounding of sampler log-probs to float32.
+Everything here is integers and copied floats: no tolerance but the rounding of sampler log-probs to
+float32.
 """
 
 import copy
@@ -16,10 +18,15 @@ EOS = 7
 
 
 def random_sequences(num_sequences, seed):
-    """A batch: prompts, responses (some ending with EOS, some cut) and log-probs; EOS occurs inside prompts too."""
+    """A batch: prompts, responses (some ending with EOS, some cut) and log-probs; EOS occurs inside
+    prompts too.
+    """
     rng = random.Random(seed)
     prompts = [[rng.randrange(10) for _ in range(rng.randint(1, 9))] for _ in range(num_sequences)]
-    responses = [[rng.randrange(7) for _ in range(rng.randint(0, 8))] + [rng.choice([EOS, 3])] for _ in prompts]
+    responses = [
+        [rng.randrange(7) for _ in range(rng.randint(0, 8))] + [rng.choice([EOS, 3])]
+        for _ in prompts
+    ]
     logprobs = [[-rng.expovariate(1.0) for _ in response] for response in responses]
     return SimpleNamespace(prompts=prompts, responses=responses, logprobs=logprobs)
 
@@ -54,8 +61,11 @@ def check_against_a_loop(micro, batch, rows):
 
 
 def test_collate_by_hand():
-    # Tokens 1 2 3 | 4 7 and 5 | 6, where | parts prompt and response; 7 ends the first, the second was cut; 0 pads.
-    batch = SimpleNamespace(prompts=[[1, 2, 3], [5]], responses=[[4, 7], [6]], logprobs=[[-0.5, -0.25], [-2.0]])
+    # Tokens 1 2 3 | 4 7 and 5 | 6, where | parts prompt and response; 7 ends the first, the second
+    # was cut; 0 pads.
+    batch = SimpleNamespace(
+        prompts=[[1, 2, 3], [5]], responses=[[4, 7], [6]], logprobs=[[-0.5, -0.25], [-2.0]]
+    )
     micro = collate(batch, [0, 1])
     assert micro.inputs_BT.tolist() == [[1, 2, 3, 4], [5, 6, 0, 0]]
     assert micro.targets_BT.tolist() == [[2, 3, 4, 7], [6, 0, 0, 0]]
@@ -126,7 +136,11 @@ def test_microbatches_are_full(seed, budget):
 @pytest.mark.parametrize("seed, budget", CASES)
 def test_the_longest_come_first(seed, budget):
     lengths, _ = random_lengths(seed)
-    flat = [lengths[row] for rows in split_by_token_budget(lengths, budget, [0] * len(lengths)) for row in rows]
+    flat = [
+        lengths[row]
+        for rows in split_by_token_budget(lengths, budget, [0] * len(lengths))
+        for row in rows
+    ]
     assert flat == sorted(lengths, reverse=True)
 
 
@@ -143,7 +157,8 @@ def test_groups_are_never_mixed(seed, budget):
 
 @pytest.mark.parametrize("seed, budget", CASES)
 def test_the_order_of_rows_does_not_show(seed, budget):
-    # Up to ties: rows of one length are interchangeable, so micro-batches are compared as lists of (group, length).
+    # Up to ties: rows of one length are interchangeable, so micro-batches are compared as lists of
+    # (group, length).
     lengths, rng = random_lengths(seed)
     keys = [rng.randrange(3) for _ in lengths]
     order = rng.sample(range(len(lengths)), len(lengths))
@@ -152,19 +167,29 @@ def test_the_order_of_rows_does_not_show(seed, budget):
         splits = split_by_token_budget(lengths, budget, group_by=keys)
         return [[(keys[row], lengths[row]) for row in rows] for rows in splits]
 
-    assert shape([lengths[row] for row in order], [keys[row] for row in order]) == shape(lengths, keys)
+    assert shape([lengths[row] for row in order], [keys[row] for row in order]) == shape(
+        lengths, keys
+    )
 
 
 def test_split_by_hand():
-    # Sorted: 9 (row 1), 5 (row 3), 4 (row 0), 4 (row 4), 2 (row 2). Budget 10: 9 | 5 with 4 (2 × 5) | 4 with 2.
+    # Sorted: 9 (row 1), 5 (row 3), 4 (row 0), 4 (row 4), 2 (row 2). Budget 10: 9 | 5 with 4 (2 × 5)
+    # | 4 with 2.
     assert split_by_token_budget([4, 9, 2, 5, 4], 10, group_by=[0] * 5) == [[1], [3, 0], [4, 2]]
     # Groups 0 (rows 1, 2) and 1 (rows 0, 3, 4): 9 | 2 | 5 with 4 | 4.
-    assert split_by_token_budget([4, 9, 2, 5, 4], 10, group_by=[1, 0, 0, 1, 1]) == [[1], [2], [3, 0], [4]]
+    assert split_by_token_budget([4, 9, 2, 5, 4], 10, group_by=[1, 0, 0, 1, 1]) == [
+        [1],
+        [2],
+        [3, 0],
+        [4],
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("rows", [[0], [0, 1]])
 def test_a_response_with_more_or_fewer_log_probs_than_tokens_is_refused(rows, count):
     with pytest.raises(ValueError, match=r"expected sequence of length|log-probs are not"):
-        batch = SimpleNamespace(prompts=[[1, 2], [3]], responses=[[4, 5], [6]], logprobs=[[-1.0] * count, [-2.0]])
+        batch = SimpleNamespace(
+            prompts=[[1, 2], [3]], responses=[[4, 5], [6]], logprobs=[[-1.0] * count, [-2.0]]
+        )
         collate(batch, rows)

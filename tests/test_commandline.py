@@ -1,4 +1,6 @@
-"""From the command line to `main(args)`: what is refused before `main` is called, resuming, exit codes, and Ctrl-C."""
+"""From the command line to `main(args)`: what is refused before `main` is called, resuming, exit
+codes, and Ctrl-C.
+"""
 
 import json
 import os
@@ -33,7 +35,9 @@ def contents(directory):
 
 @pytest.fixture
 def refused(main, tmp_path, capsys):
-    """A function that gives a command line and returns the message it was refused with, before `main` was called."""
+    """A function that gives a command line and returns the message it was refused with, before
+    `main` was called.
+    """
 
     def give(*argv, names, directory=None):
         directory = directory or tmp_path
@@ -53,7 +57,9 @@ def refused(main, tmp_path, capsys):
 
 @pytest.fixture
 def given(tmp_path):
-    """A command line: small settings, an output directory that does not exist yet, and the settings given."""
+    """A command line: small settings, an output directory that does not exist yet, and the settings
+    given.
+    """
 
     def command_line(**settings):
         return options(tmp_path / "output", **settings)
@@ -62,7 +68,14 @@ def given(tmp_path):
 
 
 def test_a_good_command_line_calls_main(given, main):
-    assert command(*given(seed=0, sync_offset=0, warmup_steps=0, threads=0, group_size=2, temperature="inf")) == 0
+    assert (
+        command(
+            *given(
+                seed=0, sync_offset=0, warmup_steps=0, threads=0, group_size=2, temperature="inf"
+            )
+        )
+        == 0
+    )
     (args,) = main
     assert isinstance(args, grpo.Args)
     assert (args.seed, args.group_size, args.temperature, args.serial) == (0, 2, float("inf"), True)
@@ -116,7 +129,9 @@ def test_a_resumed_run_is_checked_as_well(run_dir, refused):
 def run_dir(tmp_path_factory):
     directory = tmp_path_factory.mktemp("resume")
     model = build_model("qwen2", directory / "model")
-    return train(directory, model=model, task=dense_task(directory), num_steps=1, max_response_tokens=2)
+    return train(
+        directory, model=model, task=dense_task(directory), num_steps=1, max_response_tokens=2
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,7 +172,9 @@ def test_resume_may_change_how_long_and_what_is_written(change, run_dir):
     assert args == grpo.Args(**{**saved, "resume": str(run_dir), **change})
 
 
-@pytest.mark.parametrize("form", ["--resume {}", "--resume={}", "--num-steps 2 --resume {} --threads 1"])
+@pytest.mark.parametrize(
+    "form", ["--resume {}", "--resume={}", "--num-steps 2 --resume {} --threads 1"]
+)
 def test_resume_in_every_form_takes_the_saved_arguments(form, run_dir):
     args = parse(grpo.Args, grpo.__file__, form.format(run_dir).split())
     assert (args.group_size, args.max_response_tokens, args.resume) == (4, 2, str(run_dir))
@@ -180,7 +197,9 @@ def copy_with(run_dir, copy, **changes):
     """A copy of a run, with other values in its args.json; None takes an entry out."""
     shutil.copytree(run_dir, copy)
     saved = json.loads((run_dir / "args.json").read_text()) | changes
-    (copy / "args.json").write_text(json.dumps({key: value for key, value in saved.items() if value is not None}))
+    (copy / "args.json").write_text(
+        json.dumps({key: value for key, value in saved.items() if value is not None})
+    )
     return copy
 
 
@@ -195,7 +214,9 @@ def test_resume_by_another_version(change, refused, run_dir, tmp_path):
     assert f"({next(iter(change))})" in refused(*resume(copy), names=f"--resume {copy}")
 
 
-@pytest.mark.parametrize("change", [{"num_steps": "many"}, {"temperature": None}, {"serial": 1}, {"model": 3}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"num_steps": "many"}, {"temperature": None}, {"serial": 1}, {"model": 3}], ids=str
+)
 def test_resume_with_saved_arguments_of_another_type(change, refused, run_dir, tmp_path):
     copy = copy_with(run_dir, tmp_path / "copy", **change)
     assert f"({next(iter(change))})" in refused(*resume(copy), names=f"--resume {copy}")
@@ -206,7 +227,16 @@ def test_files_are_remembered_by_their_absolute_paths(tmp_path, monkeypatch):
         (tmp_path / name).write_text("")
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    argv = ["--task", "task.py:Mine", "--data", "rows.jsonl", "--eval-data", "absent.jsonl", "--model", "model"]
+    argv = [
+        "--task",
+        "task.py:Mine",
+        "--data",
+        "rows.jsonl",
+        "--eval-data",
+        "absent.jsonl",
+        "--model",
+        "model",
+    ]
     argv += ["--learning-rate", "1e-5"]
     args = parse(grpo.Args, grpo.__file__, argv)
     assert (args.task, args.data) == (f"{tmp_path}/task.py:Mine", f"{tmp_path}/rows.jsonl")
@@ -218,7 +248,11 @@ def test_files_are_remembered_by_their_absolute_paths(tmp_path, monkeypatch):
 def test_help_has_a_description_and_an_example_and_no_path_of_this_machine(capsys):
     assert command("--help") == 0
     text = capsys.readouterr().out
-    assert "Group Relative Policy Optimization" in text and "--task gsm8k" in text and "usage: grpo.py" in text
+    assert (
+        "Group Relative Policy Optimization" in text
+        and "--task gsm8k" in text
+        and "usage: grpo.py" in text
+    )
     assert str(REPOSITORY) not in text
 
 
@@ -234,7 +268,10 @@ def test_an_error_of_ours_is_one_line_and_an_exit_code(error, code, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         run(main, grpo.Args, "somewhere/red_weight.py")
     assert ended.value.code == code
-    assert capsys.readouterr() == ("", "red_weight.py: error: --data x cannot be read (a library says: no ).\n")
+    assert capsys.readouterr() == (
+        "",
+        "red_weight.py: error: --data x cannot be read (a library says: no ).\n",
+    )
 
 
 def test_a_system_error_is_one_line(monkeypatch, capsys):
@@ -255,7 +292,11 @@ def test_a_terminal_that_knows_ascii_only(run_dir):
         "run(lambda args: print('→ é'), grpo.Args, 'x')"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env=environment,
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
     assert (ended.returncode, ended.stdout) == (0, "\\u2192 \\xe9\n")
 
@@ -278,7 +319,9 @@ def press_ctrl_c():
 
 @pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["terminal", "background"])
 def before(request):
-    """What SIGINT does before: raise KeyboardInterrupt, or nothing, where a shell started the run in the background."""
+    """What SIGINT does before: raise KeyboardInterrupt, or nothing, where a shell started the run
+    in the background.
+    """
     handler = signal.signal(signal.SIGINT, request.param)
     yield request.param
     signal.signal(signal.SIGINT, handler)

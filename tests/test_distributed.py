@@ -1,4 +1,6 @@
-"""Several ranks do what one process does: gradients, whole runs, resuming; and end together when one of them fails."""
+"""Several ranks do what one process does: gradients, whole runs, resuming; and end together when
+one of them fails.
+"""
 
 import contextlib
 import json
@@ -63,12 +65,16 @@ def test_every_micro_batch_counts_once_and_all_ranks_make_equally_many_passes(mo
 
 
 def make_batch(vocab_size, seed, lengths):
-    """Sequences with responses of these lengths; the sampler's log-probs are near those of a uniform policy."""
+    """Sequences with responses of these lengths; the sampler's log-probs are near those of a
+    uniform policy.
+    """
     rng = random.Random(seed)
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(2, 9))] for _ in lengths]
     responses = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
     logprobs = [[rng.uniform(-7, -4) for _ in response] for response in responses]
-    return Batch(1, 0, list(range(len(lengths))), prompts, responses, logprobs, [False] * len(lengths))
+    return Batch(
+        1, 0, list(range(len(lengths))), prompts, responses, logprobs, [False] * len(lengths)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -79,18 +85,42 @@ def cases(tmp_path_factory):
     uneven, few = [1, 30, 2, 17, 9, 3, 22, 5], [12, 4]
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, -0.7, 0.9, -2.0], dtype=torch.float64)
     half = advantages.masked_fill(torch.arange(8) % 2 == 0, 0.0)
-    lone = advantages.masked_fill(torch.arange(8) != 6, 0.0)  # one response with a gradient: one rank has it
-    plain = {"model": tied, "precision": "float32", "checkpointing": False, "large": 8192, "budget": 64}
+    lone = advantages.masked_fill(
+        torch.arange(8) != 6, 0.0
+    )  # one response with a gradient: one rank has it
+    plain = {
+        "model": tied,
+        "precision": "float32",
+        "checkpointing": False,
+        "large": 8192,
+        "budget": 64,
+    }
     made = {
         **{name: {"script": name, "lengths": uneven, "advantages": advantages} for name in SCRIPTS},
-        "sequence-level loss": {"script": str(write_gspo(place)), "lengths": uneven, "advantages": advantages},
+        "sequence-level loss": {
+            "script": str(write_gspo(place)),
+            "lengths": uneven,
+            "advantages": advantages,
+        },
         "no gradient for half of the rows": {"lengths": uneven, "advantages": half},
         "a gradient for one row": {"lengths": uneven, "advantages": lone},
-        "no gradient at all": {"lengths": uneven, "advantages": torch.zeros(8, dtype=torch.float64)},
-        "fewer micro-batches than ranks": {"lengths": few, "advantages": advantages[:2], "budget": 4096},
+        "no gradient at all": {
+            "lengths": uneven,
+            "advantages": torch.zeros(8, dtype=torch.float64),
+        },
+        "fewer micro-batches than ranks": {
+            "lengths": few,
+            "advantages": advantages[:2],
+            "budget": 4096,
+        },
         "untied head": {"model": untied, "lengths": uneven, "advantages": half},
         "large vocabulary": {"lengths": uneven, "advantages": half, "large": 1},
-        "large vocabulary, untied": {"model": untied, "lengths": uneven, "advantages": half, "large": 1},
+        "large vocabulary, untied": {
+            "model": untied,
+            "lengths": uneven,
+            "advantages": half,
+            "large": 1,
+        },
         "recomputed activations": {"lengths": uneven, "advantages": half, "checkpointing": True},
         "bfloat16": {"lengths": uneven, "advantages": half, "precision": "bfloat16"},
     }
@@ -109,8 +139,11 @@ def of_one_process(cases):
 @pytest.mark.parametrize("count", [2, 3])
 def test_gradients_are_those_of_one_process(count, cases, of_one_process):
     found, *_ = ranks.run_ranks(count, ranks.loss_and_gradients, list(cases.values()))
-    for name, (loss, gradients), (true_loss, truth) in zip(cases, found, of_one_process, strict=True):
-        # Sums are made in another order. bfloat16 rounds each rank's share of a gradient, to 2⁻⁹ of it.
+    for name, (loss, gradients), (true_loss, truth) in zip(
+        cases, found, of_one_process, strict=True
+    ):
+        # Sums are made in another order. bfloat16 rounds each rank's share of a gradient, to 2⁻⁹ of
+        # it.
         bound = 2e-2 if name == "bfloat16" else 1e-6
         assert abs(loss - true_loss) <= bound * max(1, abs(true_loss)), name
         size = torch.cat([gradient.flatten() for gradient in truth.values()]).norm()
@@ -130,15 +163,23 @@ def test_replicas_have_the_same_gradients(cases, of_one_process):
 
 
 def test_passes_without_gradients_leave_no_trace(tmp_path):
-    """Else a reference's memory grows with every step: it never makes a backward pass, which clears them."""
-    assert ranks.run_ranks(2, ranks.layers_remembered, build_model("qwen2", tmp_path / "model")) == [0, 0]
+    """Else a reference's memory grows with every step: it never makes a backward pass, which clears
+    them.
+    """
+    assert ranks.run_ranks(
+        2, ranks.layers_remembered, build_model("qwen2", tmp_path / "model")
+    ) == [0, 0]
 
 
 def test_one_rank_reads_the_weights(tmp_path):
     """The others load neither whole weights nor another list of tokens that end a response."""
-    directory = build_model("llama", tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=4)
+    directory = build_model(
+        "llama", tmp_path / "model", hidden_size=512, intermediate_size=2048, num_hidden_layers=4
+    )
     config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
-    (tmp_path / "model" / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [7, 9]}))
+    (tmp_path / "model" / "generation_config.json").write_text(
+        json.dumps(config | {"eos_token_id": [7, 9]})
+    )
     size = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     loaded, sharded, end_ids = zip(*ranks.run_ranks(3, ranks.loaded, directory), strict=True)
     assert loaded[0] > 0.9 * size and max(loaded[1:]) < 0.1 * size and max(sharded) < 0.7 * size
@@ -157,7 +198,13 @@ def test_weights_that_only_the_config_calls_tied_are_apart_on_all_ranks(tmp_path
 
 # Whole runs
 
-RUN = {"num_steps": 6, "eval_size": 5, "eval_interval": 2, "checkpoint_interval": 2, "max_tokens_per_microbatch": 60}
+RUN = {
+    "num_steps": 6,
+    "eval_size": 5,
+    "eval_interval": 2,
+    "checkpoint_interval": 2,
+    "max_tokens_per_microbatch": 60,
+}
 RUN |= {"learning_rate": 5e-5}  # Adam makes updates of gradients that are nothing but rounding
 
 
@@ -170,8 +217,12 @@ def run_on(count, argv, log):
     """A run of `grpo.py` on some ranks; fails with their output if one of them does."""
     codes = ["no answer"]
     with contextlib.suppress(AssertionError):
-        codes = [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
-    assert not any(codes), "\n".join(path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*"))
+        codes = (
+            [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
+        )
+    assert not any(codes), "\n".join(
+        path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -184,16 +235,24 @@ def lone_run(task, tmp_path_factory):
 def leaves(value):
     """Everything in nested lists and dicts, keys included."""
     parts = [*value, *value.values()] if isinstance(value, dict) else value
-    return [leaf for part in parts for leaf in leaves(part)] if isinstance(value, dict | list) else [value]
+    return (
+        [leaf for part in parts for leaf in leaves(part)]
+        if isinstance(value, dict | list)
+        else [value]
+    )
 
 
 def assert_nearly_the_same(run_dir, other):
     """Completions, rewards and lengths are equal; other metrics up to rounding."""
-    same_text = (run_dir / "completions.jsonl").read_text() == (other / "completions.jsonl").read_text()
+    same_text = (run_dir / "completions.jsonl").read_text() == (
+        other / "completions.jsonl"
+    ).read_text()
     assert same_text
     found, expected = (rollouts(place) for place in (run_dir, other))
     for one, truth in zip(leaves(found), leaves(expected), strict=True):
-        assert one == (pytest.approx(truth, rel=0.01, abs=1e-4) if isinstance(truth, float) else truth)
+        assert one == (
+            pytest.approx(truth, rel=0.01, abs=1e-4) if isinstance(truth, float) else truth
+        )
     for found, expected in zip(metrics(run_dir), metrics(other), strict=True):
         assert found.keys() == expected.keys()
         for key, value in expected.items():
@@ -214,7 +273,9 @@ def test_samplers_beside_the_ranks(schedule, task, tmp_path):
     lag = {"sync_interval": schedule[0], "sync_offset": schedule[1]}
     for count, name, serial in ((1, "one", True), (2, "two", False)):
         run_on(
-            count, options(tmp_path, name=name, task=task, **{**RUN, **lag, "serial": serial}), tmp_path / f"{name}.log"
+            count,
+            options(tmp_path, name=name, task=task, **{**RUN, **lag, "serial": serial}),
+            tmp_path / f"{name}.log",
         )
     assert_nearly_the_same(tmp_path / "two", tmp_path / "one")
 
@@ -222,7 +283,11 @@ def test_samplers_beside_the_ranks(schedule, task, tmp_path):
 def test_two_ranks_resume_bit_for_bit(task, tmp_path):
     lag = {"sync_interval": 2, "sync_offset": 1}
     run_on(2, options(tmp_path, name="whole", task=task, **{**RUN, **lag}), tmp_path / "log")
-    run_on(2, options(tmp_path, name="parts", task=task, **{**RUN, **lag, "num_steps": 4}), tmp_path / "log")
+    run_on(
+        2,
+        options(tmp_path, name="parts", task=task, **{**RUN, **lag, "num_steps": 4}),
+        tmp_path / "log",
+    )
     run_on(2, resume(tmp_path / "parts", "--num-steps", 6), tmp_path / "log")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
@@ -248,7 +313,9 @@ def test_a_large_model_is_saved_in_parts(before, after, lone_run, tmp_path):
     if before == after:
         run_on(2, options(tmp_path, name="whole", task=task, **RUN), tmp_path / "log")
         assert_same_run(tmp_path / "run", tmp_path / "whole")
-        (tmp_path / "run" / "checkpoints" / "step_000006.shards" / "__1_0.distcp").write_bytes(b"damaged")
+        (tmp_path / "run" / "checkpoints" / "step_000006.shards" / "__1_0.distcp").write_bytes(
+            b"damaged"
+        )
         codes, said = said_by_ranks(tmp_path, resume(tmp_path / "run", "--num-steps", 7))
         assert all(codes) and "step_000006.shards cannot be read" in said[0]
 
@@ -257,12 +324,19 @@ def test_a_large_model_is_saved_in_parts(before, after, lone_run, tmp_path):
 
 
 class Torchrun:
-    """`torchrun grpo.py …`, with whatever it starts; all of it has the log's path in its environment."""
+    """`torchrun grpo.py …`, with whatever it starts; all of it has the log's path in its
+    environment.
+    """
 
     def __init__(self, argv, log, *more):
         self.log, self.mark = Path(log), f"STARTED_FOR={log}"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *more]
-        environment = {**os.environ, "STARTED_FOR": str(log), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "STARTED_FOR": str(log),
+            "PYTHONUNBUFFERED": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         with open(log, "ab") as file:
             self.agent = subprocess.Popen(
                 [*command, str(REPOSITORY / "grpo.py"), *map(str, argv)],
@@ -290,7 +364,14 @@ class Torchrun:
 
         def look():
             assert self.agent.poll() is None, self.log.read_text()[-4000:]
-            return next((pid for pid, line in self.processes().items() if all(word in line for word in words)), None)
+            return next(
+                (
+                    pid
+                    for pid, line in self.processes().items()
+                    if all(word in line for word in words)
+                ),
+                None,
+            )
 
         return wait_for(look)
 
@@ -357,9 +438,20 @@ def test_a_signal_lets_all_ranks_finish_the_step(number, task, tmp_path):
 def test_two_machines(task, lone_run, tmp_path):
     """Two agents on this machine, with a rank each, meet at a port."""
     port = ranks.free_port()
-    meet = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
+    meet = [
+        "--nnodes",
+        "2",
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+    ]
     argv = options(tmp_path, task=task, **RUN)
-    agents = [Torchrun(argv, tmp_path / f"log-{number}", *meet, "--rdzv-id", "1") for number in range(2)]
+    agents = [
+        Torchrun(argv, tmp_path / f"log-{number}", *meet, "--rdzv-id", "1") for number in range(2)
+    ]
     for agent in agents:
         assert agent.agent.wait(90) == 0, agent.log.read_text()[-3000:]
     assert_nearly_the_same(tmp_path / "run", lone_run)
@@ -387,7 +479,9 @@ def test_a_reward_that_raises_on_one_rank_names_it(tmp_path):
 
 def test_a_rank_that_hangs_is_named(tmp_path):
     task = failing_on_rank_1(tmp_path, "time.sleep(20)")
-    _, (zero, _) = said_by_ranks(tmp_path, options(tmp_path, task=task, sampler_timeout=4.0, eval_size=1))
+    _, (zero, _) = said_by_ranks(
+        tmp_path, options(tmp_path, task=task, sampler_timeout=4.0, eval_size=1)
+    )
     assert re.search(r"Communication between ranks failed \(.*[Rr]ank.? 1", zero), zero
 
 

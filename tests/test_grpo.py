@@ -1,8 +1,11 @@
-"""GRPO's advantages and per-token loss, against numbers worked out by hand and loops written from the equations.
+"""GRPO's advantages and per-token loss, against numbers worked out by hand and loops written from
+the equations.
 
-    A = (r − r̄) / (σ + 1e-6)        loss = −min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A)        ρ = exp(logprob − old)
+    A = (r − r̄) / (σ + 1e-6)        loss = −min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A)        ρ =
+    exp(logprob − old)
 
-In float64 the tolerance is 1e-12 relative, some thousand roundings; in float32 it is 1e-6, some ten.
+In float64 the tolerance is 1e-12 relative, some thousand roundings; in float32 it is 1e-6, some
+ten.
 """
 
 import math
@@ -16,7 +19,9 @@ from grpo import Args, advantages, per_token_loss
 
 def loss_of(logprobs, old_logprobs, advantages, args):
     """`per_token_loss` of tensors that hold response tokens only."""
-    return per_token_loss(logprobs, old_logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool), args)
+    return per_token_loss(
+        logprobs, old_logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool), args
+    )
 
 
 def loss_and_gradient(log_ratios, advantage, args, dtype=torch.float64, old=-1.0):
@@ -29,7 +34,9 @@ def loss_and_gradient(log_ratios, advantage, args, dtype=torch.float64, old=-1.0
 
 
 def random_tokens(num_tokens, seed):
-    """Log-probs, the sampler's log-probs and advantages of either sign; ratios on both sides of both bounds."""
+    """Log-probs, the sampler's log-probs and advantages of either sign; ratios on both sides of
+    both bounds.
+    """
     rng = random.Random(seed)
     old = [-rng.expovariate(0.5) for _ in range(num_tokens)]
     new = [o + rng.gauss(0, 0.4) for o in old]
@@ -54,12 +61,16 @@ def mask_by_the_equation(new, old, advantage, low, high):
 def test_advantages_by_hand():
     rewards_PG = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1], [3, 5, 1, 3]], dtype=torch.float64)
     # Group 1: mean 1/2, deviations ±1/2,                       variance  1/4,               σ = 0.5
-    # Group 2: mean 1/4, deviations −1/4 (three times) and 3/4, variance (3/16 + 9/16) / 4,  σ = √3/4
+    # Group 2: mean 1/4, deviations −1/4 (three times) and 3/4, variance (3/16 + 9/16) / 4,  σ =
+    # √3/4
     # Group 3: mean 3,   deviations 0, 2, −2, 0,                variance  8/4,               σ = √2
     a, b, c = 0.5 / (0.5 + 1e-6), 0.25 / (math.sqrt(3) / 4 + 1e-6), 2 / (math.sqrt(2) + 1e-6)
     expected = [[a, -a, -a, a], [-b, -b, -b, 3 * b], [0, c, -c, 0]]
     torch.testing.assert_close(
-        advantages(rewards_PG, Args()), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-15
+        advantages(rewards_PG, Args()),
+        torch.tensor(expected, dtype=torch.float64),
+        rtol=1e-12,
+        atol=1e-15,
     )
 
 
@@ -70,14 +81,18 @@ def test_advantages_against_a_loop():
     for group, found in zip(rewards, result.tolist(), strict=True):
         mean = math.fsum(group) / len(group)
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in group) / len(group))
-        # The deviations of group 4 are 1e-5 of the rewards: their rounding is 1e5 times as large in proportion.
+        # The deviations of group 4 are 1e-5 of the rewards: their rounding is 1e5 times as large in
+        # proportion.
         assert found == pytest.approx([(r - mean) / (std + 1e-6) for r in group], rel=1e-9)
 
 
-@pytest.mark.parametrize("reward", [0.0, 1.0, 0.7, 0.1, -2.3, 1 / 3, 1e6, 1e6 + 0.1, 1e-9, 1e9 + 0.3])
+@pytest.mark.parametrize(
+    "reward", [0.0, 1.0, 0.7, 0.1, -2.3, 1 / 3, 1e6, 1e6 + 0.1, 1e-9, 1e9 + 0.3]
+)
 @pytest.mark.parametrize("group_size", [2, 3, 7, 8, 49])
 def test_equal_rewards_have_exactly_zero_advantage(reward, group_size):
-    # In float32 the mean of eight rewards of 0.7 is not 0.7; in float64 that is so of some other sizes and rewards.
+    # In float32 the mean of eight rewards of 0.7 is not 0.7; in float64 that is so of some other
+    # sizes and rewards.
     rewards_PG = torch.full((2, group_size), reward, dtype=torch.float64)
     rewards_PG[1, 0] += 1.0
     result = advantages(rewards_PG, Args())
@@ -86,12 +101,18 @@ def test_equal_rewards_have_exactly_zero_advantage(reward, group_size):
 
 
 def test_large_rewards_keep_their_differences():
-    rewards_PG = torch.tensor([[1e6, 1e6 + 1, 1e6, 1e6 + 1]], dtype=torch.float64)  # mean 1e6 + 1/2, σ = 1/2
-    assert advantages(rewards_PG, Args()).tolist()[0] == pytest.approx([-0.999998, 0.999998] * 2, rel=1e-9)
+    rewards_PG = torch.tensor(
+        [[1e6, 1e6 + 1, 1e6, 1e6 + 1]], dtype=torch.float64
+    )  # mean 1e6 + 1/2, σ = 1/2
+    assert advantages(rewards_PG, Args()).tolist()[0] == pytest.approx(
+        [-0.999998, 0.999998] * 2, rel=1e-9
+    )
 
 
 def test_a_group_does_not_see_the_others():
-    rewards_PG = torch.tensor([[0.0, 1.0, 0.7], [0.7, 0.7, 0.7], [5.0, -3.0, 1e6]], dtype=torch.float64)
+    rewards_PG = torch.tensor(
+        [[0.0, 1.0, 0.7], [0.7, 0.7, 0.7], [5.0, -3.0, 1e6]], dtype=torch.float64
+    )
     together = advantages(rewards_PG, Args())
     alone = [advantages(rewards_PG[p : p + 1], Args()) for p in range(3)]
     assert torch.equal(together, torch.cat(alone))
@@ -99,7 +120,11 @@ def test_a_group_does_not_see_the_others():
 
 def test_inputs_are_left_unchanged():
     rewards_PG = torch.tensor([[1.0, 0.0], [0.7, 0.7]], dtype=torch.float64)
-    logprobs, old, signs = torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -1.0]), torch.tensor([1.0, -1.0])
+    logprobs, old, signs = (
+        torch.tensor([-1.0, -2.0]),
+        torch.tensor([-3.0, -1.0]),
+        torch.tensor([1.0, -1.0]),
+    )
     mask = torch.tensor([True, False])
     inputs = [rewards_PG, logprobs, old, signs, mask]
     before = [tensor.clone() for tensor in inputs]
@@ -119,7 +144,8 @@ def test_clipping_bounds_are_two_tenths():
 def test_positive_advantage_by_hand(dtype, tolerance):
     # A = 2, bounds 0.8 and 1.2.
     # ρ = 1.5: min(3.0, 1.2 · 2) = 2.4, clipped: no gradient     ρ = 0.9: min(1.8, 1.8) = 1.8
-    # ρ = 1.1: min(2.2, 2.2) = 2.2                               ρ = 0.5: min(1.0, 0.8 · 2) = 1.0, not clipped
+    # ρ = 1.1: min(2.2, 2.2) = 2.2                               ρ = 0.5: min(1.0, 0.8 · 2) = 1.0,
+    # not clipped
     # Unclipped, the loss is −ρ A, whose derivative by the log-prob is −ρ A again.
     log_ratios = [math.log(ratio) for ratio in (1.5, 1.1, 0.9, 0.5)]
     loss, gradient = loss_and_gradient(log_ratios, 2.0, Args(), dtype)
@@ -131,7 +157,8 @@ def test_positive_advantage_by_hand(dtype, tolerance):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_negative_advantage_by_hand(dtype, tolerance):
     # A = −2. ρ = 1.5: min(−3.0, 1.2 · −2) = −3.0, not clipped   ρ = 0.9: min(−1.8, −1.8) = −1.8
-    #         ρ = 1.1: min(−2.2, −2.2) = −2.2                    ρ = 0.5: min(−1.0, 0.8 · −2) = −1.6, clipped
+    #         ρ = 1.1: min(−2.2, −2.2) = −2.2                    ρ = 0.5: min(−1.0, 0.8 · −2) =
+    #         −1.6, clipped
     log_ratios = [math.log(ratio) for ratio in (1.5, 1.1, 0.9, 0.5)]
     loss, gradient = loss_and_gradient(log_ratios, -2.0, Args(), dtype)
     assert loss == pytest.approx([3.0, 2.2, 1.8, 1.6], rel=tolerance)
@@ -140,20 +167,31 @@ def test_negative_advantage_by_hand(dtype, tolerance):
 
 
 def test_two_bounds_by_hand():
-    # ε_low = 0.1, ε_high = 0.5: ρ = 1.4 is inside for A = 1, ρ = 1.6 outside; ρ = 0.95 is inside for A = −1, 0.85 not.
+    # ε_low = 0.1, ε_high = 0.5: ρ = 1.4 is inside for A = 1, ρ = 1.6 outside; ρ = 0.95 is inside
+    # for A = −1, 0.85 not.
     args = Args(clip_low=0.1, clip_high=0.5)
     loss, gradient = loss_and_gradient([math.log(1.4), math.log(1.6)], 1.0, args)
-    assert loss == pytest.approx([-1.4, -1.5], rel=1e-12) and gradient == pytest.approx([-1.4, 0.0], rel=1e-12)
+    assert loss == pytest.approx([-1.4, -1.5], rel=1e-12) and gradient == pytest.approx(
+        [-1.4, 0.0], rel=1e-12
+    )
     loss, gradient = loss_and_gradient([math.log(0.95), math.log(0.85)], -1.0, args)
-    assert loss == pytest.approx([0.95, 0.9], rel=1e-12) and gradient == pytest.approx([0.95, 0.0], rel=1e-12)
+    assert loss == pytest.approx([0.95, 0.9], rel=1e-12) and gradient == pytest.approx(
+        [0.95, 0.0], rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4), (0.3, 0.05)])
 def test_loss_against_a_loop(low, high):
     new, old, advantage = random_tokens(400, seed=1)
-    expected = [loss_by_the_equation(n, o, a, low, high) for n, o, a in zip(new, old, advantage, strict=True)]
+    expected = [
+        loss_by_the_equation(n, o, a, low, high)
+        for n, o, a in zip(new, old, advantage, strict=True)
+    ]
     args = Args(clip_low=low, clip_high=high)
-    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):  # float32: log-probs of −10 are rounded
+    for dtype, tolerance in (
+        (torch.float64, 1e-12),
+        (torch.float32, 3e-6),
+    ):  # float32: log-probs of −10 are rounded
         found = loss_of(*(torch.tensor(x, dtype=dtype) for x in (new, old, advantage)), args)
         assert found.dtype == dtype
         assert found.tolist() == pytest.approx(expected, rel=tolerance)
@@ -164,10 +202,15 @@ def test_gradient_against_differences_of_a_loop():
     logprobs = torch.tensor(new, dtype=torch.float64, requires_grad=True)
     constants = [torch.tensor(x, dtype=torch.float64) for x in (old, advantage)]
     loss_of(logprobs, *constants, Args()).sum().backward()
-    h = 1e-6  # central differences: error h² in the equation and 1e-16 / h in rounding, each below 1e-9
+    # central differences: error h² in the equation and 1e-16 / h in rounding, each below 1e-9
+    h = 1e-6
     for n, o, a, found in zip(new, old, advantage, logprobs.grad.tolist(), strict=True):
-        if min(abs(math.exp(n - o) - bound) for bound in (0.8, 1.2)) > 1e-5:  # there the loss has a kink
-            slope = loss_by_the_equation(n + h, o, a, 0.2, 0.2) - loss_by_the_equation(n - h, o, a, 0.2, 0.2)
+        if (
+            min(abs(math.exp(n - o) - bound) for bound in (0.8, 1.2)) > 1e-5
+        ):  # there the loss has a kink
+            slope = loss_by_the_equation(n + h, o, a, 0.2, 0.2) - loss_by_the_equation(
+                n - h, o, a, 0.2, 0.2
+            )
             assert found == pytest.approx(slope / (2 * h), rel=1e-7, abs=1e-9)
 
 
@@ -192,14 +235,20 @@ def test_on_policy_gradient_is_reinforce_with_a_normalised_baseline():
     torch.manual_seed(4)
     logits_PV = torch.randn(3, 11, dtype=torch.float64, requires_grad=True)
     tokens_PGT = torch.randint(11, (3, 4, 6))
-    rewards_PG = torch.tensor([[1, 0, 0, 1], [1, 1, 1, 0], [0.7, 0.7, 0.7, 0.7]], dtype=torch.float64)
+    rewards_PG = torch.tensor(
+        [[1, 0, 0, 1], [1, 1, 1, 0], [0.7, 0.7, 0.7, 0.7]], dtype=torch.float64
+    )
     logprobs_PGT = torch.log_softmax(logits_PV, dim=-1)[torch.arange(3)[:, None, None], tokens_PGT]
 
     advantages_PG1 = advantages(rewards_PG, Args()).unsqueeze(-1)
-    loss = loss_of(logprobs_PGT, logprobs_PGT.detach(), advantages_PG1, Args()).sum() / tokens_PGT.numel()
+    loss = (
+        loss_of(logprobs_PGT, logprobs_PGT.detach(), advantages_PG1, Args()).sum()
+        / tokens_PGT.numel()
+    )
     (found_PV,) = torch.autograd.grad(loss, logits_PV)
 
-    # REINFORCE by hand: ∂ log softmax(z)_y / ∂z = onehot(y) − softmax(z), weighted by (r − baseline) / scale.
+    # REINFORCE by hand: ∂ log softmax(z)_y / ∂z = onehot(y) − softmax(z), weighted by (r −
+    # baseline) / scale.
     expected_PV = torch.zeros(3, 11, dtype=torch.float64)
     for p in range(3):
         baseline, scale = rewards_PG[p].mean(), rewards_PG[p].std(correction=0) + 1e-6
@@ -214,7 +263,9 @@ def test_on_policy_gradient_is_reinforce_with_a_normalised_baseline():
 
 
 def test_no_advantage_no_loss_no_gradient():
-    loss, gradient = loss_and_gradient([math.log(ratio) for ratio in (0.1, 0.8, 1.0, 1.2, 5.0)], 0.0, Args())
+    loss, gradient = loss_and_gradient(
+        [math.log(ratio) for ratio in (0.1, 0.8, 1.0, 1.2, 5.0)], 0.0, Args()
+    )
     assert loss == [0.0] * 5 and gradient == [0.0] * 5
 
 
@@ -248,9 +299,12 @@ def test_on_policy_tokens_have_a_gradient_even_without_room():
         assert gradient == [-advantage]
 
 
-@pytest.mark.parametrize("dtype, size", [(torch.float64, 80), (torch.float64, 100), (torch.float32, 80)])
+@pytest.mark.parametrize(
+    "dtype, size", [(torch.float64, 80), (torch.float64, 100), (torch.float32, 80)]
+)
 def test_extreme_ratios_are_not_clamped(dtype, size):
-    # What is not clipped follows the equation however far off it is: a bound on the log-ratio would show here.
+    # What is not clipped follows the equation however far off it is: a bound on the log-ratio would
+    # show here.
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     loss, gradient = loss_and_gradient([size, -size], 1.0, Args(), dtype)
     assert loss == pytest.approx([-1.2, -math.exp(-size)], rel=tolerance, abs=0)
@@ -262,8 +316,8 @@ def test_extreme_ratios_are_not_clamped(dtype, size):
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_an_overflow_shows(advantage):
-    # exp(100) is 2.7e43, more than float32 holds. Nothing hides that: loss or gradient stops being finite, and the
-    # script then skips the update and counts it.
+    # exp(100) is 2.7e43, more than float32 holds. Nothing hides that: loss or gradient stops being
+    # finite, and the script then skips the update and counts it.
     loss, gradient = loss_and_gradient([100.0], advantage, Args(), torch.float32)
     assert not (math.isfinite(loss[0]) and math.isfinite(gradient[0]))
 
@@ -272,7 +326,12 @@ def test_one_advantage_per_row():
     # The scripts pass log-probs [B, T] with advantages [B, 1].
     new, old, _ = random_tokens(12, seed=5)
     new_BT, old_BT = (torch.tensor(x, dtype=torch.float64).view(3, 4) for x in (new, old))
-    found = loss_of(new_BT, old_BT, torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64), Args())
+    found = loss_of(
+        new_BT, old_BT, torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64), Args()
+    )
     for b, advantage in enumerate((1.0, -2.0, 0.0)):
-        expected = [loss_by_the_equation(new[i], old[i], advantage, 0.2, 0.2) for i in range(4 * b, 4 * b + 4)]
+        expected = [
+            loss_by_the_equation(new[i], old[i], advantage, 0.2, 0.2)
+            for i in range(4 * b, 4 * b + 4)
+        ]
         assert found[b].tolist() == pytest.approx(expected, rel=1e-12)

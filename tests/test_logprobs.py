@@ -1,8 +1,9 @@
 """Log-probs, entropies and their gradients, against a float64 copy of the model run naively.
 
-The truth: one sequence at a time, no padding, no masks, log-softmax and entropy written out. float32 carries 7 digits;
-log-probs here reach −12 and pass through two layers, hence 1e-5 absolute. Gradients are compared by the norm of the
-difference over the norm of the gradient: 1e-5 in float32 (some 1e-6 is seen).
+The truth: one sequence at a time, no padding, no masks, log-softmax and entropy written out.
+float32 carries 7 digits; log-probs here reach −12 and pass through two layers, hence 1e-5 absolute.
+Gradients are compared by the norm of the difference over the norm of the gradient: 1e-5 in float32
+(some 1e-6 is seen).
 """
 
 import copy
@@ -47,10 +48,18 @@ def model(request, directories):
 
 
 def make_batch(num_sequences=6, seed=0):
-    """Prompts and responses of many lengths, with log-probs of a sampler and advantages, all made up."""
+    """Prompts and responses of many lengths, with log-probs of a sampler and advantages, all made
+    up.
+    """
     rng = random.Random(seed)
-    prompts = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in rng.sample(range(1, 15), num_sequences)]
-    responses = [[rng.randrange(VOCABULARY) for _ in range(n)] for n in rng.sample(range(1, 12), num_sequences)]
+    prompts = [
+        [rng.randrange(VOCABULARY) for _ in range(n)]
+        for n in rng.sample(range(1, 15), num_sequences)
+    ]
+    responses = [
+        [rng.randrange(VOCABULARY) for _ in range(n)]
+        for n in rng.sample(range(1, 12), num_sequences)
+    ]
     sampler_logprobs = [[-rng.uniform(4, 8) for _ in response] for response in responses]
     return prompts, responses, sampler_logprobs, [rng.gauss(0, 1) for _ in prompts]
 
@@ -66,12 +75,17 @@ def lay_out(prompts, responses, sampler_logprobs, rows=range(6), pad_id=PAD):
         mask_BT[b, start - 1 : end - 1] = True  # a token is predicted at the place before its own
         old_BT[b, start - 1 : end - 1] = torch.tensor(sampler_logprobs[row])
     return SimpleNamespace(
-        inputs_BT=tokens_BT[:, :-1], targets_BT=tokens_BT[:, 1:], mask_BT=mask_BT, sampler_logprobs_BT=old_BT
+        inputs_BT=tokens_BT[:, :-1],
+        targets_BT=tokens_BT[:, 1:],
+        mask_BT=mask_BT,
+        sampler_logprobs_BT=old_BT,
     )
 
 
 def naive(model, prompts, responses, temperature):
-    """Log-probs (differentiable) and entropies of the response tokens, in float64: a list of tensors per sequence."""
+    """Log-probs (differentiable) and entropies of the response tokens, in float64: a list of
+    tensors per sequence.
+    """
     all_logprobs, all_entropies = [], []
     for prompt, response in zip(prompts, responses, strict=True):
         logits_TV = model(input_ids=torch.tensor([prompt + response])).logits[0] / temperature
@@ -81,7 +95,9 @@ def naive(model, prompts, responses, temperature):
             largest = z_V.max().detach()
             logsumexp = largest + torch.log(torch.exp(z_V - largest).sum())
             logprobs.append(z_V[token] - logsumexp)
-            entropies.append(-sum(p * lp for lp in (z_V - logsumexp).tolist() for p in [2.718281828459045**lp]))
+            entropies.append(
+                -sum(p * lp for lp in (z_V - logsumexp).tolist() for p in [2.718281828459045**lp])
+            )
         all_logprobs.append(torch.stack(logprobs))
         all_entropies.append(torch.tensor(entropies, dtype=torch.float64))
     return all_logprobs, all_entropies
@@ -102,13 +118,16 @@ def test_logprobs_and_entropies_against_float64(model, temperature):
     micro = lay_out(prompts, responses, sampler_logprobs)
     with torch.no_grad():
         logprobs_BT, entropy_BT = token_logprobs(model, micro, temperature)
-        expected_logprobs, expected_entropies = naive(copy.deepcopy(model).double(), prompts, responses, temperature)
+        expected_logprobs, expected_entropies = naive(
+            copy.deepcopy(model).double(), prompts, responses, temperature
+        )
     assert logprobs_BT.dtype == entropy_BT.dtype == torch.float32
     for b in range(6):
         found = logprobs_BT[b][micro.mask_BT[b]].double(), entropy_BT[b][micro.mask_BT[b]].double()
         torch.testing.assert_close(found[0], expected_logprobs[b], rtol=0, atol=1e-5)
         torch.testing.assert_close(found[1], expected_entropies[b], rtol=0, atol=1e-5)
-    # The distributions are far from uniform (ln 299 = 5.7) and from each other, or this would show little.
+    # The distributions are far from uniform (ln 299 = 5.7) and from each other, or this would show
+    # little.
     assert torch.cat(expected_entropies).max() < 5.6 and torch.cat(expected_logprobs).std() > 0.5
 
 
@@ -138,7 +157,9 @@ def test_padding_tokens_do_not_matter(model):
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_only_response_tokens_reach_the_head_and_a_temperature_of_one_no_bit(model, precision, monkeypatch):
+def test_only_response_tokens_reach_the_head_and_a_temperature_of_one_no_bit(
+    model, precision, monkeypatch
+):
     micro = lay_out(*make_batch()[:3])
     given = []
 
@@ -152,27 +173,40 @@ def test_only_response_tokens_reach_the_head_and_a_temperature_of_one_no_bit(mod
     with autocast("cpu", precision):
         expected_BTH = model.base_model(micro.inputs_BT).last_hidden_state
     assert torch.equal(hidden_NH, expected_BTH[micro.mask_BT].to(getattr(torch, precision)))
-    assert weight_VH is model.get_output_embeddings().weight and torch.equal(targets_N, micro.targets_BT[micro.mask_BT])
+    assert weight_VH is model.get_output_embeddings().weight and torch.equal(
+        targets_N, micro.targets_BT[micro.mask_BT]
+    )
 
 
 def test_inputs_are_left_unchanged(model):
     micro = lay_out(*make_batch()[:3])
     before = copy.deepcopy(micro)
     token_logprobs(model, micro, 0.7)
-    assert all(torch.equal(now, then) for now, then in zip(vars(micro).values(), vars(before).values(), strict=True))
+    assert all(
+        torch.equal(now, then)
+        for now, then in zip(vars(micro).values(), vars(before).values(), strict=True)
+    )
 
 
 def test_which_way_is_taken_on_a_cpu(monkeypatch):
     taken, nothing = [], (torch.zeros(2), torch.zeros(2))
     monkeypatch.setattr(cpu.SlicedLogprobs, "apply", lambda *_: taken.append("sliced") or nothing)
-    monkeypatch.setattr(cpu, "plain_logprobs_and_entropy", lambda *_: taken.append("plain") or nothing)
+    monkeypatch.setattr(
+        cpu, "plain_logprobs_and_entropy", lambda *_: taken.append("plain") or nothing
+    )
     for V in (LARGE_VOCABULARY - 1, LARGE_VOCABULARY):
-        logprobs_and_entropy(torch.zeros(2, 4), torch.zeros(V, 4), torch.zeros(2, dtype=torch.int64))
+        logprobs_and_entropy(
+            torch.zeros(2, 4), torch.zeros(V, 4), torch.zeros(2, dtype=torch.int64)
+        )
     assert taken == ["plain", "sliced"]
 
 
 def test_what_does_not_fit_is_refused():
-    hidden, weight, targets = torch.zeros(5, 64), torch.zeros(257, 64), torch.zeros(5, dtype=torch.int64)
+    hidden, weight, targets = (
+        torch.zeros(5, 64),
+        torch.zeros(257, 64),
+        torch.zeros(5, dtype=torch.int64),
+    )
     for arguments in [
         (hidden, weight[:, :-1], targets),
         (hidden, weight, targets[:-1]),
@@ -189,7 +223,9 @@ def test_what_does_not_fit_is_refused():
 
 
 def loss_and_gradient(model, batch, splits, temperature=1.0, pad_id=PAD, precision="float32"):
-    """GRPO's loss of a batch and its gradient by all parameters, one micro-batch after another, as the scripts do."""
+    """GRPO's loss of a batch and its gradient by all parameters, one micro-batch after another, as
+    the scripts do.
+    """
     prompts, responses, sampler_logprobs, advantages = batch
     num_tokens, total = sum(map(len, responses)), 0.0
     model.zero_grad()
@@ -247,23 +283,33 @@ def test_how_a_batch_is_laid_out_does_not_matter(model):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradient_checkpointing_changes_nothing(name, directories):
     plain, checkpointed = load(directories[name]), load(directories[name])
-    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    for module in checkpointed.train().modules():  # it acts in training mode only, where GPT-2 has dropout
+    checkpointed.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    for (
+        module
+    ) in checkpointed.train().modules():  # it acts in training mode only, where GPT-2 has dropout
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     calls = {plain: 0, checkpointed: 0}
     for model in calls:
-        mlp = next(module for module_name, module in model.named_modules() if module_name.endswith(".mlp"))
+        mlp = next(
+            module for module_name, module in model.named_modules() if module_name.endswith(".mlp")
+        )
 
         def count(module, inputs, model=model):
             calls[model] += 1
 
-        mlp.register_forward_pre_hook(count)  # before: the recomputation stops inside, at the last tensor needed
+        mlp.register_forward_pre_hook(
+            count
+        )  # before: the recomputation stops inside, at the last tensor needed
     batch = make_batch()
     loss, gradient = loss_and_gradient(plain, batch, [range(6)])
     loss_again, gradient_again = loss_and_gradient(checkpointed, batch, [range(6)])
     assert (calls[plain], calls[checkpointed]) == (1, 2)  # recomputed in the backward pass
-    assert loss_again == loss and torch.equal(gradient_again, gradient)  # the same operations in the same order
+    assert loss_again == loss and torch.equal(
+        gradient_again, gradient
+    )  # the same operations in the same order
 
 
 # Numbers at the edges
@@ -285,20 +331,31 @@ def test_a_head_with_a_bias_and_masked_vocabulary_entries(directories):
     with torch.no_grad():
         twin = copy.deepcopy(model).double()
         for b in range(6):
-            logits_TV = twin(input_ids=torch.tensor([prompts[b] + responses[b]])).logits[0, len(prompts[b]) - 1 : -1]
-            truth_TV = torch.log_softmax(logits_TV[:, :250] / 0.7, dim=-1)  # only what is left of the vocabulary
+            logits_TV = twin(input_ids=torch.tensor([prompts[b] + responses[b]])).logits[
+                0, len(prompts[b]) - 1 : -1
+            ]
+            truth_TV = torch.log_softmax(
+                logits_TV[:, :250] / 0.7, dim=-1
+            )  # only what is left of the vocabulary
             found = entropy_BT[b][micro.mask_BT[b]].double()
-            torch.testing.assert_close(found, -(truth_TV.exp() * truth_TV).sum(-1), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                found, -(truth_TV.exp() * truth_TV).sum(-1), rtol=0, atol=1e-5
+            )
             expected = truth_TV[torch.arange(len(responses[b])), responses[b]]
-            torch.testing.assert_close(logprobs_BT[b][micro.mask_BT[b]].double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                logprobs_BT[b][micro.mask_BT[b]].double(), expected, rtol=0, atol=1e-5
+            )
 
-    _, gradient = loss_and_gradient(model, (prompts, responses, sampler_logprobs, advantages), [range(6)])
+    _, gradient = loss_and_gradient(
+        model, (prompts, responses, sampler_logprobs, advantages), [range(6)]
+    )
     assert gradient.isfinite().all() and gradient.norm() > 0
 
 
 def test_bfloat16_autocast_stays_near_float32(model):
-    # bf16 keeps 8 bits: 0.4 % of each product. Logits here have a size of about 2, so hundredths are to be expected:
-    # at most 0.1 for any token and 0.03 on average. Weights and their gradients stay float32.
+    # bf16 keeps 8 bits: 0.4 % of each product. Logits here have a size of about 2, so hundredths
+    # are to be expected: at most 0.1 for any token and 0.03 on average. Weights and their gradients
+    # stay float32.
     batch = make_batch()
     micro = lay_out(*batch[:3])
     with torch.no_grad():
@@ -311,4 +368,6 @@ def test_bfloat16_autocast_stays_near_float32(model):
     _, expected = loss_and_gradient(model, batch, [range(6)])
     _, found = loss_and_gradient(model, batch, [range(6)], precision="bfloat16")
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
-    assert_close_gradients(found, expected, tolerance=0.1)  # a log-prob off by 0.1 is a ratio off by 10 %
+    assert_close_gradients(
+        found, expected, tolerance=0.1
+    )  # a log-prob off by 0.1 is a ratio off by 10 %

@@ -1,6 +1,7 @@
 """Logged statistics, against numpy in float64 and numbers worked out by hand.
 
-The sums are float64 sums of a few hundred terms: 1e-13 relative. What must be exact is compared with ==.
+The sums are float64 sums of a few hundred terms: 1e-13 relative. What must be exact is compared
+with ==.
 """
 
 import math
@@ -17,7 +18,9 @@ CPU = torch.device("cpu")
 
 
 def random_micro_batch(rows=9, width=30, seed=0):
-    """Mask, log-probs of trainer, sampler and reference, entropies; values that must not count outside the mask."""
+    """Mask, log-probs of trainer, sampler and reference, entropies; values that must not count
+    outside the mask.
+    """
     generator = torch.Generator().manual_seed(seed)
     mask_BT = torch.rand(rows, width, generator=generator) < 0.5
     lp_BT = -4 * torch.rand(rows, width, generator=generator)
@@ -25,7 +28,9 @@ def random_micro_batch(rows=9, width=30, seed=0):
     ref_BT = lp_BT + 0.5 * torch.randn(rows, width, generator=generator)
     entropy_BT = 5 * torch.rand(rows, width, generator=generator)
     for tensor in (lp_BT, sampler_BT, ref_BT, entropy_BT):
-        tensor[~mask_BT] = torch.randint(-50, 50, (int((~mask_BT).sum()),), generator=generator).float()
+        tensor[~mask_BT] = torch.randint(
+            -50, 50, (int((~mask_BT).sum()),), generator=generator
+        ).float()
     return mask_BT, lp_BT, sampler_BT, entropy_BT, ref_BT
 
 
@@ -44,17 +49,32 @@ def result_of(metrics, lengths, version=0, rewards_PG=None, grades=None, truncat
     """All metrics of step 1 for responses of these lengths; the times do not matter here."""
     metrics.times |= {"time/train": 1.0}
     B = len(lengths)
-    batch = Batch(1, version, [0] * B, [[1]] * B, [[2] * n for n in lengths], [[]] * B, truncated or [False] * B)
+    batch = Batch(
+        1,
+        version,
+        [0] * B,
+        [[1]] * B,
+        [[2] * n for n in lengths],
+        [[]] * B,
+        truncated or [False] * B,
+    )
     batch.metrics["time/sample"] = 1.0
     rewards_PG = torch.zeros(1, B, dtype=torch.float64) if rewards_PG is None else rewards_PG
     return metrics.result(batch, rewards_PG, grades or [{"reward": 0.0}] * B, CPU, "float32")
 
 
 def statistics_of(*micro_batches, num_tokens=None, lag=0):
-    """The token statistics of some micro-batches (mask, log-probs of trainer and sampler, entropy[, reference])."""
+    """The token statistics of some micro-batches (mask, log-probs of trainer and sampler, entropy[,
+    reference]).
+    """
     metrics = StepMetrics()
     for mask_BT, lp_BT, sampler_BT, entropy_BT, *ref_BT in micro_batches:
-        metrics.add_tokens(SimpleNamespace(mask_BT=mask_BT, sampler_logprobs_BT=sampler_BT), lp_BT, entropy_BT, *ref_BT)
+        metrics.add_tokens(
+            SimpleNamespace(mask_BT=mask_BT, sampler_logprobs_BT=sampler_BT),
+            lp_BT,
+            entropy_BT,
+            *ref_BT,
+        )
     num_tokens = num_tokens or sum(int(mask_BT.sum()) for mask_BT, *_ in micro_batches)
     result = result_of(metrics, [num_tokens], version=-lag)
     return {key: value for key, value in result.items() if key.startswith(TOKEN_KEYS)}
@@ -62,8 +82,10 @@ def statistics_of(*micro_batches, num_tokens=None, lag=0):
 
 def test_all_of_them_by_hand():
     # Two tokens.  lp: −1, −3    reference: −2, −2.5    sampler: −1.5, −2.75    entropy: 2, 1
-    # lp − ref:      1, −0.5  →  k1 = 0.25, k2 = (1/2 + 1/8) / 2, k3 = ((1/e + 1 − 1) + (e^0.5 − 0.5 − 1)) / 2
-    # lp − sampler:  0.5, −0.25  →  k3 = ((e^0.5 − 0.5 − 1) + (e^−0.25 + 0.25 − 1)) / 2; largest ratio e^0.5
+    # lp − ref:      1, −0.5  →  k1 = 0.25, k2 = (1/2 + 1/8) / 2, k3 = ((1/e + 1 − 1) + (e^0.5 − 0.5
+    # − 1)) / 2
+    # lp − sampler:  0.5, −0.25  →  k3 = ((e^0.5 − 0.5 − 1) + (e^−0.25 + 0.25 − 1)) / 2; largest
+    # ratio e^0.5
     result = statistics_of(one_row([-1, -3], [-1.5, -2.75], [2, 1], [-2, -2.5]))
     expected = {
         "entropy": 1.5,
@@ -83,7 +105,9 @@ def test_all_of_them_by_hand():
 def test_all_of_them_against_numpy():
     micro_batch = random_micro_batch()
     mask, lp, sampler, entropy, ref = (tensor.numpy() for tensor in micro_batch)
-    lp, sampler, entropy, ref = (array[mask].astype(np.float64) for array in (lp, sampler, entropy, ref))
+    lp, sampler, entropy, ref = (
+        array[mask].astype(np.float64) for array in (lp, sampler, entropy, ref)
+    )
     expected = {
         "entropy": entropy.mean(),
         "kl/ref_k1": (lp - ref).mean(),
@@ -100,18 +124,24 @@ def test_all_of_them_against_numpy():
 
 
 def test_estimators_estimate_what_they_are_named_after():
-    # Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2). Four tokens sampled in exactly the policy's proportions make
-    # the mean of k1 and of k3 the divergence itself: KL(policy ‖ reference) = ½ ln 2 + 0 + ¼ ln ½ = ¼ ln 2.
+    # Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2). Four tokens sampled in exactly the policy's
+    # proportions make the mean of k1 and of k3 the divergence itself: KL(policy ‖ reference) = ½ ln
+    # 2 + 0 + ¼ ln ½ = ¼ ln 2.
     policy, other, tokens = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0, 0, 1, 2]
     lp, ref = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
     result = statistics_of(one_row(lp, lp, [0.0] * 4, ref))
-    assert result["kl/ref_k1"] == pytest.approx(math.log(2) / 4, rel=1e-6)  # the log-probs are float32
+    assert result["kl/ref_k1"] == pytest.approx(
+        math.log(2) / 4, rel=1e-6
+    )  # the log-probs are float32
     assert result["kl/ref_k3"] == pytest.approx(math.log(2) / 4, rel=1e-6)
-    # Had the reference sampled them for the policy to train on, the divergence to it is KL(sampler ‖ trainer).
+    # Had the reference sampled them for the policy to train on, the divergence to it is KL(sampler
+    # ‖ trainer).
     tokens = [0, 1, 2, 2]
     lp, sampler = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
     truth = sum(q * math.log(q / p) for p, q in zip(policy, other, strict=True))
-    assert statistics_of(one_row(lp, sampler, [0.0] * 4))["kl/behaviour_k3"] == pytest.approx(truth, rel=1e-6)
+    assert statistics_of(one_row(lp, sampler, [0.0] * 4))["kl/behaviour_k3"] == pytest.approx(
+        truth, rel=1e-6
+    )
 
 
 def test_equal_logprobs_have_exactly_zero_divergence():
@@ -125,7 +155,9 @@ def test_equal_logprobs_have_exactly_zero_divergence():
 def test_small_divergences_survive():
     # After one update log-probs differ by 1e-4: k3 is 5e-9, lost if it were computed in float32.
     lp = [-1.0, -2.0]
-    result = statistics_of(one_row(lp, lp, [0.0, 0.0], [-1.0 + 2**-13, -2.0 - 2**-13]))  # exact in float32
+    result = statistics_of(
+        one_row(lp, lp, [0.0, 0.0], [-1.0 + 2**-13, -2.0 - 2**-13])
+    )  # exact in float32
     truth = (math.expm1(2**-13) - 2**-13 + math.expm1(-(2**-13)) + 2**-13) / 2
     assert result["kl/ref_k3"] == pytest.approx(truth, rel=1e-6)
     assert result["kl/ref_k2"] == pytest.approx(2**-27, rel=1e-13)
@@ -138,17 +170,27 @@ def split(micro_batch, pieces):
 def test_how_tokens_are_split_over_calls_does_not_show():
     micro_batch = random_micro_batch()
     expected = statistics_of(micro_batch)
-    for pieces in ([[row] for row in range(9)], [[0, 1, 2, 3], [4, 5, 6, 7, 8]], [[8, 3], [5, 0, 1, 7], [2, 6, 4]]):
+    for pieces in (
+        [[row] for row in range(9)],
+        [[0, 1, 2, 3], [4, 5, 6, 7, 8]],
+        [[8, 3], [5, 0, 1, 7], [2, 6, 4]],
+    ):
         found = statistics_of(*split(micro_batch, pieces))
         assert found.keys() == expected.keys()
         for key in expected:  # maxima to the bit; sums up to the order of float64 additions
-            assert found[key] == pytest.approx(expected[key], rel=0 if "max" in key else 2e-15, abs=1e-16), key
+            assert found[key] == pytest.approx(
+                expected[key], rel=0 if "max" in key else 2e-15, abs=1e-16
+            ), key
 
 
 def test_a_micro_batch_without_tokens_adds_nothing():
     micro_batch = random_micro_batch()
     empty = [torch.zeros_like(micro_batch[0]), *micro_batch[1:]]
-    assert statistics_of(micro_batch, empty) == statistics_of(empty, micro_batch) == statistics_of(micro_batch)
+    assert (
+        statistics_of(micro_batch, empty)
+        == statistics_of(empty, micro_batch)
+        == statistics_of(micro_batch)
+    )
 
 
 def test_inputs_are_left_unchanged_and_no_gradient_is_kept():
@@ -183,15 +225,23 @@ def test_a_lagging_sampler_has_no_mismatch():
 
 
 def test_clip_fraction_by_hand():
-    # Two micro-batches with a gradient, of 3 and 2 response tokens, of which 1 and 2 have gradient 0; one without
-    # gradient, whose tokens count in N alone. A zero outside the mask counts nowhere.
+    # Two micro-batches with a gradient, of 3 and 2 response tokens, of which 1 and 2 have gradient
+    # 0; one without gradient, whose tokens count in N alone. A zero outside the mask counts
+    # nowhere.
     metrics = StepMetrics()
-    for mask, gradient in (([1, 1, 1, 0], [0.0, -0.5, 0.25, 0.0]), ([0, 1, 1, 0], [0.0, 0.0, 0.0, 0.0])):
+    for mask, gradient in (
+        ([1, 1, 1, 0], [0.0, -0.5, 0.25, 0.0]),
+        ([0, 1, 1, 0], [0.0, 0.0, 0.0, 0.0]),
+    ):
         lp_BT = torch.tensor([[-1.0, -2.0, -1.0, -1.0]], requires_grad=True)
         lp_BT.grad = torch.tensor([gradient])
-        micro = SimpleNamespace(mask_BT=torch.tensor([mask]).bool(), sampler_logprobs_BT=lp_BT.detach())
+        micro = SimpleNamespace(
+            mask_BT=torch.tensor([mask]).bool(), sampler_logprobs_BT=lp_BT.detach()
+        )
         metrics.add_tokens(micro, lp_BT, torch.zeros(1, 4))
-    no_gradient = SimpleNamespace(mask_BT=torch.ones(1, 7).bool(), sampler_logprobs_BT=torch.zeros(1, 7))
+    no_gradient = SimpleNamespace(
+        mask_BT=torch.ones(1, 7).bool(), sampler_logprobs_BT=torch.zeros(1, 7)
+    )
     metrics.add_tokens(no_gradient, torch.zeros(1, 7), torch.zeros(1, 7))
     result = result_of(metrics, [3, 2, 7])
     assert result["ratio/clip_fraction"] == 3 / 12
@@ -203,7 +253,10 @@ def test_clip_fraction_by_hand():
 @pytest.mark.parametrize("nan_first", [True, False])
 def test_a_nan_shows(nan_first):
     # A run that breaks tells its user to look at these numbers.
-    good, bad = one_row([-1.0], [-1.5], [2.0], [-1.0]), one_row([math.nan], [-1.0], [math.nan], [-1.0])
+    good, bad = (
+        one_row([-1.0], [-1.5], [2.0], [-1.0]),
+        one_row([math.nan], [-1.0], [math.nan], [-1.0]),
+    )
     result = statistics_of(*([bad, good] if nan_first else [good, bad]))
     for key in result.keys() - {"ratio/clip_fraction", "ratio/clip_fraction_weighted"}:
         assert math.isnan(result[key]), key
@@ -216,7 +269,8 @@ def test_reward_statistics_by_hand():
     # Six rewards: sum 4.4, squares 1 + 0 + 1 + 1 + 0.49 + 0.49 = 3.98. Groups 2 and 3 say nothing.
     rewards_PG = torch.tensor([[1, 0], [1, 1], [0.7, 0.7]], dtype=torch.float64)
     grades = [
-        {"reward": r, "accuracy": a} for r, a in zip(rewards_PG.flatten().tolist(), [1, 0, 1, 1, 0, 0], strict=True)
+        {"reward": r, "accuracy": a}
+        for r, a in zip(rewards_PG.flatten().tolist(), [1, 0, 1, 1, 0, 0], strict=True)
     ]
     truncated = [False, True, False, False, False, True]
     result = result_of(StepMetrics(), [3, 9, 4, 4, 1, 6], 0, rewards_PG, grades, truncated)
@@ -230,7 +284,11 @@ def test_reward_statistics_by_hand():
         "response_length/max": 9.0,
         "response_length/truncated": 1 / 3,
     }
-    found = {key: result[key] for key in result if key.startswith(("reward/", "response_length/")) or key == "accuracy"}
+    found = {
+        key: result[key]
+        for key in result
+        if key.startswith(("reward/", "response_length/")) or key == "accuracy"
+    }
     assert found == pytest.approx(expected, rel=1e-13)
 
 
@@ -250,10 +308,12 @@ def test_equal_rewards_count_as_equal_at_any_value(reward):
 
 
 @pytest.mark.parametrize(
-    "gap, lag, warned", [(2e-3, 0, True), (5e-5, 0, False), (float("nan"), 0, False), (1.0, 2, False)]
+    "gap, lag, warned",
+    [(2e-3, 0, True), (5e-5, 0, False), (float("nan"), 0, False), (1.0, 2, False)],
 )
 def test_sampler_and_trainer_that_disagree_are_mentioned(gap, lag, warned, recwarn):
-    # Only with equal weights: with a lag, the policy has learned in between. Where NaN is, the update is skipped.
+    # Only with equal weights: with a lag, the policy has learned in between. Where NaN is, the
+    # update is skipped.
     statistics_of(one_row([-1.0, -2.0], [-1.0 + gap, -2.0 + gap], [0.0, 0.0]), lag=lag)
     assert any("sampler_mismatch/mean" in str(warning.message) for warning in recwarn) == warned
 
@@ -268,8 +328,18 @@ def test_a_step_is_the_sum_of_its_laps_without_evaluation(monkeypatch):
     for name in ("wait", "grade", "train", "eval", "sync"):
         metrics.lap(name)
     batch = Batch(7, 4, [0], [[1, 2, 3]], [[4, 5]], [[-1.0, -1.0]], [False], {"time/sample": 0.5})
-    result = metrics.result(batch, torch.zeros(1, 1, dtype=torch.float64), [{"reward": 0.0}], CPU, "float32")
-    laps = {"wait": 1.0, "grade": 2.0, "train": 4.0, "eval": 8.0, "sync": 16.0, "step": 23.0, "sample": 0.5}
+    result = metrics.result(
+        batch, torch.zeros(1, 1, dtype=torch.float64), [{"reward": 0.0}], CPU, "float32"
+    )
+    laps = {
+        "wait": 1.0,
+        "grade": 2.0,
+        "train": 4.0,
+        "eval": 8.0,
+        "sync": 16.0,
+        "step": 23.0,
+        "sample": 0.5,
+    }
     assert {name: result[f"time/{name}"] for name in laps} == laps
     assert (result["lag"], result["weights_version"]) == (2, 4)
     assert result["throughput/sampled_tokens_per_second"] == 2 / 0.5

@@ -1,4 +1,6 @@
-"""What the READMEs say is so: generated parts are fresh, commands and examples work, links exist, words are plain."""
+"""What the READMEs say is so: generated parts are fresh, commands and examples work, links exist,
+words are plain.
+"""
 
 import re
 import shlex
@@ -56,17 +58,25 @@ def test_generated_parts_are_fresh(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_line_begins_with_a_generated_number(name):
-    assert not re.findall(r"^ *<!--=.*", text(name), re.MULTILINE)  # Markdown would end the paragraph before a comment
+    assert not re.findall(
+        r"^ *<!--=.*", text(name), re.MULTILINE
+    )  # Markdown would end the paragraph before a comment
 
 
 def test_the_readme_is_short():
-    assert len(README.split()) <= MOST_WORDS  # as `wc -w` counts: code blocks, tables and markers included
+    assert (
+        len(README.split()) <= MOST_WORDS
+    )  # as `wc -w` counts: code blocks, tables and markers included
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_words_are_plain(name):
     words = " ".join(prose(text(name)).split())
-    found = [(words[m.start() - 30 : m.end() + 30], say) for p, say in NOT_PLAIN.items() for m in re.finditer(p, words)]
+    found = [
+        (words[m.start() - 30 : m.end() + 30], say)
+        for p, say in NOT_PLAIN.items()
+        for m in re.finditer(p, words)
+    ]
     assert not found
 
 
@@ -80,7 +90,9 @@ def test_ci_runs_the_commands_as_printed():
     fragments = re.findall(r"grep -m1 .*?'([^']+)' README.md", text(".ci/run"))
     assert len(fragments) == 2
     for fragment in fragments:
-        (line,) = (line for line in README.splitlines() if fragment in line)  # what .ci/run finds is the only one
+        (line,) = (
+            line for line in README.splitlines() if fragment in line
+        )  # what .ci/run finds is the only one
         assert line in bash(README).splitlines()
 
 
@@ -94,12 +106,17 @@ def test_every_command_parses(name):
         if script == "mine.py":  # the reader's own, a copy of grpo.py
             script = "grpo.py"
         if script in SCRIPTS and options != ["--help"]:
-            tyro.cli(SCRIPTS[script].Args, args=options)  # exits on an unknown option or a bad value
+            tyro.cli(
+                SCRIPTS[script].Args, args=options
+            )  # exits on an unknown option or a bad value
             continue
         code = text(script)  # a benchmark's: options are its own, or for some those of the scripts
         for option in re.findall(r"(?<= --)(?:no-)?([a-z][a-z0-9-]*)", command):
             field = option.replace("-", "_")
-            assert re.search(rf"^    {field}: ", code, re.MULTILINE) or field in {*vars(grpo.Args()), "help"}, command
+            assert re.search(rf"^    {field}: ", code, re.MULTILINE) or field in {
+                *vars(grpo.Args()),
+                "help",
+            }, command
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,7 +126,9 @@ def test_every_option_exists(name):
     for option in re.findall(r"`--(?:no-)?([a-z][a-z0-9-]*)", text(name)):
         field = option.replace("-", "_")
         torchruns = {"shutdown_timeout"}
-        assert field in known | torchruns | {"help"} or re.search(rf"^    {field}: ", benchmarks, re.MULTILINE), option
+        assert field in known | torchruns | {"help"} or re.search(
+            rf"^    {field}: ", benchmarks, re.MULTILINE
+        ), option
 
 
 def test_versions_are_those_of_the_requirements():
@@ -117,14 +136,20 @@ def test_versions_are_those_of_the_requirements():
     (torch_version,) = re.findall(r"PyTorch ([\d.]+\d)", README)
     assert torch_version == pins["torch"]
     for name in NAMES:
-        assert set(re.findall(r"(?i)\bvllm(?:==| )(\d+\.[\d.]*\d)", text(name))) <= {VLLM_VERSION}, name
+        assert set(re.findall(r"(?i)\bvllm(?:==| )(\d+\.[\d.]*\d)", text(name))) <= {
+            VLLM_VERSION
+        }, name
 
 
 def test_its_example_before_training_is_what_the_model_writes():
-    (prompt, response) = re.search(r"^(Q: .*)\nbefore training: (.*)$", README, re.MULTILINE).groups()
+    (prompt, response) = re.search(
+        r"^(Q: .*)\nbefore training: (.*)$", README, re.MULTILINE
+    ).groups()
     tokenizer = load_tokenizer(TINY_MODEL)
     model = load_model(TINY_MODEL, "", torch.device("cpu"))
-    sampler = TransformersSampler(model, {tokenizer.eos_token_id}, grpo.Args.max_response_tokens, 1.0)
+    sampler = TransformersSampler(
+        model, {tokenizer.eos_token_id}, grpo.Args.max_response_tokens, 1.0
+    )
     (tokens,) = sampler.greedy([tokenizer(f"{prompt}\nA:")["input_ids"]]).responses
     assert tokenizer.decode(tokens, skip_special_tokens=True) == response
     task = load_task("addition")
@@ -140,7 +165,9 @@ def test_its_example_of_a_task_is_short_and_works(tmp_path):
     name = f"{tmp_path / 'reverse.py'}:Reverse"
     task = load_task(name)
     (problem,) = task.problems("eval")
-    assert task.rewards([problem], ["it is drawer"]) == [1.0] and task.rewards([problem], ["reward"]) == [0.0]
+    assert task.rewards([problem], ["it is drawer"]) == [1.0] and task.rewards(
+        [problem], ["reward"]
+    ) == [0.0]
     run = train(tmp_path, task=name, num_steps=1)
     assert [record["step"] for record in steps(run)] == [1]
 
@@ -179,5 +206,7 @@ def test_the_table_of_metrics_is_complete(name, tmp_path):
         for key in re.findall(r"`([^`]+)`", row):
             prefix = prefix if key.startswith("/") else key.rpartition("/")[0]
             documented.add(prefix + key if key.startswith("/") else key)
-    logged = {key for record in steps(train(tmp_path, num_steps=1, eval_interval=1)) for key in record}
+    logged = {
+        key for record in steps(train(tmp_path, num_steps=1, eval_interval=1)) for key in record
+    }
     assert logged - documented - {"step"} == set()

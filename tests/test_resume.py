@@ -1,8 +1,9 @@
-"""A run that was killed, interrupted or extended ends as if nothing had happened: bit for bit the same files.
+"""A run that was killed, interrupted or extended ends as if nothing had happened: bit for bit the
+same files.
 
-"The same" is what `helpers.assert_same_run` compares: `metrics.jsonl` without measured times, `completions.jsonl`,
-`rollouts.jsonl`, and the trained weights. Kills are SIGKILL to a real process, at random moments; a failing test prints
-its seed.
+"The same" is what `helpers.assert_same_run` compares: `metrics.jsonl` without measured times,
+`completions.jsonl`, `rollouts.jsonl`, and the trained weights. Kills are SIGKILL to a real process,
+at random moments; a failing test prints its seed.
 """
 
 import contextlib
@@ -45,12 +46,15 @@ from tests.helpers import (
     write_task,
 )
 
-NUM_STEPS = 7  # with a sync every 3 steps, batches wait in most checkpoints and the last period is cut short
+# with a sync every 3 steps, batches wait in most checkpoints and the last period is cut short
+NUM_STEPS = 7
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A directory with a model and a task, and the settings that every run of this file starts from."""
+    """A directory with a model and a task, and the settings that every run of this file starts
+    from.
+    """
     directory = tmp_path_factory.mktemp("resume")
     model, task = build_model("qwen2", directory / "model"), dense_task(directory)
     settings = {
@@ -69,7 +73,9 @@ def uninterrupted(place):
     def run(schedule):
         if schedule not in runs:
             sync = {"sync_interval": schedule[0], "sync_offset": schedule[1]}
-            runs[schedule] = train(directory, f"uninterrupted-{schedule[0]}-{schedule[1]}", **settings, **sync)
+            runs[schedule] = train(
+                directory, f"uninterrupted-{schedule[0]}-{schedule[1]}", **settings, **sync
+            )
         return runs[schedule]
 
     return run
@@ -89,19 +95,30 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
     seed = random.SystemRandom().randrange(10**9)
     print(f"seed of the moments: {seed}")
     rng = random.Random(seed)
-    argv = options(tmp_path, "killed", **settings, sync_interval=schedule[0], sync_offset=schedule[1])
+    argv = options(
+        tmp_path, "killed", **settings, sync_interval=schedule[0], sync_offset=schedule[1]
+    )
     run_dir, log = tmp_path / "killed", tmp_path / "log"
-    # A step takes about 0.1 s, so these moments are anywhere in a step or its checkpoint; one is in a start or resume.
-    moments = [(lines, rng.uniform(0, 0.15)) for lines in sorted(rng.sample(range(1, NUM_STEPS + 1), 3))]
+    # A step takes about 0.1 s, so these moments are anywhere in a step or its checkpoint; one is in
+    # a start or resume.
+    moments = [
+        (lines, rng.uniform(0, 0.15)) for lines in sorted(rng.sample(range(1, NUM_STEPS + 1), 3))
+    ]
     moments.insert(rng.randrange(4), (0, rng.uniform(0.1, 0.5)))
     kills = 0
     for lines, delay in moments:
         process = start(argv, log)
-        wait_for(lambda process=process, lines=lines: num_logged(run_dir) >= lines or not process.is_alive())
+        wait_for(
+            lambda process=process, lines=lines: (
+                num_logged(run_dir) >= lines or not process.is_alive()
+            )
+        )
         time.sleep(delay)
         killed = kill(process)  # on a busy machine the last one may come too late
         kills += killed
-        print(f"{'killed' if killed else 'too late'} {delay:.3f} s after line {lines} of metrics.jsonl")
+        print(
+            f"{'killed' if killed else 'too late'} {delay:.3f} s after line {lines} of metrics.jsonl"
+        )
         if run_dir.exists():
             argv = resume(run_dir)  # else the same command starts it again
     assert kills >= 2, log.read_text()
@@ -110,12 +127,15 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
 
 
 class Killed(BaseException):
-    """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL."""
+    """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL.
+    """
 
 
 def new_log(directory):
     """The log of a run called "run", as a script makes it before it loads a model."""
-    return RunLog(grpo.__file__, {**dataclasses.asdict(grpo.Args()), "output": str(directory), "name": "run"})
+    return RunLog(
+        grpo.__file__, {**dataclasses.asdict(grpo.Args()), "output": str(directory), "name": "run"}
+    )
 
 
 def begin(log):
@@ -127,10 +147,18 @@ def begin(log):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     "owner, function",
-    [(Path, "mkdir"), (Path, "write_text"), (os, "rename"), (RunLog, "_create"), (RunLog, "_write_environment")],
+    [
+        (Path, "mkdir"),
+        (Path, "write_text"),
+        (os, "rename"),
+        (RunLog, "_create"),
+        (RunLog, "_write_environment"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
-def test_killed_while_it_begins_it_can_be_started_or_resumed(owner, function, when, tmp_path, monkeypatch):
+def test_killed_while_it_begins_it_can_be_started_or_resumed(
+    owner, function, when, tmp_path, monkeypatch
+):
     original = getattr(owner, function)
 
     def killed(*args, **kwargs):
@@ -150,7 +178,8 @@ def test_killed_while_it_begins_it_can_be_started_or_resumed(owner, function, wh
 
 
 def test_of_two_runs_with_one_name_the_second_is_refused(tmp_path):
-    # Both have looked whether the name is free, and have loaded their models, before one of them makes the directory.
+    # Both have looked whether the name is free, and have loaded their models, before one of them
+    # makes the directory.
     one, other = new_log(tmp_path / "runs"), new_log(tmp_path / "runs")
     begin(one)
     before = {path.name: path.read_bytes() for path in one.dir.iterdir()}
@@ -191,7 +220,10 @@ def test_unfinished_checkpoint_is_ignored_and_removed(place, uninterrupted, tmp_
         (run_dir / "checkpoints" / f"step_{step:06d}.unfinished").write_bytes(content)
     assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 0
     assert_same_run(run_dir, expected)
-    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == ["step_000006.pt", "step_000007.pt"]
+    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == [
+        "step_000006.pt",
+        "step_000007.pt",
+    ]
 
 
 def test_killed_before_the_first_checkpoint_it_starts_over(place, uninterrupted, tmp_path):
@@ -234,7 +266,9 @@ def test_what_was_logged_after_the_last_checkpoint_is_written_again(place, unint
     expected = uninterrupted((1, 0))
     run_dir = train(tmp_path, **{**settings, "num_steps": 3})
     with open(run_dir / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "reward/mean": 0.0}\n{"step": 5, "rew')  # two steps more, the second half-written
+        file.write(
+            '{"step": 4, "reward/mean": 0.0}\n{"step": 5, "rew'
+        )  # two steps more, the second half-written
     for name in ("completions.jsonl", "rollouts.jsonl"):
         with open(run_dir / name, "a") as file:
             file.write('{"step": 4, "prompt": "')
@@ -257,7 +291,9 @@ class Slow(Digits):
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(number, place, uninterrupted, tmp_path):
+def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(
+    number, place, uninterrupted, tmp_path
+):
     _, settings = place
     expected = uninterrupted((3, 2))
     run_dir, log = tmp_path / "a run that's interrupted", tmp_path / "log"
@@ -274,7 +310,12 @@ def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(number, plac
     assert 2 <= last_step < NUM_STEPS, "it came too late to interrupt anything"
     assert f"Stopped after step {last_step} of {NUM_STEPS}" in output
     (hint,) = [line for line in output.splitlines() if "--resume" in line]
-    assert shlex.split(hint) == ["python", "grpo.py", "--resume", str(run_dir)]  # as a shell understands it
+    assert shlex.split(hint) == [
+        "python",
+        "grpo.py",
+        "--resume",
+        str(run_dir),
+    ]  # as a shell understands it
     assert [path.name for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}.pt"]
     assert not (run_dir / "model").exists()
     assert finish(resume(run_dir), log) == 0, log.read_text()
@@ -282,14 +323,20 @@ def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(number, plac
 
 
 @pytest.mark.parametrize("reader", ["terminal", "pipe"])
-def test_when_nobody_can_read_its_output_a_run_still_writes_its_checkpoint(reader, place, uninterrupted, tmp_path):
-    # A closed terminal sends SIGHUP, perhaps twice. Ctrl-C ends the "tee" of "2>&1 | tee log", too. From then on,
-    # whatever is printed is an error.
+def test_when_nobody_can_read_its_output_a_run_still_writes_its_checkpoint(
+    reader, place, uninterrupted, tmp_path
+):
+    # A closed terminal sends SIGHUP, perhaps twice. Ctrl-C ends the "tee" of "2>&1 | tee log", too.
+    # From then on, whatever is printed is an error.
     _, settings = place
     expected = uninterrupted((1, 0))
     run_dir = tmp_path / "run"
     slow = f"{write_task(place[0], SLOW_TASK, 'slow.py')}:Slow"
-    argv = [sys.executable, grpo.__file__, *options(tmp_path, **{**settings, "checkpoint_interval": 50, "task": slow})]
+    argv = [
+        sys.executable,
+        grpo.__file__,
+        *options(tmp_path, **{**settings, "checkpoint_interval": 50, "task": slow}),
+    ]
     if reader == "terminal":
         pid, terminal = pty.fork()
         if pid == 0:
@@ -304,7 +351,9 @@ def test_when_nobody_can_read_its_output_a_run_still_writes_its_checkpoint(reade
         run.send_signal(signal.SIGINT)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) in (0, 1, 120)
     last_step = metrics(run_dir)[-1]["step"]
-    assert last_step < NUM_STEPS and [path.stem for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}"]
+    assert last_step < NUM_STEPS and [path.stem for path in run_dir.glob("checkpoints/*")] == [
+        f"step_{last_step:06d}"
+    ]
     assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, expected)
 
@@ -327,15 +376,21 @@ class Interrupting(Digits):
 '''
 
 
-@pytest.mark.parametrize("step, call", [(1, 2), (2, 4 + 16 + 9)], ids=["first_evaluation", "step_2"])
-def test_ctrl_c_at_any_stage_promises_only_what_it_did(step, call, place, uninterrupted, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "step, call", [(1, 2), (2, 4 + 16 + 9)], ids=["first_evaluation", "step_2"]
+)
+def test_ctrl_c_at_any_stage_promises_only_what_it_did(
+    step, call, place, uninterrupted, tmp_path, capsys, monkeypatch
+):
     directory, settings = place
     expected = uninterrupted((1, 0))
     marker = tmp_path / "marker"
     marker.touch()
     monkeypatch.syspath_prepend(directory)
     task = write_task(tmp_path, SELF_INTERRUPTING.format(call=call, marker=str(marker)))
-    run_dir = train(tmp_path, **{**settings, "task": f"{task}:Interrupting", "checkpoint_interval": 50})
+    run_dir = train(
+        tmp_path, **{**settings, "task": f"{task}:Interrupting", "checkpoint_interval": 50}
+    )
     output = capsys.readouterr().out
     assert not marker.exists()
     assert [record["step"] for record in metrics(run_dir)] == list(range(step + 1))
@@ -349,7 +404,12 @@ def test_second_ctrl_c_stops_at_once(place, tmp_path):
     _, settings = place
     run_dir, log = tmp_path / "interrupted", tmp_path / "log"
     # Steps of some seconds each, so that it is clear what "at once" means.
-    slow = {"num_steps": 50, "max_response_tokens": 400, "prompts_per_step": 16, "max_tokens_per_microbatch": 2000}
+    slow = {
+        "num_steps": 50,
+        "max_response_tokens": 400,
+        "prompts_per_step": 16,
+        "max_tokens_per_microbatch": 2000,
+    }
     process = start(options(tmp_path, "interrupted", **{**settings, **slow}), log)
     wait_for(lambda: num_logged(run_dir) >= 1 or not process.is_alive())
     os.kill(process.pid, signal.SIGINT)
@@ -388,7 +448,12 @@ def flip_a_bit(content):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda content: b"", lambda content: content[: len(content) // 2], lambda content: content[:-1], flip_a_bit],
+    [
+        lambda content: b"",
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:-1],
+        flip_a_bit,
+    ],
     ids=["empty", "half", "last_byte", "one_bit"],
 )
 def test_a_damaged_checkpoint_is_named(damage, short_run, uninterrupted, capsys):
@@ -397,7 +462,9 @@ def test_a_damaged_checkpoint_is_named(damage, short_run, uninterrupted, capsys)
     before = (short_run / "metrics.jsonl").read_bytes()
     assert command(*resume(short_run, "--num-steps", NUM_STEPS)) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert f"--resume: {newest} cannot be read (" in line and line.endswith("to continue from step_000002.pt.")
+    assert f"--resume: {newest} cannot be read (" in line and line.endswith(
+        "to continue from step_000002.pt."
+    )
     assert (short_run / "metrics.jsonl").read_bytes() == before
     newest.unlink()
     assert command(*resume(short_run, "--num-steps", NUM_STEPS)) == 0
@@ -429,7 +496,9 @@ def refused_resume(run_dir, capsys):
 def test_other_problems_are_refused(change, place, tmp_path, capsys):
     _, settings = place
     task = write_task(tmp_path, (Path(settings["task"].rpartition(":")[0])).read_text())
-    run_dir = train(tmp_path, **{**settings, "task": f"{task}:Digits", "num_steps": 3, "sync_interval": 4})
+    run_dir = train(
+        tmp_path, **{**settings, "task": f"{task}:Digits", "num_steps": 3, "sync_interval": 4}
+    )
     new = {"fewer problems": ("(10, 40)", "(10, 12)"), "other prompts": ("(10, 40)", "(11, 40)")}
     old_text, new_text = new.get(change, ('A:"}', 'A:", "answer": n}'))
     assert old_text in task.read_text()
@@ -456,7 +525,9 @@ def test_relative_paths_are_those_of_the_start(place, uninterrupted, tmp_path, m
     shutil.copy(task, tmp_path / "task.py")
     shutil.copytree(model, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
-    argv = options("runs", **{**settings, "task": "task.py:Digits", "model": "model", "num_steps": 3})
+    argv = options(
+        "runs", **{**settings, "task": "task.py:Digits", "model": "model", "num_steps": 3}
+    )
     assert command(*argv) == 0
     monkeypatch.chdir(tmp_path / "runs")
     assert command(*resume("run", "--num-steps", NUM_STEPS)) == 0
@@ -483,18 +554,28 @@ class Full(Digits):
 '''
 
 
-@pytest.mark.parametrize("limit, what", [(30_000, "checkpoints/step_000003.pt"), (200, "File too large")])
+@pytest.mark.parametrize(
+    "limit, what", [(30_000, "checkpoints/step_000003.pt"), (200, "File too large")]
+)
 def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_path, monkeypatch):
     directory, settings = place
     expected = uninterrupted((1, 0))
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{directory}")
-    task = write_task(tmp_path, FULL_DISK.format(calls=4 + 2 * 16 + 1, limit=limit))  # within the third step
+    task = write_task(
+        tmp_path, FULL_DISK.format(calls=4 + 2 * 16 + 1, limit=limit)
+    )  # within the third step
     argv = options(tmp_path, **{**settings, "task": f"{task}:Full"})
     run_dir, run = tmp_path / "run", [sys.executable, grpo.__file__]
     ended = subprocess.run([*run, *argv], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert "grpo.py: error: " in ended.stderr.splitlines()[-1] and what in ended.stderr.splitlines()[-1]
-    assert {path.name for path in run_dir.glob("checkpoints/*")} == {"step_000001.pt", "step_000002.pt"}
+    assert (
+        "grpo.py: error: " in ended.stderr.splitlines()[-1]
+        and what in ended.stderr.splitlines()[-1]
+    )
+    assert {path.name for path in run_dir.glob("checkpoints/*")} == {
+        "step_000001.pt",
+        "step_000002.pt",
+    }
     monkeypatch.setenv("ROOM", "1")
     subprocess.run([*run, *resume(run_dir)], check=True, capture_output=True, timeout=120)
     assert_same_run(run_dir, expected)
@@ -512,7 +593,13 @@ def test_moved_run_can_be_resumed(place, uninterrupted, tmp_path):
 
 def test_resume_with_another_number_of_threads_warns(place, tmp_path, capsys):
     _, settings = place
-    tiny = {"num_steps": 1, "prompts_per_step": 1, "group_size": 2, "eval_size": 1, "max_response_tokens": 1}
+    tiny = {
+        "num_steps": 1,
+        "prompts_per_step": 1,
+        "group_size": 2,
+        "eval_size": 1,
+        "max_response_tokens": 1,
+    }
     run_dir = train(tmp_path, **{**settings, **tiny})
     assert command(*resume(run_dir, "--num-steps", 2)) == 0
     assert "last bits may differ" not in capsys.readouterr().err
@@ -520,7 +607,9 @@ def test_resume_with_another_number_of_threads_warns(place, tmp_path, capsys):
         assert command(*resume(run_dir, "--num-steps", 3, "--threads", 2)) == 0
     finally:
         torch.set_num_threads(1)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "last bits may differ" in line]
+    (line,) = [
+        line for line in capsys.readouterr().err.splitlines() if "last bits may differ" in line
+    ]
     assert "threads: 2" in line
     environment = (run_dir / "environment.txt").read_text()
     assert environment.count("threads: 1") == 2 and environment.count("threads: 2") == 1
@@ -531,7 +620,9 @@ def test_the_newest_checkpoints_are_kept(keep, kept, place, tmp_path, monkeypatc
     _, settings = place
     monkeypatch.setattr(checkpoints, "KEEP", keep)
     run_dir = train(tmp_path, **{**settings, "num_steps": 5, "max_response_tokens": 2})
-    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == [f"step_{step:06d}.pt" for step in kept]
+    assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == [
+        f"step_{step:06d}.pt" for step in kept
+    ]
     assert [checkpoint(run_dir, step)["log"]["step"] for step in kept] == kept
 
 
@@ -540,7 +631,11 @@ def test_checkpoints_come_at_the_interval_and_at_the_end(place, tmp_path, monkey
     monkeypatch.setattr(checkpoints, "KEEP", 9)
     more = {"num_steps": 5, "checkpoint_interval": 2, "max_response_tokens": 2}
     run_dir = train(tmp_path, **{**settings, **more})
-    assert sorted(path.stem for path in run_dir.glob("checkpoints/*")) == ["step_000002", "step_000004", "step_000005"]
+    assert sorted(path.stem for path in run_dir.glob("checkpoints/*")) == [
+        "step_000002",
+        "step_000004",
+        "step_000005",
+    ]
 
 
 def test_elapsed_time_goes_on_where_it_was(place, tmp_path):

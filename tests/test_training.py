@@ -1,4 +1,6 @@
-"""Whole runs of a few steps: what they learn from, log and write, and how they end when something goes wrong."""
+"""Whole runs of a few steps: what they learn from, log and write, and how they end when something
+goes wrong.
+"""
 
 import dataclasses
 import importlib
@@ -67,7 +69,10 @@ EVAL_KEYS = ["eval/accuracy", "eval/response_length", "time/eval"]
 def place(tmp_path_factory):
     """A directory, and the options of a model and of a task that gives a signal at every step."""
     directory = tmp_path_factory.mktemp("training")
-    return directory, {"model": build_model("qwen2", directory / "model"), "task": dense_task(directory)}
+    return directory, {
+        "model": build_model("qwen2", directory / "model"),
+        "task": dense_task(directory),
+    }
 
 
 @pytest.fixture
@@ -101,7 +106,11 @@ def finite(records):
 @pytest.fixture(params=["gsm8k", "sample"])
 def some_rows(request, tmp_path):
     """A JSONL file with 24 rows of GSM8K's test set, or of the sample in this repository."""
-    source = GSM8K_SAMPLE if request.param == "sample" else request.getfixturevalue("gsm8k") / "test.jsonl"
+    source = (
+        GSM8K_SAMPLE
+        if request.param == "sample"
+        else request.getfixturevalue("gsm8k") / "test.jsonl"
+    )
     lines = source.read_text().splitlines(keepends=True)
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(lines[:24]))
@@ -112,7 +121,11 @@ def some_rows(request, tmp_path):
     "script, family, some_rows",
     [
         *[("grpo", family, "gsm8k") for family in FAMILIES],
-        *[("grpo", "qwen2", "sample"), ("rec_oneside_nois", "llama", "sample"), ("red_weight", "gpt2", "sample")],
+        *[
+            ("grpo", "qwen2", "sample"),
+            ("rec_oneside_nois", "llama", "sample"),
+            ("red_weight", "gpt2", "sample"),
+        ],
     ],
     indirect=["some_rows"],
 )
@@ -124,7 +137,14 @@ def test_two_steps_on_gsm8k(script, family, some_rows, tmp_path):
         eval_interval=1,
     )  # fmt: skip
     before, *records = metrics(run_dir, timings=True)
-    others = ["eval/reward", "eval/format", "eval/digits", "eval/grade/timeouts", "step", "time/elapsed_hours"]
+    others = [
+        "eval/reward",
+        "eval/format",
+        "eval/digits",
+        "eval/grade/timeouts",
+        "step",
+        "time/elapsed_hours",
+    ]
     assert sorted(before) == sorted([*EVAL_KEYS, *others]) and before["time/elapsed_hours"] == 0
     keys = [*STEP_KEYS, *KL_KEYS, *MISMATCH_KEYS, *EVAL_KEYS, "accuracy", "format", "digits"]
     for record in records:
@@ -147,7 +167,11 @@ def test_two_steps_on_gsm8k(script, family, some_rows, tmp_path):
     assert after.keys() == initial.keys()
     assert all(tensor.isfinite().all() for tensor in after.values())
     # Keys of the attention have biases without a gradient: the softmax ignores them.
-    assert all(not torch.equal(after[key], initial[key]) for key in initial if not key.endswith("k_proj.bias"))
+    assert all(
+        not torch.equal(after[key], initial[key])
+        for key in initial
+        if not key.endswith("k_proj.bias")
+    )
 
 
 def test_kl_to_the_reference_can_be_switched_off(settings, tmp_path):
@@ -164,9 +188,18 @@ def test_files_of_a_run(settings, tmp_path):
     run_dir = train(tmp_path, **settings, checkpoint_interval=1, seed=3)
     args = json.loads((run_dir / "args.json").read_text())
     assert args["script"] == "grpo" and args["seed"] == 3 and args["learning_rate"] == 2e-4
-    assert set(args) == {"script", *(f.name for f in dataclasses.fields(importlib.import_module("grpo").Args))}
+    assert set(args) == {
+        "script",
+        *(f.name for f in dataclasses.fields(importlib.import_module("grpo").Args)),
+    }
     environment = (run_dir / "environment.txt").read_text()
-    for line in (f"torch: {torch.__version__}", "threads: 1", f"python: {sys.version.split()[0]}", "commit: ", "cpu: "):
+    for line in (
+        f"torch: {torch.__version__}",
+        "threads: 1",
+        f"python: {sys.version.split()[0]}",
+        "commit: ",
+        "cpu: ",
+    ):
         assert line in environment
     assert (run_dir / "curves.png").read_bytes().startswith(b"\x89PNG\r\n")
     picture = matplotlib.image.imread(run_dir / "curves.png")[..., :3]
@@ -183,17 +216,25 @@ def test_files_of_a_run(settings, tmp_path):
 
 
 @pytest.mark.parametrize("prompts, group_size, num_written", [(4, 4, 4), (1, 2, 2)])
-def test_a_few_completions_of_each_step_are_written(prompts, group_size, num_written, settings, tmp_path):
+def test_a_few_completions_of_each_step_are_written(
+    prompts, group_size, num_written, settings, tmp_path
+):
     run_dir = train(tmp_path, **settings, prompts_per_step=prompts, group_size=group_size)
-    completions = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    completions = [
+        json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()
+    ]
     assert [c["step"] for c in completions] == [1] * num_written + [2] * num_written
     for step in (1, 2):  # spread over the batch: one of every group
         assert len({c["prompt"] for c in completions if c["step"] == step}) == prompts
     for completion in completions:
-        share = sum(c.isdigit() for c in completion["response"]) / max(1, len(completion["response"]))
+        share = sum(c.isdigit() for c in completion["response"]) / max(
+            1, len(completion["response"])
+        )
         assert completion["reward"] == share
         assert completion["prompt"].startswith("Q: ") and math.isfinite(completion["advantage"])
-        assert completion["answer"] is None and (not completion["truncated"] or completion["tokens"] == 16)
+        assert completion["answer"] is None and (
+            not completion["truncated"] or completion["tokens"] == 16
+        )
 
 
 # The final model
@@ -245,29 +286,45 @@ def red_weight_loss(advantage, log_prob, old):
 
 @pytest.mark.parametrize("script", ["grpo", "rec_oneside_nois", "red_weight"])
 def test_a_step_is_what_the_equations_say(script, settings, keep_all, all_completions, tmp_path):
-    # Step 4 of schedule (5, 0) trains on a batch that waits, with what the sampler reported, in checkpoint 3.
+    # Step 4 of schedule (5, 0) trains on a batch that waits, with what the sampler reported, in
+    # checkpoint 3.
     run_dir = train(
         tmp_path, script=script, **settings, num_steps=4, sync_interval=5, checkpoint_interval=1, learning_rate=5e-3,
     )  # fmt: skip
     logged = steps(run_dir)[3]
     before, after = checkpoint(run_dir, 3), checkpoint(run_dir, 4)
     (batch,) = [batch for batch in before["rollouts"]["waiting"] if batch["number"] == 4]
-    completions = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()][3 * 16 :]
+    completions = [
+        json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()
+    ][3 * 16 :]
 
-    rewards = [[completion["reward"] for completion in completions[4 * i : 4 * i + 4]] for i in range(4)]
+    rewards = [
+        [completion["reward"] for completion in completions[4 * i : 4 * i + 4]] for i in range(4)
+    ]
     advantages = []
     for group in rewards:
         mean = sum(group) / 4
         std = math.sqrt(sum((reward - mean) ** 2 for reward in group) / 4)
-        advantages += [(reward - mean) / (std + 1e-6 if script == "grpo" else 1) for reward in group]
-    assert [completion["advantage"] for completion in completions] == pytest.approx(advantages, rel=1e-9, abs=1e-12)
+        advantages += [
+            (reward - mean) / (std + 1e-6 if script == "grpo" else 1) for reward in group
+        ]
+    assert [completion["advantage"] for completion in completions] == pytest.approx(
+        advantages, rel=1e-9, abs=1e-12
+    )
 
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
     reference = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
     model.load_state_dict(before["model"])
     num_tokens = sum(map(len, batch["responses"]))
-    loss, sums, ratios, clipped = 0.0, dict.fromkeys(["entropy", "k1", "k2", "k3", "behaviour"], 0.0), [], 0
-    for row, (prompt, response) in enumerate(zip(batch["prompts"], batch["responses"], strict=True)):
+    loss, sums, ratios, clipped = (
+        0.0,
+        dict.fromkeys(["entropy", "k1", "k2", "k3", "behaviour"], 0.0),
+        [],
+        0,
+    )
+    for row, (prompt, response) in enumerate(
+        zip(batch["prompts"], batch["responses"], strict=True)
+    ):
         tokens = torch.tensor([prompt + response])
         log_probs_TV = model(tokens).logits[0].log_softmax(-1)
         with torch.no_grad():
@@ -288,7 +345,9 @@ def test_a_step_is_what_the_equations_say(script, settings, keep_all, all_comple
             ratios.append(ratio)
             clipped += script != "red_weight" and not masked(ratio, advantages[row])
     means = {key: total / num_tokens for key, total in sums.items()}
-    assert logged["lag"] == 3 and means["k2"] > 1e-3 and max(ratios) > 1.2  # far enough off-policy to tell
+    assert (
+        logged["lag"] == 3 and means["k2"] > 1e-3 and max(ratios) > 1.2
+    )  # far enough off-policy to tell
     assert logged["entropy"] == pytest.approx(means["entropy"], rel=1e-5)
     for estimator in ("k1", "k2", "k3"):
         assert logged[f"kl/ref_{estimator}"] == pytest.approx(means[estimator], rel=1e-4, abs=1e-6)
@@ -303,7 +362,8 @@ def test_a_step_is_what_the_equations_say(script, settings, keep_all, all_comple
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
-    # AdamW without weight decay, its gradient clipped to norm 1, from the moments that checkpoint 3 holds.
+    # AdamW without weight decay, its gradient clipped to norm 1, from the moments that checkpoint 3
+    # holds.
     for index, (name, gradient) in enumerate(gradients.items()):
         moments = before["optimizer"]["state"][index]
         gradient = gradient * min(1, 1 / norm)
@@ -328,12 +388,14 @@ def test_micro_batches_change_nothing_but_rounding(settings, tmp_path):
     }
     for budget in (1, 256):
         one, other = runs[budget][0], runs[100_000][0]
-        # Sums of some hundred float32 terms in another order: 1e-6 of the largest; the terms of the loss cancel.
+        # Sums of some hundred float32 terms in another order: 1e-6 of the largest; the terms of the
+        # loss cancel.
         for key in ("grad_norm", "entropy", "response_length/mean", "reward/mean"):
             assert one[key] == pytest.approx(other[key], rel=1e-5), (budget, key)
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5, abs=1e-6)
         assert [one[key] for key in KL_KEYS] == [other[key] for key in KL_KEYS] == [0, 0, 0]
-        # An update of Adam divides each gradient by its own size, which makes much of rounding in small ones.
+        # An update of Adam divides each gradient by its own size, which makes much of rounding in
+        # small ones.
         one, other = runs[budget][1], runs[100_000][1]
         for key in ("loss", "grad_norm", "entropy", *KL_KEYS, "kl/behaviour_k3", "ratio/max"):
             assert one[key] == pytest.approx(other[key], rel=1e-3, abs=1e-5), (budget, key)
@@ -344,10 +406,19 @@ def test_gradient_of_a_step_is_the_same_however_it_is_split(settings, tmp_path):
     gradients = {}
     for budget in (1, 100, 256, 100_000):
         run_dir = train(
-            tmp_path, str(budget), **settings, num_steps=1, max_tokens_per_microbatch=budget, max_grad_norm=math.inf
+            tmp_path,
+            str(budget),
+            **settings,
+            num_steps=1,
+            max_tokens_per_microbatch=budget,
+            max_grad_norm=math.inf,
         )
-        moments = checkpoint(run_dir, 1)["optimizer"]["state"]  # after one update, the mean is 0.1 of the gradient
-        gradients[budget] = torch.cat([moments[index]["exp_avg"].double().flatten() for index in sorted(moments)])
+        moments = checkpoint(run_dir, 1)["optimizer"][
+            "state"
+        ]  # after one update, the mean is 0.1 of the gradient
+        gradients[budget] = torch.cat(
+            [moments[index]["exp_avg"].double().flatten() for index in sorted(moments)]
+        )
     whole = gradients.pop(100_000)
     assert whole.norm() > 1e-3
     for budget, gradient in gradients.items():
@@ -365,7 +436,8 @@ def test_gradient_checkpointing_changes_nothing_but_rounding(settings, tmp_path)
 def test_bfloat16_run_is_finite_and_keeps_float32_weights(settings, tmp_path):
     run_dir = train(tmp_path, **settings, precision="bfloat16")
     assert finite(steps(run_dir))
-    # It did compute in bfloat16: log-probs with a cache and without differ by its rounding, 2^-8 of a few nats.
+    # It did compute in bfloat16: log-probs with a cache and without differ by its rounding, 2^-8 of
+    # a few nats.
     assert 1e-4 < steps(run_dir)[0]["sampler_mismatch/max"] < 0.5
     trained = weights(run_dir / "model")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
@@ -391,7 +463,9 @@ SCHEDULES = {  # the versions and lags of batches 1 to 8, written out from the d
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
-def test_batches_are_sampled_by_the_version_that_the_schedule_names(schedule, settings, keep_all, tmp_path):
+def test_batches_are_sampled_by_the_version_that_the_schedule_names(
+    schedule, settings, keep_all, tmp_path
+):
     interval, offset = schedule
     versions, lags = SCHEDULES[schedule]
     run_dir = train(
@@ -401,7 +475,8 @@ def test_batches_are_sampled_by_the_version_that_the_schedule_names(schedule, se
     assert [record["weights_version"] for record in records] == versions
     assert [record["lag"] for record in records] == lags
 
-    # It is measured once for every version, on its first batch, and wherever the trainer holds the same weights anyway.
+    # It is measured once for every version, on its first batch, and wherever the trainer holds the
+    # same weights anyway.
     fresh = [record["step"] for record in records if set(MISMATCH_KEYS) <= set(record)]
     assert fresh == [step for step in range(1, 9) if versions[step - 1] not in versions[: step - 1]]
     assert all(records[step - 1]["sampler_mismatch/max"] < 1e-4 for step in fresh)
@@ -414,9 +489,12 @@ def test_batches_are_sampled_by_the_version_that_the_schedule_names(schedule, se
     states = {0: initial, **{step: checkpoint(run_dir, step)["model"] for step in range(1, 9)}}
     for step in range(1, 9):
         waiting = checkpoint(run_dir, step)["rollouts"]["waiting"]
-        # As many as the definition says: sampled, because their version exists, and not yet trained on.
+        # As many as the definition says: sampled, because their version exists, and not yet trained
+        # on.
         newest = step - 1 - (step - 1) % interval
-        assert sorted(batch["number"] for batch in waiting) == list(range(step + 1, newest + offset + interval + 1))
+        assert sorted(batch["number"] for batch in waiting) == list(
+            range(step + 1, newest + offset + interval + 1)
+        )
         for batch in waiting:
             assert log_prob_error(model, states[batch["version"]], batch) < 1e-4
             assert log_prob_error(model, states[step], batch) > 1e-3 or batch["version"] == step
@@ -429,8 +507,12 @@ def test_sampler_and_trainer_have_the_same_temperature(script, settings, tmp_pat
     )  # fmt: skip
     first, _, third = steps(run_dir)
     assert first["sampler_mismatch/max"] < 1e-5 and third["sampler_mismatch/max"] < 1e-5
-    # Batch 4, which waits in checkpoint 3, was sampled by version 2, at that temperature and no other.
-    model, version_2 = AutoModelForCausalLM.from_pretrained(settings["model"]), checkpoint(run_dir, 2)["model"]
+    # Batch 4, which waits in checkpoint 3, was sampled by version 2, at that temperature and no
+    # other.
+    model, version_2 = (
+        AutoModelForCausalLM.from_pretrained(settings["model"]),
+        checkpoint(run_dir, 2)["model"],
+    )
     (batch,) = checkpoint(run_dir, 3)["rollouts"]["waiting"]
     assert (batch["number"], batch["version"]) == (4, 2)
     assert log_prob_error(model, version_2, batch, temperature=0.7) < 1e-5
@@ -443,8 +525,12 @@ def log_prob_error(model, state, batch, temperature=1.0):
     model.load_state_dict(state)
     errors = []
     for row in range(0, len(batch["responses"]), 4):  # one of each group
-        prompt, response, reported = (batch[key][row] for key in ("prompts", "responses", "logprobs"))
-        log_probs = model(torch.tensor([prompt + response])).logits[0].div(temperature).log_softmax(-1)
+        prompt, response, reported = (
+            batch[key][row] for key in ("prompts", "responses", "logprobs")
+        )
+        log_probs = (
+            model(torch.tensor([prompt + response])).logits[0].div(temperature).log_softmax(-1)
+        )
         mine = [log_probs[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
         errors += [abs(a - b) for a, b in zip(mine, reported, strict=True)]
     return max(errors)
@@ -452,12 +538,19 @@ def log_prob_error(model, state, batch, temperature=1.0):
 
 def test_warm_up_is_linear_then_constant(settings, tmp_path):
     run_dir = train(tmp_path, **settings, num_steps=5, warmup_steps=3, learning_rate=3e-4)
-    assert [record["lr"] for record in steps(run_dir)] == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4, 3e-4])
+    assert [record["lr"] for record in steps(run_dir)] == pytest.approx(
+        [1e-4, 2e-4, 3e-4, 3e-4, 3e-4]
+    )
 
 
 def test_evaluations_come_before_training_at_the_interval_and_at_the_end(settings, tmp_path):
     run_dir = train(tmp_path, **{**settings, "num_steps": 5, "eval_interval": 2})
-    assert [record["step"] for record in metrics(run_dir) if "eval/reward" in record] == [0, 2, 4, 5]
+    assert [record["step"] for record in metrics(run_dir) if "eval/reward" in record] == [
+        0,
+        2,
+        4,
+        5,
+    ]
 
 
 # Rewards
@@ -473,13 +566,21 @@ def test_constant_reward_leaves_the_weights_and_the_run_goes_on(settings, tmp_pa
         assert record["reward/mean"] == pytest.approx(0.7)
     assert len(steps(run_dir)) == 3
     initial = weights(settings["model"])
-    assert all(torch.equal(tensor, initial[key]) for key, tensor in weights(run_dir / "model").items())
+    assert all(
+        torch.equal(tensor, initial[key]) for key, tensor in weights(run_dir / "model").items()
+    )
 
 
 def counting_task(directory, condition, what):
-    """The dense task, whose reward function counts its `calls` and does `what` under a condition on their number."""
+    """The dense task, whose reward function counts its `calls` and does `what` under a condition on
+    their number.
+    """
     text = DENSE_TASK.replace("class Digits(Task):", "class Digits(Task):\n    calls = 0")
-    lines = ["        Digits.calls += 1", "        calls = Digits.calls", f"        if {condition}: {what}"]
+    lines = [
+        "        Digits.calls += 1",
+        "        calls = Digits.calls",
+        f"        if {condition}: {what}",
+    ]
     text = text.replace("        return sum(", "\n".join([*lines, "        return sum("]))
     return f"{write_task(directory, text)}:Digits"
 
@@ -488,10 +589,17 @@ def test_step_without_a_signal_has_no_gradient_but_moves_by_momentum(settings, t
     task = counting_task(tmp_path, "calls > 4 + 16", "return 0.7")
     run_dir = train(tmp_path, **{**settings, "task": task, "checkpoint_interval": 1})
     first, second = steps(run_dir)
-    assert first["grad_norm"] > 0 and second["grad_norm"] == 0 and second["reward/zero_std_groups"] == 1
+    assert (
+        first["grad_norm"] > 0
+        and second["grad_norm"] == 0
+        and second["reward/zero_std_groups"] == 1
+    )
     # AdamW with the gradient 0, from the moments that checkpoint 1 holds.
     before, after = checkpoint(run_dir, 1), checkpoint(run_dir, 2)
-    names = [name for name, _ in AutoModelForCausalLM.from_pretrained(settings["model"]).named_parameters()]
+    names = [
+        name
+        for name, _ in AutoModelForCausalLM.from_pretrained(settings["model"]).named_parameters()
+    ]
     for index, name in enumerate(names):
         moments = before["optimizer"]["state"][index]
         mean, square = 0.9 * moments["exp_avg"].double(), 0.999 * moments["exp_avg_sq"].double()
@@ -522,11 +630,18 @@ def good_run(place):
         ("return 10 ** 400", "10000000"),
     ],
 )
-def test_bad_reward_stops_the_run_and_names_the_completion(what, said, good_run, all_completions, tmp_path, capsys):
+def test_bad_reward_stops_the_run_and_names_the_completion(
+    what, said, good_run, all_completions, tmp_path, capsys
+):
     good, settings = good_run
-    completions = [json.loads(line) for line in (good / "completions.jsonl").read_text().splitlines()]
+    completions = [
+        json.loads(line) for line in (good / "completions.jsonl").read_text().splitlines()
+    ]
     # The 6th response of step 3: before it there were the first evaluation and two steps.
-    task, bad_completion = counting_task(tmp_path, "calls == 4 + 16 + 16 + 6", what), completions[16 + 16 + 5]
+    task, bad_completion = (
+        counting_task(tmp_path, "calls == 4 + 16 + 16 + 6", what),
+        completions[16 + 16 + 5],
+    )
     assert command(*options(tmp_path, "bad", **{**settings, "task": task})) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("grpo.py: error: ") and said in error
@@ -534,7 +649,9 @@ def test_bad_reward_stops_the_run_and_names_the_completion(what, said, good_run,
 
     # What there was is intact: with the task corrected, the run ends as if nothing had happened.
     assert [record["step"] for record in metrics(tmp_path / "bad")] == [0, 1, 2]
-    assert [path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()] == ["step_000002.pt"]
+    assert [path.name for path in (tmp_path / "bad" / "checkpoints").iterdir()] == [
+        "step_000002.pt"
+    ]
     if what.startswith("raise"):
         write_task(tmp_path, DENSE_TASK)
         assert command("--resume", tmp_path / "bad") == 0
@@ -542,16 +659,32 @@ def test_bad_reward_stops_the_run_and_names_the_completion(what, said, good_run,
 
 
 def test_diverged_run_skips_updates_and_stops(settings, keep_all, tmp_path, capsys):
-    # A learning rate that ruins the weights at once. All batches were sampled before, so that sampling goes on.
-    argv = options(tmp_path, **settings, num_steps=8, sync_interval=8, learning_rate=1e10, checkpoint_interval=1)
+    # A learning rate that ruins the weights at once. All batches were sampled before, so that
+    # sampling goes on.
+    argv = options(
+        tmp_path,
+        **settings,
+        num_steps=8,
+        sync_interval=8,
+        learning_rate=1e10,
+        checkpoint_interval=1,
+    )
     assert command(*argv) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("grpo.py: error: 5 updates in a row") and "step 6" in error and "learning-rate" in error
+    assert (
+        error.startswith("grpo.py: error: 5 updates in a row")
+        and "step 6" in error
+        and "learning-rate" in error
+    )
     records = steps(tmp_path / "run")
     assert [record["update_skipped"] for record in records] == [0, 1, 1, 1, 1, 1]
-    assert records[0]["loss"] is not None and [record["loss"] for record in records[1:]] == [None] * 5
+    assert (
+        records[0]["loss"] is not None and [record["loss"] for record in records[1:]] == [None] * 5
+    )
     after_1, after_5 = checkpoint(tmp_path / "run", 1), checkpoint(tmp_path / "run", 5)
-    assert all(torch.equal(after_1["model"][key], after_5["model"][key]) for key in after_1["model"])
+    assert all(
+        torch.equal(after_1["model"][key], after_5["model"][key]) for key in after_1["model"]
+    )
 
 
 def test_rewards_in_the_thousands_are_named_as_a_cause(settings, tmp_path):
@@ -569,14 +702,21 @@ def test_a_run_whose_last_update_ruined_the_weights_saves_no_model(settings, tmp
 
 
 def test_diverged_policy_that_must_sample_stops_the_run(settings, tmp_path, capsys):
-    # On-policy, the next batch has to come from the ruined weights, before any update can be skipped.
-    assert command(*options(tmp_path, **settings, num_steps=5, learning_rate=1e10, eval_interval=1)) == 1
+    # On-policy, the next batch has to come from the ruined weights, before any update can be
+    # skipped.
+    assert (
+        command(*options(tmp_path, **settings, num_steps=5, learning_rate=1e10, eval_interval=1))
+        == 1
+    )
     error = capsys.readouterr().err
     assert "Traceback" not in error
     line = error.splitlines()[-1]
     assert line.startswith("grpo.py: error: ") and "no longer finite" in line
     assert "metrics.jsonl" in line and "--learning-rate" in line
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1]  # what it says to look at is there
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [
+        0,
+        1,
+    ]  # what it says to look at is there
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -584,7 +724,9 @@ def test_a_run_without_signal_says_so_once(learns, tmp_path, capsys):
     text = DENSE_TASK if learns else DENSE_TASK.replace("return sum", "return 0.0 and sum")
     task = f"{write_task(tmp_path, text)}:Digits"
     train(tmp_path, task=task, num_steps=runlog.STEPS_WITHOUT_SIGNAL + 2)
-    assert capsys.readouterr().err.count("all rewards of each group were equal") == (0 if learns else 1)
+    assert capsys.readouterr().err.count("all rewards of each group were equal") == (
+        0 if learns else 1
+    )
 
 
 def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch):
@@ -594,17 +736,26 @@ def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch
     assert "tokens sampled, at most: " in shown and "micro-batches: " in shown
 
 
-def test_skipped_updates_that_are_not_in_a_row_are_survived(settings, keep_all, monkeypatch, tmp_path):
+def test_skipped_updates_that_are_not_in_a_row_are_survived(
+    settings, keep_all, monkeypatch, tmp_path
+):
     monkeypatch.setattr(runlog, "MOST_SKIPPED_UPDATES", 2)
-    # Rewards so large that their sum overflows in steps 2 and 4: the advantages, and so the loss, are not numbers.
+    # Rewards so large that their sum overflows in steps 2 and 4: the advantages, and so the loss,
+    # are not numbers.
     task = counting_task(tmp_path, "(calls - 5) // 16 in (1, 3) and calls % 4", "return 1.7e308")
-    run_dir = train(tmp_path, **{**settings, "task": task, "num_steps": 5, "checkpoint_interval": 1})
+    run_dir = train(
+        tmp_path, **{**settings, "task": task, "num_steps": 5, "checkpoint_interval": 1}
+    )
     assert [record["update_skipped"] for record in steps(run_dir)] == [0, 1, 0, 1, 0]
     states = [checkpoint(run_dir, step) for step in (1, 2, 3)]
     key = "model.layers.0.mlp.up_proj.weight"
-    assert all(torch.equal(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"])
+    assert all(
+        torch.equal(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"]
+    )
     moments = [state["optimizer"]["state"][0]["exp_avg"] for state in states]
-    assert torch.equal(moments[0], moments[1])  # nothing of the bad gradient stays in the optimizer either
+    assert torch.equal(
+        moments[0], moments[1]
+    )  # nothing of the bad gradient stays in the optimizer either
     assert not torch.equal(states[1]["model"][key], states[2]["model"][key])
     assert all(tensor.isfinite().all() for tensor in weights(run_dir / "model").values())
 
@@ -613,9 +764,11 @@ def test_skipped_updates_that_are_not_in_a_row_are_survived(settings, keep_all, 
 
 
 def read_wandb(path):
-    """The history of an offline run, a list of dicts, from its log: LevelDB's format, which wandb has no reader for.
+    """The history of an offline run, a list of dicts, from its log: LevelDB's format, which wandb
+    has no reader for.
 
-    After a header of 7 bytes, blocks of 32 KiB hold pieces of records: checksum (4), length (2), type (1), data.
+    After a header of 7 bytes, blocks of 32 KiB hold pieces of records: checksum (4), length (2),
+    type (1), data.
     """
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -633,7 +786,10 @@ def read_wandb(path):
             record = Record.FromString(data)
             data = b""
             if record.WhichOneof("record_type") == "history":
-                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+                items = {
+                    item.key or item.nested_key[0]: json.loads(item.value_json)
+                    for item in record.history.item
+                }
                 rows.append({key: value for key, value in items.items() if not key.startswith("_")})
     return rows
 
@@ -642,7 +798,9 @@ def test_wandb_gets_what_the_log_gets(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = train(tmp_path, **settings, num_steps=3, eval_interval=2, track=True)
     (segment,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    wait_for(lambda: len(read_wandb(segment)) == 4, seconds=30)  # wandb's service writes on after `finish` returns
+    wait_for(
+        lambda: len(read_wandb(segment)) == 4, seconds=30
+    )  # wandb's service writes on after `finish` returns
     assert read_wandb(segment) == read_metrics(run_dir)
     assert [row["step"] for row in read_wandb(segment)] == [0, 1, 2, 3]
 
@@ -662,11 +820,15 @@ def copied(tmp_path_factory):
     """A directory that holds `grpo.py`, `common/` and a run of theirs, and what it printed."""
     directory = tmp_path_factory.mktemp("copied")
     shutil.copy(REPOSITORY / "grpo.py", directory)
-    shutil.copytree(REPOSITORY / "common", directory / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        REPOSITORY / "common", directory / "common", ignore=shutil.ignore_patterns("__pycache__")
+    )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # -X importtime prints a line for every module imported.
     argv = [sys.executable, "-X", "importtime", "grpo.py", *options("out", num_steps=1)]
-    return directory, subprocess.run(argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=200)
+    return directory, subprocess.run(
+        argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=200
+    )
 
 
 def test_copied_script_and_common_run_as_they_are(copied):
@@ -675,7 +837,9 @@ def test_copied_script_and_common_run_as_they_are(copied):
     assert [record["step"] for record in metrics(directory / "out" / "run")] == [0, 1]
     assert "Held-out accuracy" in ended.stdout
     saved = json.loads((directory / "out" / "run" / "args.json").read_text())
-    assert saved["model"] == TINY_MODEL  # a name, not a path: the run can be resumed from another place
+    assert (
+        saved["model"] == TINY_MODEL
+    )  # a name, not a path: the run can be resumed from another place
     assert "commit: unknown" in (directory / "out" / "run" / "environment.txt").read_text()
     assert {path.name for path in directory.iterdir()} == {"grpo.py", "common", "out"}
 
@@ -683,7 +847,9 @@ def test_copied_script_and_common_run_as_they_are(copied):
 def test_wandb_is_not_imported_unless_asked_for(copied):
     _, ended = copied
     imported = {
-        line.rpartition("|")[2].strip() for line in ended.stderr.splitlines() if line.startswith("import time:")
+        line.rpartition("|")[2].strip()
+        for line in ended.stderr.splitlines()
+        if line.startswith("import time:")
     }
     assert "torch" in imported and "transformers" in imported and "grpo" not in imported
     assert not [name for name in imported if name.split(".")[0] == "wandb"]

@@ -1,4 +1,5 @@
-"""rollouts.jsonl and its page: numbers against the equations and the run's log; the page in a real browser.
+"""rollouts.jsonl and its page: numbers against the equations and the run's log; the page in a real
+browser.
 
 Numbers are recorded to three significant digits: half a unit of the third is at most 0.5 %.
 """
@@ -32,10 +33,10 @@ from tests.helpers import command, dense_task, metrics, resume, rollouts, train
 
 ROUNDED = 0.00501
 TEMPLATE = (REPOSITORY / "common" / "viewer.html").read_text(encoding="utf-8")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = (
-    "</script><script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\"> &amp; \u2028"
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
+HOSTILE = "</script><script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\"> &amp; \u2028"
 CHARACTERS = "naïve 🙂👩‍👩‍👧 日本 שלום עולם مرحبا \ud7ff\n\ttab  two spaces"
 
 
@@ -48,7 +49,9 @@ def groups_of(run_dir):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(TINY_MODEL)  # byte-level: most characters outside ASCII are several tokens
+    return load_tokenizer(
+        TINY_MODEL
+    )  # byte-level: most characters outside ASCII are several tokens
 
 
 @pytest.mark.parametrize("text", [CHARACTERS, HOSTILE, "", "plain 12+3"])
@@ -56,7 +59,9 @@ def test_texts_of_tokens_join_to_the_response(text, tokenizer):
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
     texts = viewer.token_texts(tokenizer, ids)
     assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
-    assert texts[-1] == tokenizer.decode([tokenizer.eos_token_id]) and not any("\ufffd" in text for text in texts)
+    assert texts[-1] == tokenizer.decode([tokenizer.eos_token_id]) and not any(
+        "\ufffd" in text for text in texts
+    )
 
 
 def test_a_character_that_was_cut_off_is_the_last_tokens(tokenizer):
@@ -67,16 +72,27 @@ def test_a_character_that_was_cut_off_is_the_last_tokens(tokenizer):
 
 
 def test_texts_of_a_tokenizer_that_keeps_spaces_in_front_of_words():
-    # As Llama's: "▁" is a space, the first one is not shown, and what the vocabulary lacks is bytes.
+    # As Llama's: "▁" is a space, the first one is not shown, and what the vocabulary lacks is
+    # bytes.
     words = ["▁the", "▁cat", "s", *(f"<0x{byte:02X}>" for byte in "🙂".encode()), "<unk>"]
-    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer = tokenizers.Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
+    )
+    steps = [
+        decoders.Replace("▁", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ]
     tokenizer.decoder = decoders.Sequence(steps)
-    texts = viewer.token_texts(PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 1, 2, 0, 3, 4, 5, 6, 1])
+    texts = viewer.token_texts(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 1, 2, 0, 3, 4, 5, 6, 1]
+    )
     assert texts == ["the", " cat", "s", " the", "", "", "", "🙂", " cat"]
 
 
-# Log-probs of two groups of two responses, under policy, sampler and reference; the third group's rewards are equal.
+# Log-probs of two groups of two responses, under policy, sampler and reference; the third group's
+# rewards are equal.
 LP = [[-1.0, -2.0, -0.5], [-0.7, -1.5], [-3.0], [-0.2, -0.4]]
 SAMPLER = [[-1.5, -2.0, -0.4], [-0.3, -1.6], [-2.5], [-0.2, -0.5]]
 REFERENCE = [[-1.1, -1.0, -0.5], [-0.9, -1.4], [-3.5], [-0.3, -0.1]]
@@ -90,7 +106,15 @@ TRUTHS = {  # d loss / d log π · −N, from each script's equation
 
 def recorded(script, tokenizer, splits, reference=True, rows=range(4)):
     """What the lines of a script's loop record of the four responses above; the metrics, too."""
-    batch = Batch(2, 0, [0, 0, 1, 1], [[5, 6]] * 4, [[7] * len(lp) for lp in LP], SAMPLER, [False, True, False, False])
+    batch = Batch(
+        2,
+        0,
+        [0, 0, 1, 1],
+        [[5, 6]] * 4,
+        [[7] * len(lp) for lp in LP],
+        SAMPLER,
+        [False, True, False, False],
+    )
     rewards_PG = torch.tensor(REWARDS, dtype=torch.float64)
     advantages_B = script.advantages(rewards_PG, script.Args()).flatten()
     step = StepMetrics(rows)
@@ -100,23 +124,38 @@ def recorded(script, tokenizer, splits, reference=True, rows=range(4)):
 
         def in_place(values, micro=micro, micro_rows=micro_rows):
             filled = torch.zeros(micro.mask_BT.shape)
-            filled[micro.mask_BT] = torch.tensor([value for row in micro_rows for value in values[row]])
+            filled[micro.mask_BT] = torch.tensor(
+                [value for row in micro_rows for value in values[row]]
+            )
             return filled
 
         has_gradient = bool(advantages_B[micro_rows[0]])
         lp_BT = in_place(LP).requires_grad_(has_gradient)
         a_B1 = advantages_B[micro_rows].float().unsqueeze(1)
-        losses_BT = script.per_token_loss(lp_BT, micro.sampler_logprobs_BT, a_B1, micro.mask_BT, script.Args())
+        losses_BT = script.per_token_loss(
+            lp_BT, micro.sampler_logprobs_BT, a_B1, micro.mask_BT, script.Args()
+        )
         if has_gradient:
             (losses_BT[micro.mask_BT].sum() / 8).backward()
         step.add_tokens(
-            micro, lp_BT, in_place([[-value for value in lp] for lp in LP]), in_place(REFERENCE) if reference else None
+            micro,
+            lp_BT,
+            in_place([[-value for value in lp] for lp in LP]),
+            in_place(REFERENCE) if reference else None,
         )
     result = step.result(
-        batch, rewards_PG, [{"reward": r} for r in rewards_PG.flatten().tolist()], torch.device("cpu"), "float32"
+        batch,
+        rewards_PG,
+        [{"reward": r} for r in rewards_PG.flatten().tolist()],
+        torch.device("cpu"),
+        "float32",
     )
-    problems = [{"prompt": "one", "answer": 7}] * 2 + [{"prompt": [{"role": "user", "content": "two"}]}] * 2
-    records = viewer.group_records(5, batch, problems, rewards_PG, advantages_B, step.tokens, tokenizer)
+    problems = [{"prompt": "one", "answer": 7}] * 2 + [
+        {"prompt": [{"role": "user", "content": "two"}]}
+    ] * 2
+    records = viewer.group_records(
+        5, batch, problems, rewards_PG, advantages_B, step.tokens, tokenizer
+    )
     return json.loads(json.dumps(list(records), allow_nan=False)), result
 
 
@@ -131,7 +170,9 @@ def test_the_record_is_what_the_equations_say(script, splits, tokenizer):
     assert [r["reward"] for r in responses] == [1.0, 0.0, 0.5, 0.5]
     assert [r["truncated"] for r in responses] == [False, True, False, False]
     sizes = (1.0, -1.0) if script is grpo else (0.5, -0.5)
-    for response, lp, sampler, ref, a in zip(responses, LP, SAMPLER, REFERENCE, (*sizes, 0.0, 0.0), strict=True):
+    for response, lp, sampler, ref, a in zip(
+        responses, LP, SAMPLER, REFERENCE, (*sizes, 0.0, 0.0), strict=True
+    ):
         assert response["length"] == len(response["tokens"]) == len(lp)
         assert response["advantage"] == pytest.approx(a, rel=ROUNDED) and response["logprob"] == lp
         rho = [math.exp(new - old) for new, old in zip(lp, sampler, strict=True)]
@@ -163,16 +204,26 @@ def test_numbers_that_json_does_not_know_become_null(tokenizer, monkeypatch):
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run all of whose groups are recorded at every step, with batches that are up to two updates old."""
+    """A run all of whose groups are recorded at every step, with batches that are up to two updates
+    old.
+    """
     place = tmp_path_factory.mktemp("viewer")
-    settings = {"num_steps": 6, "prompts_per_step": 2, "rollouts_interval": 1, "eval_interval": 2, "sync_interval": 3}
+    settings = {
+        "num_steps": 6,
+        "prompts_per_step": 2,
+        "rollouts_interval": 1,
+        "eval_interval": 2,
+        "sync_interval": 3,
+    }
     return train(place, "one", task=dense_task(place), learning_rate=3e-3, **settings)
 
 
 def test_averages_of_the_record_are_the_metrics(run_dir):
     groups, clipped_ever = groups_of(run_dir), 0
     for record in metrics(run_dir)[1:]:
-        responses = [r for group in groups if group["step"] == record["step"] for r in group["responses"]]
+        responses = [
+            r for group in groups if group["step"] == record["step"] for r in group["responses"]
+        ]
         assert len(responses) == 8
 
         def tokens(name, responses=responses):
@@ -196,7 +247,9 @@ def test_averages_of_the_record_are_the_metrics(run_dir):
 
 
 def test_completions_and_record_say_the_same(run_dir):
-    completions = [json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    completions = [
+        json.loads(line) for line in (run_dir / "completions.jsonl").read_text().splitlines()
+    ]
     found = {
         (g["step"], g["prompt"], "".join(r["tokens"]).removesuffix("<|end|>")): r
         for g in groups_of(run_dir)
@@ -204,13 +257,18 @@ def test_completions_and_record_say_the_same(run_dir):
     }
     for completion in completions:
         response = found[completion["step"], completion["prompt"], completion["response"]]
-        assert completion["tokens"] == response["length"] and completion["truncated"] == response["truncated"]
+        assert (
+            completion["tokens"] == response["length"]
+            and completion["truncated"] == response["truncated"]
+        )
         assert completion["advantage"] == pytest.approx(response["advantage"], rel=ROUNDED)
 
 
 def test_greedy_answers_of_each_evaluation_are_recorded(run_dir):
     greedy = [record for record in rollouts(run_dir) if "greedy" in record]
-    assert [record["step"] for record in greedy] == [step for step in (0, 2, 4, 6) for _ in range(4)]
+    assert [record["step"] for record in greedy] == [
+        step for step in (0, 2, 4, 6) for _ in range(4)
+    ]
     for record in metrics(run_dir):
         rewards = [answer["reward"] for answer in greedy if answer["step"] == record["step"]]
         if rewards:
@@ -248,20 +306,28 @@ def test_a_page_that_cannot_be_written_does_not_hide_the_error(tmp_path, capsys)
 
 def view(*argv):
     return subprocess.run(
-        [sys.executable, "-m", "common.viewer", *map(str, argv)], cwd=REPOSITORY, capture_output=True, text=True
+        [sys.executable, "-m", "common.viewer", *map(str, argv)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
     )
 
 
 def data_of(path):
     """The data of a page, read as a browser does: up to the first end of the element."""
     text = Path(path).read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script', text, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script', text, re.DOTALL)[1]
+    )
 
 
 def test_the_command_writes_one_run_or_two(run_dir, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "other")
     (other / "rollouts.html").unlink()
-    with open(other / "metrics.jsonl", "a") as metrics_file, open(other / "rollouts.jsonl", "a") as rollouts_file:
+    with (
+        open(other / "metrics.jsonl", "a") as metrics_file,
+        open(other / "rollouts.jsonl", "a") as rollouts_file,
+    ):
         metrics_file.write('{"step": 7, "rewa')  # the run is writing this line
         rollouts_file.write('{"step": 7')
     assert view(other).returncode == 0
@@ -274,7 +340,12 @@ def test_the_command_writes_one_run_or_two(run_dir, tmp_path):
 
 
 def test_the_command_says_what_is_wrong(run_dir, tmp_path):
-    for argv in ([tmp_path], [run_dir, tmp_path / "none"], [run_dir] * 3, [run_dir, "--output", tmp_path / "no" / "p"]):
+    for argv in (
+        [tmp_path],
+        [run_dir, tmp_path / "none"],
+        [run_dir] * 3,
+        [run_dir, "--output", tmp_path / "no" / "p"],
+    ):
         result = view(*argv)
         (line,) = result.stderr.splitlines()
         assert result.returncode == 2 and line.startswith("viewer.py: error: "), result.stderr
@@ -282,7 +353,9 @@ def test_the_command_says_what_is_wrong(run_dir, tmp_path):
 
 def test_the_page_needs_nothing_else_and_tells_no_paths(run_dir, tmp_path):
     text = (run_dir / "rollouts.html").read_text(encoding="utf-8")
-    assert not re.findall(r"(?:src|href)=|@import|url\(|fetch\(|innerHTML|outerHTML|document\.write", TEMPLATE)
+    assert not re.findall(
+        r"(?:src|href)=|@import|url\(|fetch\(|innerHTML|outerHTML|document\.write", TEMPLATE
+    )
     assert str(run_dir.parent) not in text
     (script,) = re.findall(r"^<script>\n(.*?)^</script>", TEMPLATE, re.DOTALL | re.MULTILINE)
     assert len(script.splitlines()) < 300
@@ -293,19 +366,30 @@ def test_the_page_needs_nothing_else_and_tells_no_paths(run_dir, tmp_path):
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    api = pytest.importorskip("playwright.sync_api", reason="the page is not tested: pip install playwright")
+    api = pytest.importorskip(
+        "playwright.sync_api", reason="the page is not tested: pip install playwright"
+    )
     if not CHROMIUM:
         pytest.skip("the page is not tested: there is no chromium on this machine")
-    off = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    off = [
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-background-networking",
+        "--disable-component-update",
+    ]
     with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*off, "--disable-sync"])
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=[*off, "--disable-sync"]
+        )
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def open_page(browser):
-    """Opens a page; at the end, fails if its console had anything to say, or if it asked for another file."""
+    """Opens a page; at the end, fails if its console had anything to say, or if it asked for
+    another file.
+    """
     said, pages = [], []
 
     def open_it(path, address="", **context):
@@ -336,7 +420,10 @@ def read(text):
 
 def tip(page):
     """What the box with a token's numbers says, by name."""
-    names, values = page.locator("#tip dt").all_inner_texts(), page.locator("#tip dd").all_inner_texts()
+    names, values = (
+        page.locator("#tip dt").all_inner_texts(),
+        page.locator("#tip dd").all_inner_texts(),
+    )
     return dict(zip(names, values, strict=True))
 
 
@@ -347,7 +434,9 @@ def test_the_page_shows_the_record(run_dir, open_page):
         go_to(page, step)
         groups = [group for group in groups_of(run_dir) if group["step"] == step]
         responses = [response for group in groups for response in group["responses"]]
-        assert page.locator(".group pre").all_inner_texts()[:2] == [group["prompt"] for group in groups]
+        assert page.locator(".group pre").all_inner_texts()[:2] == [
+            group["prompt"] for group in groups
+        ]
         paragraphs = page.locator("#groups .tokens")
         texts = ["".join(response["tokens"]).replace("\n", "↵\n") for response in responses]
         assert [paragraph.text_content() for paragraph in paragraphs.all()] == texts
@@ -355,7 +444,10 @@ def test_the_page_shows_the_record(run_dir, open_page):
         for head, response in zip(heads, responses, strict=True):
             assert read(re.search(r"reward\s+(\S+)", head)[1]) == response["reward"]
             assert read(re.search(r"advantage\s+(\S+)", head)[1]) == response["advantage"]
-            assert f"{response['length']} tokens" in head and ("cut at the limit" in head) == response["truncated"]
+            assert (
+                f"{response['length']} tokens" in head
+                and ("cut at the limit" in head) == response["truncated"]
+            )
         for key in ("reward/mean", "entropy", "ratio/clip_fraction"):
             said = page.inner_text(f'#curves [data-key="{key}"] b')
             assert read(said) == pytest.approx(log[step][key], rel=ROUNDED)
@@ -364,10 +456,16 @@ def test_the_page_shows_the_record(run_dir, open_page):
             for i in {0, len(response["tokens"]) // 2, len(response["tokens"]) - 1}:
                 paragraphs.nth(number).locator(".t").nth(i).focus()
                 found, push = tip(page), response["push"] and response["push"][i]
-                names = {"log π": "logprob", "ρ, policy / sampler": "ratio", "entropy (nats)": "entropy"}
+                names = {
+                    "log π": "logprob",
+                    "ρ, policy / sampler": "ratio",
+                    "entropy (nats)": "entropy",
+                }
                 for name, key in {**names, "log π − log π_ref": "to_reference"}.items():
                     assert read(found[name]) == response[key][i]
-                direction = "clipped" if push == 0 else "pushed up" if push and push > 0 else "pushed down"
+                direction = (
+                    "clipped" if push == 0 else "pushed up" if push and push > 0 else "pushed down"
+                )
                 verdict = "no gradient" if push is None else direction
                 assert read(found[verdict]) == (push or 0)
                 seen.add(verdict)
@@ -377,7 +475,9 @@ def test_the_page_shows_the_record(run_dir, open_page):
 def test_colours_sort_and_filter_change_what_is_shown(run_dir, open_page):
     page = open_page(run_dir / "rollouts.html")
     go_to(page, 6)
-    responses = [r for group in groups_of(run_dir) if group["step"] == 6 for r in group["responses"]]
+    responses = [
+        r for group in groups_of(run_dir) if group["step"] == 6 for r in group["responses"]
+    ]
     clipped = [sum(value == 0 for value in response["push"] or [1]) for response in responses]
     assert page.locator("#groups .t.clip").count() == sum(clipped) > 0
     backgrounds, legends = set(), set()
@@ -411,7 +511,13 @@ def test_it_works_with_a_keyboard(run_dir, open_page):
     for _ in range(5):  # slider, three menus, the first response
         page.keyboard.press("Tab")
     first = groups_of(run_dir)[0]["responses"][0]
-    for place, key in ((0, None), (1, "ArrowRight"), (2, "ArrowRight"), (1, "ArrowLeft"), (first["length"] - 1, "End")):
+    for place, key in (
+        (0, None),
+        (1, "ArrowRight"),
+        (2, "ArrowRight"),
+        (1, "ArrowLeft"),
+        (first["length"] - 1, "End"),
+    ):
         if key:
             page.keyboard.press(key)
         assert f"token {place + 1} of {first['length']}" in page.inner_text("#tip")
@@ -440,12 +546,16 @@ def test_a_click_on_a_curve_goes_to_that_step(run_dir, open_page):
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_the_dark(scheme, run_dir, open_page):
-    page = open_page(run_dir / "rollouts.html", viewport={"width": 360, "height": 740}, color_scheme=scheme)
+    page = open_page(
+        run_dir / "rollouts.html", viewport={"width": 360, "height": 740}, color_scheme=scheme
+    )
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     page.locator("#groups .t").first.click()
     assert page.locator("#tip").bounding_box()["width"] == 360
     text, ground = (
-        page.evaluate(f"getComputedStyle(document.body).{name}.match(/\\d+/g).slice(0, 3).map(Number)")
+        page.evaluate(
+            f"getComputedStyle(document.body).{name}.match(/\\d+/g).slice(0, 3).map(Number)"
+        )
         for name in ("color", "backgroundColor")
     )
     assert (sum(text) > sum(ground)) == (scheme == "dark") and abs(sum(text) - sum(ground)) > 450
@@ -456,41 +566,64 @@ def test_two_runs_stand_side_by_side(run_dir, open_page, tmp_path):
     assert view(run_dir, other).returncode == 0
     page = open_page(run_dir / "rollouts_vs_two.html")
     go_to(page, 3)
-    lefts = [column.bounding_box()["x"] for column in page.locator(".group").first.locator(".runs > div").all()]
+    lefts = [
+        column.bounding_box()["x"]
+        for column in page.locator(".group").first.locator(".runs > div").all()
+    ]
     assert len(lefts) == 2 and lefts[0] < lefts[1]
     for number, run in enumerate((run_dir, other)):
         group = next(group for group in groups_of(run) if group["step"] == 3)
         column = page.locator(".group").first.locator(".runs > div").nth(number)
         texts = [paragraph.text_content() for paragraph in column.locator(".tokens").all()]
         assert texts == ["".join(r["tokens"]).replace("\n", "↵\n") for r in group["responses"]]
-    assert page.locator(".group pre").count() == 2 + 4  # both runs had the same prompts, so each is shown once
+    assert (
+        page.locator(".group pre").count() == 2 + 4
+    )  # both runs had the same prompts, so each is shown once
     assert page.locator("#curves path").count() == 2 * 8
 
 
 def settings_of(run_dir):
     args = json.loads((run_dir / "args.json").read_text())
-    return {name: args[name] for name in vars(red_weight.Args()) if name in args and name not in ("output", "name")}
+    return {
+        name: args[name]
+        for name in vars(red_weight.Args())
+        if name in args and name not in ("output", "name")
+    }
 
 
 def test_whatever_a_model_writes_is_text(run_dir, open_page, tmp_path):
     run = shutil.copytree(run_dir, tmp_path / "<b>hostile")
     many = [HOSTILE, CHARACTERS, "", "\ud83d", "\0", *["word "] * 9_995]
-    values = {name: [None, *[1.0] * 9_999] for name in ("logprob", "ratio", "to_reference", "entropy", "push")}
-    response = {"length": 12_000, "truncated": True, "tokens": many, "reward": None, "advantage": 1.0, **values}
+    values = {
+        name: [None, *[1.0] * 9_999]
+        for name in ("logprob", "ratio", "to_reference", "entropy", "push")
+    }
+    response = {
+        "length": 12_000,
+        "truncated": True,
+        "tokens": many,
+        "reward": None,
+        "advantage": 1.0,
+        **values,
+    }
     prompt = [
         {"role": "system", "content": HOSTILE},
         {"role": "user", "content": [{"type": "text", "text": CHARACTERS}]},
     ]
     group = {"step": 1, "prompt": prompt, "answer": HOSTILE, "responses": [response]}
     greedy = {"step": 0, "prompt": HOSTILE, "answer": None, "greedy": HOSTILE * 3, "reward": None}
-    (run / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in (greedy, group)))
+    (run / "rollouts.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in (greedy, group))
+    )
     assert view(run).returncode == 0
     page = open_page(run / "rollouts.html", viewport={"width": 390, "height": 844})
     page.wait_for_timeout(200)
     assert page.title() == "Rollouts of <b>hostile" and page.locator("img, b b").count() == 0
     tokens = page.locator("#groups .t")
     assert tokens.count() == 10_000
-    assert tokens.nth(0).text_content() == HOSTILE and tokens.nth(1).text_content() == CHARACTERS.replace("\n", "↵\n")
+    assert tokens.nth(0).text_content() == HOSTILE and tokens.nth(
+        1
+    ).text_content() == CHARACTERS.replace("\n", "↵\n")
     assert "2000 tokens that were not recorded" in page.inner_text("#groups")
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     started = page.evaluate("performance.now()")
@@ -508,7 +641,9 @@ def test_a_run_without_recorded_steps_says_so(run_dir, open_page, tmp_path):
 
 def test_two_runs_of_other_steps_and_prompts(run_dir, open_page, tmp_path):
     other = shutil.copytree(run_dir, tmp_path / "later")
-    records = [{**record, "step": record["step"] + 1, "prompt": "another"} for record in rollouts(run_dir)]
+    records = [
+        {**record, "step": record["step"] + 1, "prompt": "another"} for record in rollouts(run_dir)
+    ]
     (other / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     assert view(run_dir, other, "--output", tmp_path / "page.html").returncode == 0
     page = open_page(tmp_path / "page.html")

@@ -1,4 +1,6 @@
-"""What training on a CPU spends its time in, by the fastest ways of PyTorch: linear layers, attention, log-probs."""
+"""What training on a CPU spends its time in, by the fastest ways of PyTorch: linear layers,
+attention, log-probs.
+"""
 
 import inspect
 import os
@@ -14,18 +16,27 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
 
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # not 1,024: a MB for each shape of a bf16 product
+os.environ.setdefault(
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"
+)  # not 1,024: a MB for each shape of a bf16 product
 MKL_IS_SLOW = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
 FEWEST_NUMBERS = 20_481  # of inputs; with fewer, PyTorch does not choose oneDNN for a convolution
-FEWEST_PRODUCTS = 3_500_000  # of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
+# of two numbers, per thread; with fewer, MKL is faster (measured for H, V from 64 to 896)
+FEWEST_PRODUCTS = 3_500_000
 SLICE = 4096
-"""vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache between passes"""
-LONGEST_IN_FLOAT32 = 512  # tokens; under autocast, longer sequences get their gradient in bf16 (measured)
+"""vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache
+between passes
+"""
+LONGEST_IN_FLOAT32 = (
+    512  # tokens; under autocast, longer sequences get their gradient in bf16 (measured)
+)
 ATTENTION = "sdpa_or_one_token"  # the name under which `transformers` knows `attention`
 
 
 def use_threads(threads):
-    """Compute with that many CPU threads. Where it does already, setting the number would slow attention down."""
+    """Compute with that many CPU threads. Where it does already, setting the number would slow
+    attention down.
+    """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
 
@@ -33,12 +44,14 @@ def use_threads(threads):
 def speed_up(model):
     """Let a `transformers` model that is on a CPU compute its layers by `linear` and `attention`.
 
-    Nothing outside of this model changes, and what it saves is an ordinary model. Its attention must not use dropout.
+    Nothing outside of this model changes, and what it saves is an ordinary model. Its attention
+    must not use dropout.
     """
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
-    # The code of a few models asks for "sdpa" by name, to build the masks for it. These keep that name.
+    # The code of a few models asks for "sdpa" by name, to build the masks for it. These keep that
+    # name.
     by_name = '"sdpa"' in inspect.getsource(sys.modules[type(model).__module__])
     if model.config._attn_implementation == "sdpa" and not by_name:
         model.set_attn_implementation(ATTENTION)
@@ -48,11 +61,13 @@ def speed_up(model):
 
 
 def linear(inputs, weight, bias=None):
-    """x Wᵀ + b, [..., V], of [..., H], [V, H] and [V] or None; in float32 on an AMD processor as a convolution.
+    """x Wᵀ + b, [..., V], of [..., H], [V, H] and [V] or None; in float32 on an AMD processor as a
+    convolution.
 
-    PyTorch leaves float32 products to MKL, which gets half of what an AMD processor can do, and convolutions to oneDNN.
-    A linear layer is a convolution with a kernel of 1 × 1: rows are pixels, features are channels, which lie in memory
-    as "channels last" wants them, so that nothing is copied.
+    PyTorch leaves float32 products to MKL, which gets half of what an AMD processor can do, and
+    convolutions to oneDNN. A linear layer is a convolution with a kernel of 1 × 1: rows are pixels,
+    features are channels, which lie in memory as "channels last" wants them, so that nothing is
+    copied.
     """
     as_convolution = (
         MKL_IS_SLOW
@@ -63,14 +78,19 @@ def linear(inputs, weight, bias=None):
     )
     if not as_convolution:
         return F.linear(inputs, weight, bias)
-    pixels = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(0, 3, 1, 2)  # images, channels, height, width
-    # Dilation means nothing to a kernel of one pixel, but with it PyTorch chooses oneDNN on a single thread as well.
+    pixels = inputs.reshape(1, -1, 1, inputs.shape[-1]).permute(
+        0, 3, 1, 2
+    )  # images, channels, height, width
+    # Dilation means nothing to a kernel of one pixel, but with it PyTorch chooses oneDNN on a
+    # single thread as well.
     outputs = F.conv2d(pixels, weight[:, :, None, None], bias, dilation=2)
     return outputs.permute(0, 2, 3, 1).reshape(*inputs.shape[:-1], -1)
 
 
 class Linear(torch.nn.Linear):
-    """`torch.nn.Linear`, computed by `linear`; a linear layer becomes one by assignment to its `__class__`."""
+    """`torch.nn.Linear`, computed by `linear`; a linear layer becomes one by assignment to its
+    `__class__`.
+    """
 
     def forward(self, inputs):
         return linear(inputs, self.weight, self.bias)
@@ -79,26 +99,48 @@ class Linear(torch.nn.Linear):
 def attention(module, query, key, value, attention_mask, scaling=None, **options):
     """`transformers`' "sdpa" attention, but faster in two cases. (The rest is left to PyTorch.)
 
-    - One new token per sequence: two plain products. PyTorch would copy each key for every head that shares it.
-    - Gradients of a few hundred tokens under autocast: in float32. PyTorch's bf16 backward pass takes twice as long.
+    - One new token per sequence: two plain products. PyTorch would copy each key for every head
+      that shares it.
+    - Gradients of a few hundred tokens under autocast: in float32. PyTorch's bf16 backward pass
+      takes twice as long.
 
-    The query is [B, heads, queries, D]; key and value are [B, key heads, keys, D], each for neighbouring heads of the
-    query. The mask is None or bool [B, 1, queries, keys], True where seen. Returns [B, queries, heads, D], and None.
+    The query is [B, heads, queries, D]; key and value are [B, key heads, keys, D], each for
+    neighbouring heads of the query. The mask is None or bool [B, 1, queries, keys], True where
+    seen. Returns [B, queries, heads, D], and None.
     """
     B, heads, queries, D = query.shape
-    plain_mask = attention_mask is None or (attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1)
+    plain_mask = attention_mask is None or (
+        attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
+    )
     plain_mask = plain_mask and options.get("position_bias") is None
-    if torch.is_autocast_enabled("cpu") and plain_mask and query.requires_grad and queries <= LONGEST_IN_FLOAT32:
+    if (
+        torch.is_autocast_enabled("cpu")
+        and plain_mask
+        and query.requires_grad
+        and queries <= LONGEST_IN_FLOAT32
+    ):
         in_float32 = (tensor.float() for tensor in (query, key, value))
         with torch.autocast("cpu", enabled=False):
-            found, _ = sdpa_attention_forward(module, *in_float32, attention_mask, scaling=scaling, **options)
+            found, _ = sdpa_attention_forward(
+                module, *in_float32, attention_mask, scaling=scaling, **options
+            )
         return found.to(torch.bfloat16), None
     if queries > 1 or not plain_mask:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
-    grouped = query.reshape(B, key.shape[1], -1, D)  # heads that share their keys become rows of one product
-    exact = torch.promote_types(key.dtype, torch.float32)  # as bf16, scores would be too coarse for exp
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    grouped = query.reshape(
+        B, key.shape[1], -1, D
+    )  # heads that share their keys become rows of one product
+    exact = torch.promote_types(
+        key.dtype, torch.float32
+    )  # as bf16, scores would be too coarse for exp
     with torch.autocast("cpu", enabled=False):
-        scores = grouped.to(exact) @ key.to(exact).transpose(2, 3) * (D**-0.5 if scaling is None else scaling)
+        scores = (
+            grouped.to(exact)
+            @ key.to(exact).transpose(2, 3)
+            * (D**-0.5 if scaling is None else scaling)
+        )
         if attention_mask is not None:
             scores.masked_fill_(~attention_mask, -torch.inf)
         return (scores.softmax(dim=-1).to(value.dtype) @ value).reshape(B, queries, heads, -1), None
@@ -112,8 +154,10 @@ AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
 
 
 def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
-    """The plain expression, which holds several N × V tensors. See `logprobs.logprobs_and_entropy`."""
-    # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in float32.
+    """The plain expression, which holds several N × V tensors. See `logprobs.logprobs_and_entropy`.
+    """
+    # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in
+    # float32.
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
     logits_NV = linear(hidden_NH.to(dtype), weight_VH.to(hidden_NH.dtype).to(dtype))
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
@@ -124,26 +168,32 @@ def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
 
 
 class SlicedLogprobs(torch.autograd.Function):
-    """`logprobs.logprobs_and_entropy` in slices of V: one pass for the sums, and one backward, for the gradients.
+    """`logprobs.logprobs_and_entropy` in slices of V: one pass for the sums, and one backward, for
+    the gradients.
 
-    Walking over V with all rows at once, rather than over N, makes each slice of dW one product, written once.
+    Walking over V with all rows at once, rather than over N, makes each slice of dW one product,
+    written once.
 
-    PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20. But what a softmax
-    needs are *differences* of logits, and those that matter are small: among the others, entry v has the share
-    exp(z_v − log s), which is largest where z_v − log s is nearest to 0. So a centre c close to the largest logits of
-    the others is subtracted inside of the product (which rounds once, at its end), and rounding then costs a share q no
-    more than 2⁻⁸ |log q| of itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the gradient. The
-    target's logit, the one number that shows by itself, is computed in float32.
+    PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20.
+    But what a softmax needs are *differences* of logits, and those that matter are small: among the
+    others, entry v has the share exp(z_v − log s), which is largest where z_v − log s is nearest to
+    0. So a centre c close to the largest logits of the others is subtracted inside of the product
+      (which rounds once, at its end), and rounding then costs a share q no
+    more than 2⁻⁸ |log q| of itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the
+    gradient. The target's logit, the one number that shows by itself, is computed in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N):
-        targeted_N = (hidden_NH.float() * weight_VH[targets_N].to(hidden_NH.dtype).float()).sum(dim=1)
+        targeted_N = (hidden_NH.float() * weight_VH[targets_N].to(hidden_NH.dtype).float()).sum(
+            dim=1
+        )
         centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
-        # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and Σ 2^x x.
+        # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and
+        # Σ 2^x x.
         sum_N, weighted_N = torch.zeros_like(targeted_N), torch.zeros_like(targeted_N)
-        # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on average and 1e-3 at
-        # most. In float32 2^x must stay in range.
+        # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on
+        # average and 1e-3 at most. In float32 2^x must stay in range.
         limit = 1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0
 
         for start in range(0, len(weight_VH) if len(hidden_NH) else 0, SLICE):
@@ -152,9 +202,12 @@ class SlicedLogprobs(torch.autograd.Function):
             target_places = _targets_within(targets_N, start, len(weight_vH))
             logits_vN[target_places] = -torch.inf
             peak_N = logits_vN.amax(dim=0).float()
-            # Rows that meet larger logits than before get a centre up there, and their slice of logits once more. The
-            # first centre, the target's logit, may be too high as well.
-            too_low_N, too_high_N = peak_N > limit, (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0)
+            # Rows that meet larger logits than before get a centre up there, and their slice of
+            # logits once more. The first centre, the target's logit, may be too high as well.
+            too_low_N, too_high_N = (
+                peak_N > limit,
+                (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0),
+            )
             rows = (too_low_N | too_high_N).nonzero().squeeze(1)
             if len(rows):
                 centre = (centre_N[rows].float() + peak_N[rows]).to(hidden_NH.dtype)
@@ -164,7 +217,8 @@ class SlicedLogprobs(torch.autograd.Function):
                 centre_N[rows] = centre
                 logits_vN[:, rows] = linear(weight_vH, hidden_NH[rows], -centre)
                 logits_vN[target_places] = -torch.inf
-            # 2^−1000 is 0 in float32; the −inf of targets and masked entries would make NaN of 2^x x.
+            # 2^−1000 is 0 in float32; the −inf of targets and masked entries would make NaN of 2^x
+            # x.
             x_vN = logits_vN.float().mul_(LOG2_E).clamp_(min=-1000.0)
             powers_vN = x_vN.exp2()
             sum_N += powers_vN.sum(dim=0)
@@ -174,7 +228,8 @@ class SlicedLogprobs(torch.autograd.Function):
         log_sum_N = sum_N.log()
         odds_N = (targeted_N - centre_N.float()) - log_sum_N
         logprobs_N, entropy_N = target_against_others(odds_N, log_sum_N - LN_2 * weighted_N / sum_N)
-        # For the backward pass: the centre that is nearest to log s, and what log p_v is below z_v − centre.
+        # For the backward pass: the centre that is nearest to log s, and what log p_v is below z_v
+        # − centre.
         near_N = (centre_N.float() + log_sum_N).to(hidden_NH.dtype)
         rest_N = log_sum_N + (centre_N.float() - near_N.float()) - logsigmoid(-odds_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
@@ -188,12 +243,14 @@ class SlicedLogprobs(torch.autograd.Function):
             a_N, b_N, hidden_NH, *per_row, a_N, b_N
         )
         at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
-        # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would leave nothing.
+        # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would
+        # leave nothing.
         has_entropy = bool((b_n != 0).any())
         dtype = torch.float32 if has_entropy else hidden_NH.dtype
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from the others.
+        # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from
+        # the others.
         dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].to(hidden_NH.dtype).float()
         dweight_VH = None
         if wants_weight:
@@ -223,10 +280,15 @@ class SlicedLogprobs(torch.autograd.Function):
                 grad_vn[places] = 0.0
                 dhidden_nH += torch.autograd.grad(logits_vn, factor_nH, grad_vn)[0]
 
-        return torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)), dweight_VH, None
+        return (
+            torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)),
+            dweight_VH,
+            None,
+        )
 
 
 def _targets_within(targets_N, start, width):
-    """Places of the targets in the slice of `width` entries from `start`, [v, N]: entries and rows."""
+    """Places of the targets in the slice of `width` entries from `start`, [v, N]: entries and rows.
+    """
     rows = ((targets_N >= start) & (targets_N < start + width)).nonzero().squeeze(1)
     return targets_N[rows] - start, rows

@@ -1,18 +1,23 @@
-"""Log-probs and entropies in Triton kernels, for GPUs; `__init__.py` beside this file says what they compute.
+"""Log-probs and entropies in Triton kernels, for GPUs; `__init__.py` beside this file says what
+they compute.
 
-Inside, everything is in bits, base 2, since a GPU's exponential is 2^x: x = log₂e · h Wᵀ, and over all entries but the
-target m = max_v x_v, s = Σ_v 2^(x_v − m). So p_v = 2^((x_v − m) − r) with r = log₂ s − log₂(1 − p_y). (m + r is not
-formed: next to an m of 1,000 it would lose r its last three digits.) Products are taken in the dtype of h and W, bf16
-as a rule, and summed in float32, and x never leaves float32 registers: rounding a logit of 20 to bf16 would shift its
-log-prob by up to 0.06.
+Inside, everything is in bits, base 2, since a GPU's exponential is 2^x: x = log₂e · h Wᵀ, and over
+all entries but the target m = max_v x_v, s = Σ_v 2^(x_v − m). So p_v = 2^((x_v − m) − r) with r =
+log₂ s − log₂(1 − p_y). (m + r is not formed: next to an m of 1,000 it would lose r its last three
+digits.) Products are taken in the dtype of h and W, bf16 as a rule, and summed in float32, and x
+never leaves float32 registers: rounding a logit of 20 to bf16 would shift its log-prob by up to
+0.06.
 
     forward     one pass over V: Σ 2^x, Σ 2^x x and x_y per row                  2·N·H·V operations
-    backward    x again, slice by slice of V, gradients as they go by           +6·N·H·V, for N rows with a gradient
+    backward    x again, slice by slice of V, gradients as they go by           +6·N·H·V, for N rows
+    with a gradient
 
-Products whose factors both exist in memory (dW = Gᵀ h, dh = G W, for a slice G of the logits' gradient) are left to
-cuBLAS. Triton does the products that must not be written out: those that make x.
+Products whose factors both exist in memory (dW = Gᵀ h, dh = G W, for a slice G of the logits'
+gradient) are left to cuBLAS. Triton does the products that must not be written out: those that make
+x.
 
-Offsets are 64-bit wherever N × V or V × H enters. (A W that is stored transposed must have fewer than 2³¹ elements.)
+Offsets are 64-bit wherever N × V or V × H enters. (A W that is stored transposed must have fewer
+than 2³¹ elements.)
 """
 
 import torch
@@ -28,16 +33,19 @@ SPLIT = 8192
 SLICE_BYTES = 2**28
 """size of a slice of the logits' gradient; for every slice all of dh is read and written"""
 GROUP = 16
-"""row blocks that neighbouring programs share, so that 16 blocks of h and 8 of W stay in the level-2 cache"""
+"""row blocks that neighbouring programs share, so that 16 blocks of h and 8 of W stay in the
+level-2 cache
+"""
 
 
 def _blocks(hidden_NH):
     """Tile sizes and launch options by dtype of the products and by GPU.
 
-    bf16: a tile of 128 × 256 float32 sums takes half the registers of 256 threads; the other half is for the powers.
-    It is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three stages fit into Hopper's 227 KB of shared
-    memory. Other GPUs, whose products take their factors from registers too, get half the tile, in stages of 16 KB.
-    float32: true float32 products do not run on tensor cores; small tiles keep them in registers.
+    bf16: a tile of 128 × 256 float32 sums takes half the registers of 256 threads; the other half
+    is for the powers. It is made of 128 × 64 of h and 256 × 64 of W, 48 KB, of which three stages
+    fit into Hopper's 227 KB of shared memory. Other GPUs, whose products take their factors from
+    registers too, get half the tile, in stages of 16 KB. float32: true float32 products do not run
+    on tensor cores; small tiles keep them in registers.
     """
     if hidden_NH.dtype != torch.bfloat16:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
@@ -48,12 +56,18 @@ def _blocks(hidden_NH):
 
 
 def _split(N, V, blocks, device):
-    """Vocabulary entries per program of the forward kernel: as many programs as fill the GPU a whole number of times.
+    """Vocabulary entries per program of the forward kernel: as many programs as fill the GPU a
+    whole number of times.
 
-    For example, 768 rows are 6 blocks of 128. Splits of 8,192 of V = 151,936 would make 114 programs, and 18 of a
-    Hopper's 132 multiprocessors would idle; with 22 splits of 6,912 none does.
+    For example, 768 rows are 6 blocks of 128. Splits of 8,192 of V = 151,936 would make 114
+    programs, and 18 of a Hopper's 132 multiprocessors would idle; with 22 splits of 6,912 none
+    does.
     """
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    multiprocessors = (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 132
+    )
     row_blocks = max(1, triton.cdiv(N, blocks["BLOCK_N"]))
     times = triton.cdiv(row_blocks * triton.cdiv(V, SPLIT), multiprocessors)
     num_splits = max(1, times * multiprocessors // row_blocks)
@@ -65,7 +79,9 @@ def _bits_tile(
     hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_N, BLOCK_V] of x = log₂e · h Wᵀ, summed in float32 along H; 0 outside of the matrices."""
+    """One tile [BLOCK_N, BLOCK_V] of x = log₂e · h Wᵀ, summed in float32 along H; 0 outside of the
+    matrices.
+    """
     features = tl.arange(0, BLOCK_H)
     hidden_rows = hidden + rows[:, None].to(tl.int64) * hidden_n
     weight_columns = weight + columns[None, :].to(tl.int64) * weight_v
@@ -73,10 +89,14 @@ def _bits_tile(
     for start in range(0, H, BLOCK_H):
         k = start + features
         hidden_tile = tl.load(
-            hidden_rows + k[None, :] * hidden_h, mask=(rows[:, None] < N) & (k[None, :] < H), other=0.0
+            hidden_rows + k[None, :] * hidden_h,
+            mask=(rows[:, None] < N) & (k[None, :] < H),
+            other=0.0,
         )
         weight_tile = tl.load(
-            weight_columns + k[:, None] * weight_h, mask=(k[:, None] < H) & (columns[None, :] < V), other=0.0
+            weight_columns + k[:, None] * weight_h,
+            mask=(k[:, None] < H) & (columns[None, :] < V),
+            other=0.0,
         )
         sums = tl.dot(hidden_tile, weight_tile, sums, input_precision="ieee")
     return 1.4426950408889634 * sums
@@ -84,7 +104,9 @@ def _bits_tile(
 
 @triton.jit
 def _block_and_place(num_row_blocks, GROUP: tl.constexpr):
-    """Which row block and which place along the vocabulary this program has: `GROUP` row blocks go first, then on."""
+    """Which row block and which place along the vocabulary this program has: `GROUP` row blocks go
+    first, then on.
+    """
     program, group_programs = tl.program_id(0), GROUP * (tl.num_programs(0) // num_row_blocks)
     first = program // group_programs * GROUP
     height = tl.minimum(num_row_blocks - first, GROUP)
@@ -92,7 +114,9 @@ def _block_and_place(num_row_blocks, GROUP: tl.constexpr):
     return first + within % height, within // height
 
 
-@triton.jit(do_not_specialize=["N"])  # micro-batches have any number of rows, and would be compiled for each kind
+@triton.jit(
+    do_not_specialize=["N"]
+)  # micro-batches have any number of rows, and would be compiled for each kind
 def _forward_kernel(
     hidden, weight, targets, largest, sums, weighted, targeted,
     N, V, H, hidden_n, hidden_h, weight_v, weight_h, SPLIT,
@@ -101,20 +125,22 @@ def _forward_kernel(
     """Row statistics over one split of the vocabulary.
 
     Equation: over the split's entries but the target, m = max_v x_v, s = Σ_v 2^(x_v − m) and
-    t = Σ_v 2^(x_v − m) (x_v − m). When a tile raises the maximum from m to m', what was summed so far moves along:
+    t = Σ_v 2^(x_v − m) (x_v − m). When a tile raises the maximum from m to m', what was summed so
+    far moves along:
 
         s ← s 2^(m − m')        t ← (t + (m − m') s) 2^(m − m')
 
-    Tile walk: a program owns BLOCK_N rows and walks over the SPLIT entries of one split, BLOCK_V at a time. Programs
-    that run together share row blocks and splits, see `GROUP`. Splits, see `_split`, give a GPU something to share if
-    there are few rows. Nothing is added up across programs, so no sum depends on which one is faster; `_statistics`
-    combines the splits.
+    Tile walk: a program owns BLOCK_N rows and walks over the SPLIT entries of one split, BLOCK_V at
+    a time. Programs that run together share row blocks and splits, see `GROUP`. Splits, see
+    `_split`, give a GPU something to share if there are few rows. Nothing is added up across
+    programs, so no sum depends on which one is faster; `_statistics` combines the splits.
     """
     block, split = _block_and_place(tl.cdiv(N, BLOCK_N), GROUP)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
-    # −1e30 stands for −∞, of masked entries and of a maximum over nothing: 2^−1e30 = 0, and 0 · −1e30 is no NaN. If a
-    # whole tile is masked its powers are 2⁰, but the first real maximum, here or in another split, scales them to 0.
+    # −1e30 stands for −∞, of masked entries and of a maximum over nothing: 2^−1e30 = 0, and 0 ·
+    # −1e30 is no NaN. If a whole tile is masked its powers are 2⁰, but the first real maximum, here
+    # or in another split, scales them to 0.
     m = tl.full((BLOCK_N,), -1e30, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
@@ -139,7 +165,9 @@ def _forward_kernel(
     tl.store(largest + split * N + rows, m, mask=rows < N)
     tl.store(sums + split * N + rows, s, mask=rows < N)
     tl.store(weighted + split * N + rows, t, mask=rows < N)
-    here = (rows < N) & (target >= split * SPLIT) & (target < (split + 1) * SPLIT)  # one split has a row's target
+    here = (
+        (rows < N) & (target >= split * SPLIT) & (target < (split + 1) * SPLIT)
+    )  # one split has a row's target
     tl.store(targeted + rows, x_target, mask=here)
 
 
@@ -153,10 +181,11 @@ def _gradient_kernel(
 
     Equation, with upstream gradients a and b of log-prob and entropy:
 
-        p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy), and at the target what was computed beforehand
+        p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy), and at the target what was
+        computed beforehand
 
-    Tile walk: one tile of G per program, those of a `GROUP` of row blocks together. `weight` points at the slice, whose
-    first entry is `first_column` of the vocabulary; V is the slice's width.
+    Tile walk: one tile of G per program, those of a `GROUP` of row blocks together. `weight` points
+    at the slice, whose first entry is `first_column` of the vocabulary; V is the slice's width.
     """
     block, tile = _block_and_place(tl.cdiv(N, BLOCK_N), GROUP)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -172,11 +201,19 @@ def _gradient_kernel(
     log2_p = x - tl.load(largest + rows, mask=exists, other=0.0)[:, None]
     log2_p -= tl.load(rest + rows, mask=exists, other=0.0)[:, None]
     log2_p = tl.where(log2_p < -1e30, -1e30, log2_p)
-    surprise = 0.6931471805599453 * log2_p + tl.load(entropy + rows, mask=exists, other=0.0)[:, None]
+    surprise = (
+        0.6931471805599453 * log2_p + tl.load(entropy + rows, mask=exists, other=0.0)[:, None]
+    )
     g = -tl.exp2(log2_p) * (a[:, None] + b[:, None] * surprise)
-    g = tl.where(columns[None, :] == target[:, None], tl.load(at_target + rows, mask=exists, other=0.0)[:, None], g)
+    g = tl.where(
+        columns[None, :] == target[:, None],
+        tl.load(at_target + rows, mask=exists, other=0.0)[:, None],
+        g,
+    )
     places = rows[:, None].to(tl.int64) * V + columns[None, :]
-    tl.store(grad + places, g.to(grad.dtype.element_ty), mask=exists[:, None] & (columns[None, :] < V))
+    tl.store(
+        grad + places, g.to(grad.dtype.element_ty), mask=exists[:, None] & (columns[None, :] < V)
+    )
 
 
 def _statistics(hidden_NH, weight_VH, targets_N):
@@ -184,10 +221,17 @@ def _statistics(hidden_NH, weight_VH, targets_N):
 
     Returns float32 [N]: log-prob, entropy, log-odds of the target, m, r.
     """
-    (N, H), V, device, blocks = hidden_NH.shape, len(weight_VH), hidden_NH.device, _blocks(hidden_NH)
+    (N, H), V, device, blocks = (
+        hidden_NH.shape,
+        len(weight_VH),
+        hidden_NH.device,
+        _blocks(hidden_NH),
+    )
     split = _split(N, V, blocks, device)
     num_splits = triton.cdiv(V, split)
-    m_SN, s_SN, t_SN = (torch.empty(num_splits, N, dtype=torch.float32, device=device) for _ in range(3))
+    m_SN, s_SN, t_SN = (
+        torch.empty(num_splits, N, dtype=torch.float32, device=device) for _ in range(3)
+    )
     x_target_N = torch.empty(N, dtype=torch.float32, device=device)
     if N:
         with torch.cuda.device_of(hidden_NH):
@@ -207,16 +251,24 @@ def _statistics(hidden_NH, weight_VH, targets_N):
 
 
 def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
-    """Log-prob of each target and entropy. See `logprobs.logprobs_and_entropy`, which checks the arguments."""
+    """Log-prob of each target and entropy. See `logprobs.logprobs_and_entropy`, which checks the
+    arguments.
+    """
     return _LogprobsAndEntropy.apply(hidden_NH, weight_VH, targets_N)
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
-    """Walks over V in the backward pass, all live rows at once: a slice of dW is one product, and only dh is a sum."""
+    """Walks over V in the backward pass, all live rows at once: a slice of dW is one product, and
+    only dh is a sum.
+    """
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N):
-        ctx.weight_dtype, weight_VH, targets_N = weight_VH.dtype, weight_VH.to(hidden_NH.dtype), targets_N.contiguous()
+        ctx.weight_dtype, weight_VH, targets_N = (
+            weight_VH.dtype,
+            weight_VH.to(hidden_NH.dtype),
+            targets_N.contiguous(),
+        )
         logprobs_N, entropy_N, *rest = _statistics(hidden_NH, weight_VH, targets_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, entropy_N, *rest)
         return logprobs_N, entropy_N
@@ -235,9 +287,14 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         dhidden_nH = torch.zeros(n, H, dtype=torch.float32, device=hidden_NH.device)
         dweight_VH = None
         if wants_weight:
-            dweight_VH = (torch.empty_like if n else torch.zeros_like)(weight_VH, dtype=ctx.weight_dtype)
+            dweight_VH = (torch.empty_like if n else torch.zeros_like)(
+                weight_VH, dtype=ctx.weight_dtype
+            )
         # As many entries of V as fit into SLICE_BYTES, in whole blocks, and at least one block.
-        width = max(1, SLICE_BYTES // (hidden_NH.element_size() * max(1, n)) // blocks["BLOCK_V"]) * blocks["BLOCK_V"]
+        width = (
+            max(1, SLICE_BYTES // (hidden_NH.element_size() * max(1, n)) // blocks["BLOCK_V"])
+            * blocks["BLOCK_V"]
+        )
         for start in range(0, V if n else 0, width):
             weight_vH = weight_VH[start : start + width]
             grad_nv = None  # the last slice goes before the next one comes
@@ -251,7 +308,11 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 _write_product(dweight_VH[start : start + width], grad_nv.T, live_nH)
             if wants_hidden:
                 _add_product(dhidden_nH, grad_nv, weight_vH)
-        return torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)), dweight_VH, None
+        return (
+            torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)),
+            dweight_VH,
+            None,
+        )
 
 
 def _write_product(place, a, b):

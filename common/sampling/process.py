@@ -1,7 +1,10 @@
-"""Sampling beside training: the sampler in a process of its own, while the trainer trains on earlier batches.
+"""Sampling beside training: the sampler in a process of its own, while the trainer trains on
+earlier batches.
 
-trainer → sampler    weights, in shared memory, and orders: sample batches, or answer prompts greedily
-sampler → trainer    the batches and answers, in the order they were asked for, each as soon as it is complete
+trainer → sampler    weights, in shared memory, and orders: sample batches, or answer prompts
+greedily
+sampler → trainer    the batches and answers, in the order they were asked for, each as soon as it
+is complete
 sampler → trainer    a heartbeat: a counter in shared memory, one up per decoded token
 """
 
@@ -28,20 +31,33 @@ START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before th
 
 
 class OverlappedRollouts:
-    """Delivers the batches of `rollouts.SerialRollouts` from a process that samples while the trainer trains.
+    """Delivers the batches of `rollouts.SerialRollouts` from a process that samples while the
+    trainer trains.
 
-    A context manager: the process runs inside the context, and ends with the trainer, however that ends. It gets the
-    variables in `environment`, and calls `make_sampler` (picklable), which returns a `Sampler` with this `temperature`
-    and `precision`. If `verified`, that one copies the weights, and must pass `verify.deliver`. Methods raise
-    `RunStopped` if the process has died, or decodes nothing for `timeout` seconds; `BadInput` if no sampler can start.
+    A context manager: the process runs inside the context, and ends with the trainer, however that
+    ends. It gets the variables in `environment`, and calls `make_sampler` (picklable), which
+    returns a `Sampler` with this `temperature` and `precision`. If `verified`, that one copies the
+    weights, and must pass `verify.deliver`. Methods raise `RunStopped` if the process has died, or
+    decodes nothing for `timeout` seconds; `BadInput` if no sampler can start.
     """
 
-    def __init__(self, model, make_sampler, plan, temperature, precision, timeout, verified=False, environment=None):
+    def __init__(
+        self,
+        model,
+        make_sampler,
+        plan,
+        temperature,
+        precision,
+        timeout,
+        verified=False,
+        environment=None,
+    ):
         self.model, self.make_sampler, self.plan = model, make_sampler, plan
         self.temperature, self.precision = temperature, precision
         self.timeout, self.verified, self.environment = timeout, verified, environment or {}
-        # Version v is needed until its last batch, v + O + I, has been trained on. After update j, those are the
-        # multiples of I above j − O − I and up to j: at most ceil(O / I) + 1. One more slot is for evaluation.
+        # Version v is needed until its last batch, v + O + I, has been trained on. After update j,
+        # those are the multiples of I above j − O − I and up to j: at most ceil(O / I) + 1. One
+        # more slot is for evaluation.
         self.evaluation_slot = -(-plan.sync_offset // plan.sync_interval) + 1
         self.weights = SharedWeights(model, self.evaluation_slot + 1)
         self.slot_of = {}  # version: its slot, for the versions still needed
@@ -51,11 +67,16 @@ class OverlappedRollouts:
         self.waiting = {}  # batches that have arrived but not been trained on, by number
 
     def __enter__(self):
-        context = torch.multiprocessing.get_context("spawn")  # a fork would inherit thread pools and locks in any state
+        context = torch.multiprocessing.get_context(
+            "spawn"
+        )  # a fork would inherit thread pools and locks in any state
         self.connection, its_end = context.Pipe()
         arguments = (its_end, self.weights, self.make_sampler, self.plan)
-        self.process = context.Process(target=run_sampler, args=arguments, name="sampler", daemon=True)
-        # No warning about semaphores that a killed engine leaves. Ctrl-C reaches both processes; only the trainer acts.
+        self.process = context.Process(
+            target=run_sampler, args=arguments, name="sampler", daemon=True
+        )
+        # No warning about semaphores that a killed engine leaves. Ctrl-C reaches both processes;
+        # only the trainer acts.
         environment = {"PYTHONWARNINGS": "ignore:resource_tracker", **self.environment}
         with contextlib.ExitStack() as restored, patch.dict(os.environ, environment):
             for number in STOP_SIGNALS:
@@ -67,7 +88,9 @@ class OverlappedRollouts:
         threading.Thread(target=_read_into, args=(self.inbox, self.connection), daemon=True).start()
         for version in sorted(self.slot_of):  # of a resumed run
             if self.plan.batches_of(version)[-1] > self.last_arrived:
-                with parameters_from(self.model, self.weights.tensors(self.slot_of[version]).items()):
+                with parameters_from(
+                    self.model, self.weights.tensors(self.slot_of[version]).items()
+                ):
                     self._order_batches(version)
         return self
 
@@ -77,22 +100,31 @@ class OverlappedRollouts:
         self.connection.close()
 
     def next(self, step):
-        """The batch of step `step`, sampled with weights version(step). Blocks until it is there."""
+        """The batch of step `step`, sampled with weights version(step). Blocks until it is there.
+        """
         if self.published < 0:  # not before: an evaluation of the initial weights comes first
             self.publish(0)
         version = self.plan.version(step)
         if version > self.published:
-            raise RuntimeError(f"batch {step} needs version {version}, but the newest is {self.published}")
-        while step not in self.waiting or not self.inbox.empty():  # a failure counts even if the batch is already here
+            raise RuntimeError(
+                f"batch {step} needs version {version}, but the newest is {self.published}"
+            )
+        while (
+            step not in self.waiting or not self.inbox.empty()
+        ):  # a failure counts even if the batch is already here
             self._accept(self._receive())
         batch = self.waiting.pop(step)
         if self.plan.shows_mismatch_only_now(step):
             with parameters_from(self.model, self.weights.tensors(self.slot_of[version]).items()):
-                batch.metrics |= sampler_mismatch(self.model, self.temperature, self.precision, batch)
+                batch.metrics |= sampler_mismatch(
+                    self.model, self.temperature, self.precision, batch
+                )
         return batch
 
     def publish(self, update):
-        """The model's weights are now those after `update`: hand them over if that is a version of the schedule."""
+        """The model's weights are now those after `update`: hand them over if that is a version of
+        the schedule.
+        """
         self.last_update = update
         for version in [v for v in self.slot_of if self.plan.batches_of(v)[-1] <= update]:
             del self.slot_of[version]  # all its batches have been trained on
@@ -103,7 +135,9 @@ class OverlappedRollouts:
             self._order_batches(update)
 
     def greedy(self, prompts):
-        """`Sampler.greedy` with the model's present weights, after the batches that have been ordered."""
+        """`Sampler.greedy` with the model's present weights, after the batches that have been
+        ordered.
+        """
         self.weights.write(self.evaluation_slot, -1, self.model)
         self._order(self.evaluation_slot, -1, prompts=prompts)
         while isinstance(message := self._receive(), Batch):
@@ -111,24 +145,46 @@ class OverlappedRollouts:
         return message
 
     def state_dict(self):
-        """What a checkpoint needs besides the live weights: batches not yet trained on, weights of those to come."""
+        """What a checkpoint needs besides the live weights: batches not yet trained on, weights of
+        those to come.
+        """
         while not self.inbox.empty():
             message = self.inbox.get()
-            if not isinstance(message, Batch):  # a failure, which a checkpoint can do without: `next` reports it
+            if not isinstance(
+                message, Batch
+            ):  # a failure, which a checkpoint can do without: `next` reports it
                 self.inbox.put(message)
                 break
             self._accept(message)
         weights = {}
-        for version, slot in self.slot_of.items():  # cloned: with a view, torch.save would write all memory it lies in
-            tensors = self.weights.tensors(slot) if version < self.last_update else {}  # else they are the model's own
+        for (
+            version,
+            slot,
+        ) in (
+            self.slot_of.items()
+        ):  # cloned: with a view, torch.save would write all memory it lies in
+            tensors = (
+                self.weights.tensors(slot) if version < self.last_update else {}
+            )  # else they are the model's own
             weights[version] = {name: tensor.clone() for name, tensor in tensors.items()}
         last_arrived = min(gather(self.last_arrived))  # on all ranks
-        waiting = [vars(gather_batch(batch)[0]) for k, batch in sorted(self.waiting.items()) if k <= last_arrived]
-        return {"waiting": waiting, "last_arrived": last_arrived, "published": self.published, "weights": weights}
+        waiting = [
+            vars(gather_batch(batch)[0])
+            for k, batch in sorted(self.waiting.items())
+            if k <= last_arrived
+        ]
+        return {
+            "waiting": waiting,
+            "last_arrived": last_arrived,
+            "published": self.published,
+            "weights": weights,
+        }
 
     def load_state_dict(self, state):
         if "published" not in state:
-            raise BadInput("--resume: this run sampled in turns with training and has to go on like that (--serial).")
+            raise BadInput(
+                "--resume: this run sampled in turns with training and has to go on like that (--serial)."
+            )
         self.waiting = self.plan.share_of(state["waiting"])
         self.last_arrived, self.published = state["last_arrived"], state["published"]
         for slot, (version, tensors) in enumerate(state["weights"].items()):
@@ -147,7 +203,9 @@ class OverlappedRollouts:
             self.connection.send((slot, version, manifest, work))
 
     def _receive(self):
-        """The sampler's next batch or answers, or the error it ended with; waits as long as the heart beats."""
+        """The sampler's next batch or answers, or the error it ended with; waits as long as the
+        heart beats.
+        """
         with progress(None, self._its_work()) as bar:
             message = self._next_message(bar)
         if isinstance(message, Exception):
@@ -155,7 +213,9 @@ class OverlappedRollouts:
         if message is None:
             self.process.join(timeout=5)
             code = f"exit code {self.process.exitcode}; -9 is what running out of memory looks like"
-            raise RunStopped(f"The sampler's process died ({code}) while {self._its_work()}: continue with --resume.")
+            raise RunStopped(
+                f"The sampler's process died ({code}) while {self._its_work()}: continue with --resume."
+            )
         if isinstance(message, str):
             raise RunStopped(f"The sampler's process failed while {self._its_work()}: {message}")
         return message
@@ -170,7 +230,9 @@ class OverlappedRollouts:
             silent = silent + 1.0 if beat == before else 0.0
             if silent >= (self.timeout if beat else max(self.timeout, START_UP_SECONDS)):
                 what = f"The sampler's process has not decoded a token for {silent:g} s while {self._its_work()}"
-                raise RunStopped(f"{what}: continue with --resume, and more --sampler-timeout if it is only slow.")
+                raise RunStopped(
+                    f"{what}: continue with --resume, and more --sampler-timeout if it is only slow."
+                )
 
     def _accept(self, batch):
         self.waiting[batch.number], self.last_arrived = batch, batch.number
@@ -185,7 +247,11 @@ class OverlappedRollouts:
 def run_sampler(connection, weights, make_sampler, plan):
     """The sampler's process: work off the trainer's orders until the trainer is gone."""
     threading.Thread(target=_leave_with_parent, daemon=True).start()
-    for name in [n for n in os.environ if re.match(r"TORCHELASTIC_|MASTER_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_)", n)]:
+    for name in [
+        n
+        for n in os.environ
+        if re.match(r"TORCHELASTIC_|MASTER_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_)", n)
+    ]:
         del os.environ[name]  # this process is no rank, and its engine must not take it for one
     try:
         sampler = make_sampler()
@@ -202,7 +268,9 @@ def run_sampler(connection, weights, make_sampler, plan):
                 continue
             for batch in plan.sample(sampler, work["numbers"]):
                 if not batch.version == version == (held := weights.versions[slot].item()):
-                    raise RuntimeError(f"batch {batch.number} needs version {batch.version}, not {version}, {held}")
+                    raise RuntimeError(
+                        f"batch {batch.number} needs version {batch.version}, not {version}, {held}"
+                    )
                 batch.metrics |= metrics
                 metrics = {}  # the sync's metrics go with the first batch of a version
                 connection.send(batch)
@@ -217,20 +285,27 @@ def run_sampler(connection, weights, make_sampler, plan):
 
 
 class SharedWeights:
-    """`num_slots` copies of a model's parameters, float32, in shared memory. Raises `BadInput` if that is too small."""
+    """`num_slots` copies of a model's parameters, float32, in shared memory. Raises `BadInput` if
+    that is too small.
+    """
 
     def __init__(self, model, num_slots):
         self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        # Tensors start at multiples of 64 bytes, as PyTorch's own do: elsewhere vector code may round differently.
+        # Tensors start at multiples of 64 bytes, as PyTorch's own do: elsewhere vector code may
+        # round differently.
         self.sizes = [-(-shape.numel() // 16) * 16 for shape in self.shapes.values()]
         copies = num_slots * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every rank has its own
         needed, free = 4 * copies * sum(self.sizes), shutil.disk_usage("/dev/shm").free
         if needed > free:  # writing to memory that is not there would end in a bus error
             sizes = f"{needed / 2**20:.0f} MiB of shared memory for weights, but /dev/shm has {free / 2**20:.0f} MiB"
-            raise BadInput(f"The sampler's process takes {sizes}: make room (docker run --shm-size), or give --serial.")
+            raise BadInput(
+                f"The sampler's process takes {sizes}: make room (docker run --shm-size), or give --serial."
+            )
         self.memory = [torch.empty(sum(self.sizes)).share_memory_() for _ in range(num_slots)]
         self.versions = torch.full((num_slots,), -1).share_memory_()  # that each slot holds
-        self.heartbeat = torch.zeros(1, dtype=torch.int64).share_memory_()  # counts what the sampler has decoded
+        self.heartbeat = torch.zeros(
+            1, dtype=torch.int64
+        ).share_memory_()  # counts what the sampler has decoded
 
     def tensors(self, slot):
         """The slot's tensors by parameter name: views of the shared memory."""

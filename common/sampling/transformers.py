@@ -1,4 +1,6 @@
-"""Sampling with the Hugging Face model itself: slower than a serving engine on a large model, exact and simple."""
+"""Sampling with the Hugging Face model itself: slower than a serving engine on a large model, exact
+and simple.
+"""
 
 import itertools
 import math
@@ -12,33 +14,45 @@ from common.distributed import gathered
 from common.logprobs import autocast
 from common.sampling import Sampler, Samples
 
-MOST_SEQUENCES = 256  # decoded at a time, to bound the cache: 256 × 1,170 tokens of a 3B model take 11 GB
+MOST_SEQUENCES = (
+    256  # decoded at a time, to bound the cache: 256 × 1,170 tokens of a 3B model take 11 GB
+)
 
 
 def inverse_cdf(logprobs_BV, uniform_B1):
-    """Sample one id per row from exp(logprobs_BV), with one uniform number in [0, 1), float64, each: int64 [B, 1].
+    """Sample one id per row from exp(logprobs_BV), with one uniform number in [0, 1), float64,
+    each: int64 [B, 1].
 
-    An id's share of [0, 1) is its probability. Faster than `torch.multinomial`, which needs one number per id and row.
+    An id's share of [0, 1) is its probability. Faster than `torch.multinomial`, which needs one
+    number per id and row.
     """
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     total_B1 = cumulative_BV[:, -1:].contiguous()  # 1, but for rounding
-    # The first id whose cumulative probability is above the number: it must have added something itself.
+    # The first id whose cumulative probability is above the number: it must have added something
+    # itself.
     token_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * total_B1, right=True)
-    # The product may round up to the total, which nothing exceeds: then take the last id that added something. With
-    # NaN nothing is found either; any valid id will do.
+    # The product may round up to the total, which nothing exceeds: then take the last id that added
+    # something. With NaN nothing is found either; any valid id will do.
     last_B1 = torch.searchsorted(cumulative_BV, total_B1).clamp(max=logprobs_BV.shape[-1] - 1)
     return torch.minimum(token_B1, last_B1)
 
 
 class TransformersSampler(Sampler):
-    """Batched decoding with a key-value cache. `model` is not copied: its weights during a call are the policy.
+    """Batched decoding with a key-value cache. `model` is not copied: its weights during a call are
+    the policy.
 
-    `eos_ids` end a response; one without EOS after `max_tokens` tokens is `truncated`, and no EOS is appended.
-    `temperature` divides the logits; `precision` is "float32" or "bfloat16" (autocast).
+    `eos_ids` end a response; one without EOS after `max_tokens` tokens is `truncated`, and no EOS
+    is appended. `temperature` divides the logits; `precision` is "float32" or "bfloat16"
+    (autocast).
     """
 
     def __init__(self, model, eos_ids, max_tokens, temperature, precision="float32"):
-        self.model, self.max_tokens, self.temperature, self.precision = model, max_tokens, temperature, precision
+        self.model, self.max_tokens, self.temperature, self.precision = (
+            model,
+            max_tokens,
+            temperature,
+            precision,
+        )
         self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
 
@@ -48,7 +62,8 @@ class TransformersSampler(Sampler):
 
     def sample(self, prompts, group_size, seeds):
         samples = self._decode_all(prompts, group_size, seeds)
-        # Checked once for all tokens: a check of every token would make the CPU wait for the GPU each time.
+        # Checked once for all tokens: a check of every token would make the CPU wait for the GPU
+        # each time.
         if not all(map(math.isfinite, itertools.chain.from_iterable(samples.logprobs))):
             raise RunStopped(NOT_FINITE)
         return samples
@@ -59,14 +74,21 @@ class TransformersSampler(Sampler):
     def _decode_all(self, prompts, group_size, seeds):
         samples = Samples([], [], [])
         was_training = self.model.training
-        self.model.eval()  # gradient checkpointing, active in training mode only, would switch the cache off
+        # gradient checkpointing, active in training mode only, would switch the cache off
+        self.model.eval()
         width = max(1, MOST_SEQUENCES // group_size)
-        with gathered(self.model), torch.no_grad():  # in inference mode, autocast would cast all weights for each token
+        with (
+            gathered(self.model),
+            torch.no_grad(),
+        ):  # in inference mode, autocast would cast all weights for each token
             for start in range(0, len(prompts), width):
                 part = slice(start, start + width)
-                # One autocast context for all tokens: it keeps the weights that it has cast to bf16.
+                # One autocast context for all tokens: it keeps the weights that it has cast to
+                # bf16.
                 with autocast(self.model.device.type, self.precision):
-                    decoded = self._decode(prompts[part], group_size, None if seeds is None else seeds[part])
+                    decoded = self._decode(
+                        prompts[part], group_size, None if seeds is None else seeds[part]
+                    )
                 for everything, new in zip(vars(samples).values(), decoded, strict=True):
                     everything += new
         self.model.train(was_training)
@@ -75,18 +97,29 @@ class TransformersSampler(Sampler):
     def _decode(self, prompts, group_size, seeds):
         """Responses, log-probs and what is truncated of one batch; greedy if `seeds` is None."""
         device = self.model.device
-        # Prompts are padded on the left, so that the next token of every sequence goes into the same column.
+        # Prompts are padded on the left, so that the next token of every sequence goes into the
+        # same column.
         width = max(len(prompt) for prompt in prompts)
-        inputs_PT = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        attention_PT = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+        inputs_PT = torch.tensor(
+            [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device
+        )
+        attention_PT = torch.tensor(
+            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
+        )
         positions_PT = (attention_PT.cumsum(dim=1) - 1).clamp(min=0)
 
         # Each prompt is read once; its cache is then repeated for the G responses of the group.
         cache = DynamicCache(config=self.model.config)
         logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
         prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-        cache.reorder_cache(prompt_B)  # as every kind of layer can: attention, sliding windows, recurrent states
-        logits_BV, attention_BT, positions_B1 = logits_PV[prompt_B], attention_PT[prompt_B], positions_PT[prompt_B, -1:]
+        cache.reorder_cache(
+            prompt_B
+        )  # as every kind of layer can: attention, sliding windows, recurrent states
+        logits_BV, attention_BT, positions_B1 = (
+            logits_PV[prompt_B],
+            attention_PT[prompt_B],
+            positions_PT[prompt_B, -1:],
+        )
 
         B = len(prompts) * group_size
         tokens_BT = torch.zeros(B, self.max_tokens, dtype=torch.int64, device=device)
@@ -94,8 +127,14 @@ class TransformersSampler(Sampler):
         lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
         ended_B = torch.zeros(B, dtype=torch.bool, device=device)
         rows = torch.arange(B, device=device)  # the sequence that each row of the cache belongs to
-        if seeds is not None:  # one stream per prompt, so that what is sampled does not depend on how prompts are split
-            streams = [np.random.default_rng(seed).random((group_size, self.max_tokens)) for seed in seeds]
+        if (
+            seeds is not None
+            # one stream per prompt, so that what is sampled does not depend on how prompts are
+            # split
+        ):
+            streams = [
+                np.random.default_rng(seed).random((group_size, self.max_tokens)) for seed in seeds
+            ]
             uniforms_BT = torch.from_numpy(np.concatenate(streams)).to(device)
 
         for t in progress(range(self.max_tokens), "tokens sampled, at most"):
@@ -113,7 +152,8 @@ class TransformersSampler(Sampler):
             self.heartbeat += 1
             if num_open == 0 or t == self.max_tokens - 1:
                 break
-            # Finished sequences leave the batch. Leaving copies the whole cache, so it waits until an eighth can go.
+            # Finished sequences leave the batch. Leaving copies the whole cache, so it waits until
+            # an eighth can go.
             if num_open <= 0.875 * len(rows):
                 keep = open_B.nonzero().squeeze(1)
                 cache.reorder_cache(keep)
@@ -129,6 +169,14 @@ class TransformersSampler(Sampler):
         return responses, logprobs, (~ended_B).tolist()
 
     def _next_logits(self, inputs_BT, attention_BT, positions_BT, cache):
-        """Logits of the token after the last column, for every row; the cache grows by the columns read."""
-        columns = {"input_ids": inputs_BT, "attention_mask": attention_BT, "position_ids": positions_BT}
-        return self.model(**columns, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        """Logits of the token after the last column, for every row; the cache grows by the columns
+        read.
+        """
+        columns = {
+            "input_ids": inputs_BT,
+            "attention_mask": attention_BT,
+            "position_ids": positions_BT,
+        }
+        return self.model(
+            **columns, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits[:, -1]

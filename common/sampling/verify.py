@@ -1,7 +1,9 @@
-"""Is the sampler using the weights that the trainer sent? A sync that is not verified is not a sync.
+"""Is the sampler using the weights that the trainer sent? A sync that is not verified is not a
+sync.
 
-Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copies the weights: checksums and probes at
-every sync, a canary at start-up. common/README.md ("Handing over weights") says what each finds that the others miss.
+Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copies the weights:
+checksums and probes at every sync, a canary at start-up. common/README.md ("Handing over weights")
+says what each finds that the others miss.
 """
 
 import time
@@ -18,8 +20,9 @@ from common.distributed import part_like, whole
 from common.logprobs import token_logprobs
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
-"""largest mean difference (nats per probe token) with equal weights. Small models: 3e-6 in float32, 0.1 in bfloat16. A
-missing matrix adds 0.04 to 2, a missing bias 0.01: float32 reveals every tensor, bfloat16 only gross failures"""
+"""largest mean difference (nats per probe token) with equal weights. Small models: 3e-6 in float32,
+0.1 in bfloat16. A missing matrix adds 0.04 to 2, a missing bias 0.01: float32 reveals every tensor,
+bfloat16 only gross failures"""
 
 
 @dataclass
@@ -29,33 +32,51 @@ class Manifest:
     version: int
     checksums: dict[str, int]  # by parameter name
     probe: list[list[int]]  # sequences of token ids
-    logprobs: list[float]  # of all their tokens but the first ones, by the trainer's own forward pass
+    logprobs: list[
+        float
+    ]  # of all their tokens but the first ones, by the trainer's own forward pass
     tolerance: float
     seconds: float  # time it took the trainer to compute this
 
 
 def describe(model, version, precision):
-    """The `Manifest` of the model's present weights, called `version`. Raises `RunStopped` if they are not finite."""
+    """The `Manifest` of the model's present weights, called `version`. Raises `RunStopped` if they
+    are not finite.
+    """
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(0)  # random tokens touch more of the embeddings than real text would
-    probe = torch.randint(model.config.get_text_config().vocab_size, (4, 24), generator=generator).tolist()
+    generator = torch.Generator().manual_seed(
+        0
+    )  # random tokens touch more of the embeddings than real text would
+    probe = torch.randint(
+        model.config.get_text_config().vocab_size, (4, 24), generator=generator
+    ).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     logprobs = logprobs_of(model, probe, precision)
     if not logprobs.isfinite().all():
         raise RunStopped(NOT_FINITE)
-    return Manifest(version, checksums, probe, logprobs.tolist(), TOLERANCE[precision], time.perf_counter() - started)
+    return Manifest(
+        version,
+        checksums,
+        probe,
+        logprobs.tolist(),
+        TOLERANCE[precision],
+        time.perf_counter() - started,
+    )
 
 
 def checksum(tensor):
     """An `int` that depends on every bit of a tensor and on the order of its elements (row by row).
 
-    The bytes, as rows of 1,024 integers, are summed along rows and columns on the tensor's own device; a CRC-32 is
-    taken of the sums and of the bytes left over. A changed element changes a row's sum and a column's; exchanged
-    elements change one of the two, and exchanged rows the order of the sums.
+    The bytes, as rows of 1,024 integers, are summed along rows and columns on the tensor's own
+    device; a CRC-32 is taken of the sums and of the bytes left over. A changed element changes a
+    row's sum and a column's; exchanged elements change one of the two, and exchanged rows the order
+    of the sums.
     """
     bytes_N = whole(tensor.detach()).contiguous().view(-1).view(torch.uint8)
     if bytes_N.data_ptr() % 8:
-        bytes_N = bytes_N.clone()  # eight of them can be read as an integer only where eight-byte words begin
+        bytes_N = (
+            bytes_N.clone()
+        )  # eight of them can be read as an integer only where eight-byte words begin
     end = len(bytes_N) // 8192 * 8192
     integers_RC = bytes_N[:end].view(torch.int64).view(-1, 1024)
     code = 0
@@ -66,7 +87,9 @@ def checksum(tensor):
 
 @torch.no_grad()
 def logprobs_of(model, sequences, precision):
-    """The trainer's log-probs, at temperature 1, of every token of the sequences but the first, concatenated."""
+    """The trainer's log-probs, at temperature 1, of every token of the sequences but the first,
+    concatenated.
+    """
     prompts, responses = [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
     zeros = [[0.0] * len(response) for response in responses]
     batch = types.SimpleNamespace(prompts=prompts, responses=responses, logprobs=zeros)
@@ -76,25 +99,36 @@ def logprobs_of(model, sequences, precision):
 
 @torch.no_grad()
 def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
-    """|log-prob of trainer − sampler| over the first few sequences of a `Batch`, whose weights `model` must hold."""
+    """|log-prob of trainer − sampler| over the first few sequences of a `Batch`, whose weights
+    `model` must hold.
+    """
     micro = collate(batch, range(min(num_sequences, len(batch.responses))), model.device)
     logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
     difference_N = (logprobs_BT - micro.sampler_logprobs_BT)[micro.mask_BT].double().abs()
-    return {"sampler_mismatch/mean": difference_N.mean().item(), "sampler_mismatch/max": difference_N.max().item()}
+    return {
+        "sampler_mismatch/mean": difference_N.mean().item(),
+        "sampler_mismatch/max": difference_N.max().item(),
+    }
 
 
 def deliver(sampler, tensors, manifest):
-    """Give `tensors`, a dict by parameter name, to the sampler and verify them; called in the sampler's process.
+    """Give `tensors`, a dict by parameter name, to the sampler and verify them; called in the
+    sampler's process.
 
-    Unless the tensors match the manifest and the sampler computes with them, raises `RunStopped`, which names the
-    version and, if known, the tensors. Returns metrics: seconds to describe, load and verify, and GB/s of loading.
+    Unless the tensors match the manifest and the sampler computes with them, raises `RunStopped`,
+    which names the version and, if known, the tensors. Returns metrics: seconds to describe, load
+    and verify, and GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
-    changed = [name for name, tensor in tensors.items() if checksum(tensor) != manifest.checksums.get(name)]
+    changed = [
+        name for name, tensor in tensors.items() if checksum(tensor) != manifest.checksums.get(name)
+    ]
     if missing or changed:
         which = _listed("missing", missing) + _listed("changed", changed) + "the rest arrived"
-        raise RunStopped(f"Weights of version {manifest.version} did not reach the sampler ({which}): use --resume.")
+        raise RunStopped(
+            f"Weights of version {manifest.version} did not reach the sampler ({which}): use --resume."
+        )
     checked = time.perf_counter()
     sampler.use_weights(tensors)
     loaded = time.perf_counter()
@@ -107,14 +141,19 @@ def deliver(sampler, tensors, manifest):
         "time/sync_describe": manifest.seconds,
         "time/sync_load": loaded - checked,
         "time/sync_verify": time.perf_counter() - loaded + checked - started,
-        "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values()) / 1e9 / (loaded - checked),
+        "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values())
+        / 1e9
+        / (loaded - checked),
     }
 
 
 def canary(sampler, model, precision):
-    """Sync perturbed weights, compare log-probs, sync the true ones back; `RunStopped` names what is stale."""
+    """Sync perturbed weights, compare log-probs, sync the true ones back; `RunStopped` names what
+    is stale.
+    """
     names = [name for name, _ in model.named_parameters()]
-    # Noise adds up over layers, until rounding looks like stale weights: 1.3 nats with 0.5 in SmolLM2-135M's 30 layers.
+    # Noise adds up over layers, until rounding looks like stale weights: 1.3 nats with 0.5 in
+    # SmolLM2-135M's 30 layers.
     strength = 0.7 * model.config.get_text_config().num_hidden_layers ** -0.5
 
     def follows(changed):
@@ -124,11 +163,17 @@ def canary(sampler, model, precision):
             return _gap(sampler, manifest) <= manifest.tolerance
 
     if not follows(names):
-        stale = [name for name in names if not follows([name])]  # one by one, only now, to name them
+        stale = [
+            name for name in names if not follows([name])
+        ]  # one by one, only now, to name them
         off = f"{_listed('not followed', stale)}tolerance {TOLERANCE[precision]:g} nats per token"
-        raise RunStopped(f"The sampler's log-probs do not follow its weights ({off}): use --engine transformers.")
+        raise RunStopped(
+            f"The sampler's log-probs do not follow its weights ({off}): use --engine transformers."
+        )
     if not follows([]):
-        raise RunStopped("After its start-up test the sampler kept changed weights: use --engine transformers.")
+        raise RunStopped(
+            "After its start-up test the sampler kept changed weights: use --engine transformers."
+        )
 
 
 def perturbed(model, names, strength=0.5):
@@ -137,20 +182,28 @@ def perturbed(model, names, strength=0.5):
 
     def noisy(before):
         noise = torch.randn(before.shape, generator=generator).to(before)
-        size = before.square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)  # some biases are 0
+        size = (
+            before.square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)
+        )  # some biases are 0
         return before + noise * strength * size
 
-    return parameters_from(model, ((name, noisy(whole(parameters[name].detach()))) for name in names))
+    return parameters_from(
+        model, ((name, noisy(whole(parameters[name].detach()))) for name in names)
+    )
 
 
 @contextmanager
 def parameters_from(model, values):
-    """Context in which parameters have other values: pairs of a name and a whole tensor, taken one by one."""
+    """Context in which parameters have other values: pairs of a name and a whole tensor, taken one
+    by one.
+    """
     parameters, saved = dict(model.named_parameters()), {}
     try:
         for name, value in values:
             saved[name] = parameters[name].detach().clone()
-            parameters[name].data.copy_(part_like(parameters[name], value.to(parameters[name].device)))
+            parameters[name].data.copy_(
+                part_like(parameters[name], value.to(parameters[name].device))
+            )
         yield
     finally:
         for name, own in saved.items():

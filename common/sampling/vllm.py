@@ -1,4 +1,6 @@
-"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that samples."""
+"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that
+samples.
+"""
 
 import os
 from contextlib import contextmanager
@@ -13,13 +15,15 @@ from common.models import load_model, location
 from common.sampling import Sampler, Samples
 from common.sampling.verify import canary
 
-# Environment of an engine's process on a CPU. Every sync frees all packed weights and allocates as many again; Linux
-# would take and zero these pages each time, which takes longer than filling them.
+# Environment of an engine's process on a CPU. Every sync frees all packed weights and allocates as
+# many again; Linux would take and zero these pages each time, which takes longer than filling them.
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
 def make_vllm_sampler(model, revision, threads, *options, beside=None):
-    """A `VllmSampler` that `verify.canary` has tested; `BadInput` if it cannot start, `RunStopped` if it fails."""
+    """A `VllmSampler` that `verify.canary` has tested; `BadInput` if it cannot start, `RunStopped`
+    if it fails.
+    """
     use_threads(threads)  # vLLM uses the thread count that PyTorch has at this point
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
     if beside is None:
@@ -30,8 +34,12 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None):
 
 
 def share_of_gpu(free, total, parameter_bytes):
-    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer, else `BadInput`."""
-    needed = 3 * parameter_bytes + 2**30  # still to come: gradients, AdamW's two moments; libraries and probes
+    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer,
+    else `BadInput`.
+    """
+    needed = (
+        3 * parameter_bytes + 2**30
+    )  # still to come: gradients, AdamW's two moments; libraries and probes
     if free <= needed:
         sizes = f"{free / 2**30:.1f} GiB of the GPU free, and the trainer will need {needed / 2**30:.1f} GiB more"
         raise BadInput(f"--engine vllm finds {sizes}: give a smaller model or --no-reference-kl.")
@@ -41,31 +49,55 @@ def share_of_gpu(free, total, parameter_bytes):
 class VllmSampler(Sampler):
     """Continuous batching by an in-process vLLM engine.
 
-    `model`, a directory or a name on the hub, and `revision` there, or "", give architecture and first weights.
-    `eos_ids`, `max_tokens` and `temperature` are as in `TransformersSampler`; `precision`, "float32" or "bfloat16", is
-    that of weights, cache and products. The engine reserves room for `longest_prompt` and `max_tokens` tokens per
-    sequence. `beside` is the trainer's model if it computes in this process; on a GPU the engine then takes what memory
-    it leaves, and can `sleep`. Raises `BadInput` where the engine cannot start, later `RunStopped` where it fails.
+    `model`, a directory or a name on the hub, and `revision` there, or "", give architecture and
+    first weights. `eos_ids`, `max_tokens` and `temperature` are as in `TransformersSampler`;
+    `precision`, "float32" or "bfloat16", is that of weights, cache and products. The engine
+    reserves room for `longest_prompt` and `max_tokens` tokens per sequence. `beside` is the
+    trainer's model if it computes in this process; on a GPU the engine then takes what memory it
+    leaves, and can `sleep`. Raises `BadInput` where the engine cannot start, later `RunStopped`
+    where it fails.
     """
 
-    def __init__(self, model, revision, eos_ids, max_tokens, temperature, precision, longest_prompt, beside=None):
+    def __init__(
+        self,
+        model,
+        revision,
+        eos_ids,
+        max_tokens,
+        temperature,
+        precision,
+        longest_prompt,
+        beside=None,
+    ):
         self.eos_ids, self.max_tokens = set(eos_ids), max_tokens
         self.temperature, self.precision = temperature, precision
         self.can_sleep, self.asleep = beside is not None and beside.device.type == "cuda", False
         self.room = max(longest_prompt + max_tokens, 64)  # `verify`'s probe needs some in any case
-        self.heartbeat = torch.zeros(1, dtype=torch.int64)  # one up per engine step and per tensor loaded
+        self.heartbeat = torch.zeros(
+            1, dtype=torch.int64
+        )  # one up per engine step and per tensor loaded
 
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: weights need not be pickled
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB of keys and values, else most of the memory
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
+            "0"  # the engine in this process: weights need not be pickled
+        )
+        os.environ.setdefault(
+            "VLLM_CPU_KVCACHE_SPACE", "1"
+        )  # GiB of keys and values, else most of the memory
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine unasked
         sharing = {}
         if self.can_sleep:
             torch.cuda.empty_cache()
-            held = [p.to_local() if isinstance(p, DTensor) else p for p in beside.parameters()]  # of shards, the rank's
-            share = share_of_gpu(*torch.cuda.mem_get_info(beside.device), sum(part.nbytes for part in held))
+            held = [
+                p.to_local() if isinstance(p, DTensor) else p for p in beside.parameters()
+            ]  # of shards, the rank's
+            share = share_of_gpu(
+                *torch.cuda.mem_get_info(beside.device), sum(part.nbytes for part in held)
+            )
             sharing = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
-        if beside is not None and size() > 1:  # several engines, one per rank, that share the ranks' process group
+        if (
+            beside is not None and size() > 1
+        ):  # several engines, one per rank, that share the ranks' process group
             sharing["distributed_executor_backend"] = "external_launcher"
         try:
             from vllm import LLM
@@ -78,30 +110,40 @@ class VllmSampler(Sampler):
                 dtype=precision,
                 max_model_len=self.room,
                 use_tqdm_on_load=False,
-                generation_config="vllm",  # not the checkpoint's, which may switch on top-p or penalties
+                # not the checkpoint's, which may switch on top-p or penalties
+                generation_config="vllm",
                 logprobs_mode="processed_logprobs",  # after the temperature
-                async_scheduling=False,  # (no CPU engine does) no step is under way when its weights are exchanged
-                enforce_eager=current_platform.is_cpu(),  # compiling costs 30 s there, and saves a tenth
-                # Where a step ends within a prompt, a request's random generator is turned back, which a CPU's cannot.
+                # (no CPU engine does) no step is under way when its weights are exchanged
+                async_scheduling=False,
+                # compiling costs 30 s there, and saves a tenth
+                enforce_eager=current_platform.is_cpu(),
+                # Where a step ends within a prompt, a request's random generator is turned back,
+                # which a CPU's cannot.
                 enable_chunked_prefill=not current_platform.is_cpu(),
                 **sharing,
             )
             self.score([[0, 0]])  # some failures show only with the first request
         except Exception as error:  # as varied as models, memories and machines
             how = "give one that vLLM supports and that fits (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out"
-            raise BadInput(f"--engine vllm cannot start with this model ({_reason(error)}): {how}.") from error
+            raise BadInput(
+                f"--engine vllm cannot start with this model ({_reason(error)}): {how}."
+            ) from error
 
     def sample(self, prompts, group_size, seeds):
         (samples,) = self.sample_many([(prompts, seeds)], group_size)
         return samples
 
     def greedy(self, prompts):
-        """As in `Sampler`, but log-probs are at temperature 1: vLLM's greedy decoding reports no others."""
+        """As in `Sampler`, but log-probs are at temperature 1: vLLM's greedy decoding reports no
+        others.
+        """
         outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
         return self._samples([outputs[p] for p in range(len(prompts))])
 
     def sample_many(self, requests, group_size):
-        """All requests at once: the engine fills the tail of one batch with the next. To be read to the end."""
+        """All requests at once: the engine fills the tail of one batch with the next. To be read to
+        the end.
+        """
         everything, parts = [], []  # parts: the places of each request in everything
         for prompts, seeds in requests:
             parts.append(range(len(everything), len(everything) + len(prompts)))
@@ -114,15 +156,21 @@ class VllmSampler(Sampler):
                 yield self._samples([done.pop(i) for i in parts.pop(0)])
 
     def score(self, sequences):
-        """Log-probs, at temperature 1, of every token of each sequence but the first: a list of lists."""
+        """Log-probs, at temperature 1, of every token of each sequence but the first: a list of
+        lists.
+        """
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False)
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, flat_logprobs=True, detokenize=False
+        )
         outputs = dict(self._run([(sequence, params) for sequence in sequences]))
         return [list(outputs[i].prompt_logprobs.logprobs) for i in range(len(sequences))]
 
     def use_weights(self, tensors):
-        """Copy new weights, by parameter name, and forget what was computed with old ones; wakes a sleeping engine."""
+        """Copy new weights, by parameter name, and forget what was computed with old ones; wakes a
+        sleeping engine.
+        """
 
         def stream():
             for name, tensor in tensors.items():
@@ -131,8 +179,11 @@ class VllmSampler(Sampler):
 
         unread = stream()
         with _or_stop("did not take new weights"):
-            if self.asleep:  # weights first: room for keys and values only when loading has freed its own
-                torch.cuda.empty_cache()  # PyTorch keeps memory of freed tensors, which the engine cannot have
+            if (
+                self.asleep
+            ):  # weights first: room for keys and values only when loading has freed its own
+                # PyTorch keeps memory of freed tensors, which the engine cannot have
+                torch.cuda.empty_cache()
                 self.llm.wake_up(["weights"])
             heads = self.llm.apply_model(_packed_head)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
@@ -141,12 +192,18 @@ class VllmSampler(Sampler):
                 self.llm.wake_up(["kv_cache"])
         self.asleep = False
         if left := [name for name, _ in unread]:
-            raise RunStopped(f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine.")
+            raise RunStopped(
+                f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine."
+            )
         if not self.llm.reset_prefix_cache():
-            raise RunStopped("The vLLM engine could not forget keys and values of old weights: requests are running.")
+            raise RunStopped(
+                "The vLLM engine could not forget keys and values of old weights: requests are running."
+            )
 
     def sleep(self):
-        """Discards weights, keys and values, without a backup: `use_weights` must come before anything else."""
+        """Discards weights, keys and values, without a backup: `use_weights` must come before
+        anything else.
+        """
         if self.can_sleep:
             with _or_stop("did not fall asleep"):
                 self.llm.sleep(level=2)
@@ -161,7 +218,9 @@ class VllmSampler(Sampler):
             temperature=temperature,
             seed=seed,  # the group's i-th response gets seed + i
             max_tokens=self.max_tokens,
-            stop_token_ids=[i for i in sorted(self.eos_ids) if i < vocab_size],  # vLLM refuses unknown ids
+            stop_token_ids=[
+                i for i in sorted(self.eos_ids) if i < vocab_size
+            ],  # vLLM refuses unknown ids
             ignore_eos=True,  # the ids above are all there are
             logprobs=0,  # of the sampled token, and of no others: a flat list of them
             flat_logprobs=True,
@@ -170,11 +229,15 @@ class VllmSampler(Sampler):
         )
 
     def _run(self, requests):
-        """Put (prompt, parameters) into the engine; yields (position in `requests`, output), the first done first."""
+        """Put (prompt, parameters) into the engine; yields (position in `requests`, output), the
+        first done first.
+        """
         engine = self.llm.llm_engine
         with _or_stop("refused a prompt"):
             for number, (prompt, params) in enumerate(requests):
-                if len(prompt) + params.max_tokens > self.room:  # vLLM would cut the response short without a word
+                if (
+                    len(prompt) + params.max_tokens > self.room
+                ):  # vLLM would cut the response short without a word
                     raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
                 engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
         with progress(None, "prompts answered", len(requests)) as bar:
@@ -188,17 +251,23 @@ class VllmSampler(Sampler):
 
     def _samples(self, outputs):
         """`Samples` of one batch from the engine's outputs, one per prompt."""
-        sampled = [one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)]
+        sampled = [
+            one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)
+        ]
         responses = [list(one.token_ids) for one in sampled]
         logprobs = [list(one.logprobs.logprobs) for one in sampled]
-        return Samples(responses, logprobs, [response[-1] not in self.eos_ids for response in responses])
+        return Samples(
+            responses, logprobs, [response[-1] not in self.eos_ids for response in responses]
+        )
 
 
 def _packed_head(model):
-    """The packed copy of the output head's weights that vLLM computes with on a CPU, made after loading; else None.
+    """The packed copy of the output head's weights that vLLM computes with on a CPU, made after
+    loading; else None.
 
-    A head tied to the embeddings owns no weights, so that reloading passes it over, and its packed copy silently stays
-    the old one. So the head is packed again wherever a reload has left the very same copy in place.
+    A head tied to the embeddings owns no weights, so that reloading passes it over, and its packed
+    copy silently stays the old one. So the head is packed again wherever a reload has left the very
+    same copy in place.
     """
     return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
 
@@ -214,11 +283,15 @@ def _or_stop(what):
     try:
         yield
     except Exception as error:
-        raise RunStopped(f"The vLLM engine {what} ({_reason(error)}): continue with --resume.") from error
+        raise RunStopped(
+            f"The vLLM engine {what} ({_reason(error)}): continue with --resume."
+        ) from error
 
 
 def _reason(error):
-    """The first cause, shortened: vLLM wraps exceptions several times, and quotes whole configurations."""
+    """The first cause, shortened: vLLM wraps exceptions several times, and quotes whole
+    configurations.
+    """
     while cause := error.__cause__ or error.__context__:
         error = cause
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

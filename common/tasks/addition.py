@@ -9,13 +9,17 @@ from common.tasks import Task
 
 
 class Addition(Task):
-    """Chained additions: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."; the reward is 1 for a right end, else 0."""
+    """Chained additions: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."; the reward is 1 for a
+    right end, else 0.
+    """
 
     def __init__(self, data="", eval_data="", eval_size=256):
         super().__init__(data, eval_data, eval_size)
         if data or eval_data:
             option = f"--data {data}" if data else f"--eval-data {eval_data}"
-            raise BadInput(f"{option}: the task addition makes its own problems; give --task gsm8k, or leave it out.")
+            raise BadInput(
+                f"{option}: the task addition makes its own problems; give --task gsm8k, or leave it out."
+            )
 
     def problems(self, split):
         wanted = {"train": 8192, "eval": self.eval_size}[split]
@@ -28,7 +32,9 @@ class Addition(Task):
         return list(found.values())
 
     def reward(self, problem, response):
-        last_word = re.search(r"answer 0*(\d+)\.\Z", response)  # one that goes on rambling has not answered yet
+        last_word = re.search(
+            r"answer 0*(\d+)\.\Z", response
+        )  # one that goes on rambling has not answered yet
         return float(last_word is not None and last_word.group(1) == str(problem["answer"]))
 
 
@@ -39,5 +45,7 @@ def addition_problem(rng):
 
 
 def is_held_out(prompt):
-    """Whether a problem belongs to the held-out set: one in eight, never seen by warm start or training."""
+    """Whether a problem belongs to the held-out set: one in eight, never seen by warm start or
+    training.
+    """
     return zlib.crc32(prompt.encode()) % 8 == 0

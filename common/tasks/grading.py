@@ -18,7 +18,9 @@ import time
 import unicodedata
 from contextlib import suppress
 
-LONGEST_PART = 500  # characters; longer is no final answer, and math-verify may take seconds to parse it
+LONGEST_PART = (
+    500  # characters; longer is no final answer, and math-verify may take seconds to parse it
+)
 MEMORY_LIMIT = 1 << 30  # bytes of address space; an ordinary worker uses 70 MB
 START_SECONDS = 60.0  # for importing math-verify, which a cold network file system can make slow
 
@@ -45,9 +47,9 @@ def graded_part(response):
 class MathGrader:
     """Grades batches of answers; usable from any thread, one batch at a time.
 
-    The worker starts with the first batch that needs it, and leaves when this process ends. `seconds_per_answer` is CPU
-    time, so that a busy machine changes no grade, `seconds_per_batch` wall-clock time. `timeouts` counts the answers
-    graded wrong so far because either ran out.
+    The worker starts with the first batch that needs it, and leaves when this process ends.
+    `seconds_per_answer` is CPU time, so that a busy machine changes no grade, `seconds_per_batch`
+    wall-clock time. `timeouts` counts the answers graded wrong so far because either ran out.
     """
 
     def __init__(self, seconds_per_answer=1.0, seconds_per_batch=30.0):
@@ -55,14 +57,22 @@ class MathGrader:
         self.timeouts, self._worker, self._lock = 0, None, threading.Lock()
 
     def grade(self, golds, responses):
-        """Whether the graded part of each response equals its gold answer: bools. RuntimeError if no worker starts."""
+        """Whether the graded part of each response equals its gold answer: bools. RuntimeError if
+        no worker starts.
+        """
         pairs = list(zip(golds, map(graded_part, responses), strict=True))
         # Responses to one prompt often agree, so each distinct pair is graded once.
-        distinct = [(gold, part) for gold, part in dict.fromkeys(pairs) if part and len(part) <= LONGEST_PART]
+        distinct = [
+            (gold, part)
+            for gold, part in dict.fromkeys(pairs)
+            if part and len(part) <= LONGEST_PART
+        ]
         with self._lock:
             try:
                 verdicts = dict(zip(distinct, self._verdicts(distinct), strict=True))
-            except BaseException:  # Ctrl-C, say: verdicts under way must not be taken for the next batch's
+            except (
+                BaseException
+            ):  # Ctrl-C, say: verdicts under way must not be taken for the next batch's
                 self.close()
                 raise
             self.timeouts += sum(verdicts.get(pair) == OUT_OF_TIME for pair in pairs)
@@ -89,13 +99,17 @@ class MathGrader:
             self.close()
             if time.monotonic() >= deadline:
                 verdicts = verdicts.ljust(len(pairs), OUT_OF_TIME)
-            elif died_at == len(verdicts):  # the worker has died twice at this answer, whatever killed it
+            elif died_at == len(
+                verdicts
+            ):  # the worker has died twice at this answer, whatever killed it
                 verdicts += WRONG
             died_at = len(verdicts)
         return verdicts
 
     def _ask(self, message, deadline):
-        """Send the worker a message; return the line it replies, without a newline if it dies or is late."""
+        """Send the worker a message; return the line it replies, without a newline if it dies or is
+        late.
+        """
         timer = threading.Timer(max(0.0, deadline - time.monotonic()), _kill, [self._worker])
         timer.daemon = True
         timer.start()
@@ -108,33 +122,49 @@ class MathGrader:
             timer.cancel()
 
     def _start(self):
-        # -P keeps this folder off the import path: a neighbour named like a module of sympy's would hide it.
+        # -P keeps this folder off the import path: a neighbour named like a module of sympy's would
+        # hide it.
         command = [sys.executable, "-P", os.path.abspath(__file__), str(self.seconds_per_answer)]
         pipe = subprocess.PIPE
-        self._worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, process_group=0)
+        self._worker = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, process_group=0
+        )
         if self._ask("", time.monotonic() + START_SECONDS) != "ready\n":
             self.close()
-            raise RuntimeError("the grading worker did not start: pip install 'math-verify[antlr4_13_2]'.")
+            raise RuntimeError(
+                "the grading worker did not start: pip install 'math-verify[antlr4_13_2]'."
+            )
 
 
 def _kill(worker):
     with suppress(ProcessLookupError):
-        os.killpg(worker.pid, signal.SIGKILL)  # its child, too: the worker leads a process group of its own
+        os.killpg(
+            worker.pid, signal.SIGKILL
+        )  # its child, too: the worker leads a process group of its own
 
 
 # ---- What follows runs in the worker and its children only. ----
 
 
 def _serve(seconds_per_answer):
-    """Answer each line of stdin, a JSON list of pairs (gold, part), by a line of verdicts up to the first timeout."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the parent decides what they mean
+    """Answer each line of stdin, a JSON list of pairs (gold, part), by a line of verdicts up to the
+    first timeout.
+    """
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # the parent decides what they mean
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # the timer's: death, even in the middle of a big-integer operation
+    signal.signal(
+        signal.SIGPROF, signal.SIG_DFL
+    )  # the timer's: death, even in the middle of a big-integer operation
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     replies = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for a verdict
-    # Children inherit what the parser has learnt by now. And a library that is there but does not work (its
-    # ANTLR runtime is an optional dependency, without which it finds every answer wrong) must not look ready.
+    # Children inherit what the parser has learnt by now. And a library that is there but does not
+    # work (its ANTLR runtime is an optional dependency, without which it finds every answer wrong)
+    # must not look ready.
     for part in ["18", "x = 18", r"\frac{36}{2}", "18.0", r"2 \cdot (10 - 1)", "3^{2} + 9", "{18}"]:
         assert _equal("18", part), f"math-verify finds that {part} is not 18"
     os.write(replies, b"ready\n")
@@ -154,13 +184,18 @@ def _serve(seconds_per_answer):
 
 
 def _equal(gold, part):
-    with suppress(Exception):  # MemoryError, RecursionError and the like: what cannot be read is wrong
+    with suppress(
+        Exception
+    ):  # MemoryError, RecursionError and the like: what cannot be read is wrong
         gold, part = _tidy(gold), _tidy(part)
         bases = [re.findall(r"(?<=\d)_\{?(\d+)", text) for text in (gold, part)]
         if bases[1] not in ([], bases[0]):  # 11_2: 11
             return False
         whole = [text.removesuffix("%") for text in (gold, part)]  # 18% may mean 18 or 0.18
-        hundredth = [f"({text[:-1].split('=')[-1]})/100" if text.endswith("%") else text for text in (gold, part)]
+        hundredth = [
+            f"({text[:-1].split('=')[-1]})/100" if text.endswith("%") else text
+            for text in (gold, part)
+        ]
         return _same(*whole) or (whole != hundredth and _same(*hundredth))
     return False
 
@@ -169,15 +204,22 @@ def _same(gold, part):
     from math_verify import LatexExtractionConfig, parse, verify
 
     def read(text):
-        # LaTeX only: math-verify's other reader picks a number out of any text, as 18 out of "18 million", "18!"
-        # and "17, no, 18". Its time limits are off: the timer above replaces them.
-        return parse(f"${text}$", [LatexExtractionConfig(boxed_match_priority=-1)], parsing_timeout=None)
+        # LaTeX only: math-verify's other reader picks a number out of any text, as 18 out of "18
+        # million", "18!" and "17, no, 18". Its time limits are off: the timer above replaces them.
+        return parse(
+            f"${text}$", [LatexExtractionConfig(boxed_match_priority=-1)], parsing_timeout=None
+        )
 
     def equal(values, others):
         if not verify(values, others, timeout_seconds=None):
             return False
-        a, b = values[0], others[0]  # math-verify compares six decimals, in which 1e-7 and 2e-7 are the same
-        return not (is_number(values) and is_number(others)) or bool(a == b or abs(a - b) <= 1e-5 * abs(a))
+        a, b = (
+            values[0],
+            others[0],
+        )  # math-verify compares six decimals, in which 1e-7 and 2e-7 are the same
+        return not (is_number(values) and is_number(others)) or bool(
+            a == b or abs(a - b) <= 1e-5 * abs(a)
+        )
 
     def is_number(values):
         return bool(values) and getattr(values[0], "is_number", False)
@@ -191,27 +233,42 @@ def _same(gold, part):
 def _tidy(text):
     """Rewrite what math-verify 0.9 misreads. A comment "x: y" means that it would read x as y."""
 
-    def repeating(match):  # 0.1\overline{6}: 0.16. Digits before the point, after it, and repeated: abc − ab over 9…0….
+    def repeating(
+        match,
+        # 0.1\overline{6}: 0.16. Digits before the point, after it, and repeated: abc − ab over
+        # 9…0….
+    ):
         a, b, c = match.groups()
         return rf"\frac{{{int(a + b + c) - int(a + b)}}}{{{10 ** len(b) * (10 ** len(c) - 1)}}}"
 
     text = re.sub(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", "", text)  # €18 and \[18\]: nothing
     text = re.sub(r"°|\^ ?\{?\\circ\}?", " ", text)  # 18°: nothing
-    text = re.sub(r"\\(?:(?:text|math|mbox|bold)\w*|bm)\s*\{([^{}]*)\}", r" \1 ", text)  # 18\text{ thousand}: 18
-    text = re.sub(r"(?<!\\)\\[,;:! ]|[~\s]+", " ", text).strip("* ").rstrip(".,;:")  # **18** and 18,: nothing
+    text = re.sub(
+        r"\\(?:(?:text|math|mbox|bold)\w*|bm)\s*\{([^{}]*)\}", r" \1 ", text
+    )  # 18\text{ thousand}: 18
+    text = (
+        re.sub(r"(?<!\\)\\[,;:! ]|[~\s]+", " ", text).strip("* ").rstrip(".,;:")
+    )  # **18** and 18,: nothing
     text = re.sub(r"([\d)}]|\\pi) *(?:\\approx|≈).*", r"\1", text)  # 10\pi \approx 31.4: also 31.4
     text = re.sub(r"\\approx|≈", "=", text).lstrip("= ")  # \approx 18: nothing
     text = re.sub(r"(^|= *)[–—]", r"\1-", text)  # –18: nothing
     text = re.sub(r"\\?%| (?:percent|pct)$", "%", text)
-    text = re.sub(r"[¼-¾⅐-⅞]", lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"), text)
-    text = re.sub(r"(?<![\d.,/])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)", text).strip()  # 4 1/2: 5/2
+    text = re.sub(
+        r"[¼-¾⅐-⅞]",
+        lambda match: " " + unicodedata.normalize("NFKC", match[0]).replace("⁄", "/"),
+        text,
+    )
+    text = re.sub(
+        r"(?<![\d.,/])(\d+) +(\d+)/(\d+)(?![\d.])", r"(\1+\2/\3)", text
+    ).strip()  # 4 1/2: 5/2
     text = re.sub(r"(\d+)\.(\d*)\\overline\{(\d+)\}", repeating, text)
     text = re.sub(r"(?<=\d)(?:\{,\}|[, ])+(?=\d{3}(?!\d))", "", text)  # 1\,800: 1 + 800
     text = re.sub(r"(?<=\d) +(?=\d)", ",", text)  # 10 8: 10 + 8; with a comma, a list
     text = re.sub(r"(?<=\d)[eE]([+-]?\d+)(?= |$)", r"\\cdot 10^{\1}", text)  # 1e6: Euler's number
     for word, power in (("thousand", 3), ("million", 6), ("billion", 9), ("trillion", 12)):
         text = re.sub(rf"(?i)(?<=[\d)}}]) *{word}s?\b", rf"\\cdot 10^{{{power}}}", text)
-    # 18 dollars: 18·d·o·l·l·a·r·s. A unit after a number goes, unless it has words that change the value.
+    # 18 dollars: 18·d·o·l·l·a·r·s. A unit after a number goes, unless it has words that change the
+    # value.
     value = (
         "and|or|plus|minus|times|point|pi|squared|cubed|doubled|tripled|halved|dozen|hundred|half|halves|third|quarter|"
         "(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million)th|am|pm"

@@ -10,17 +10,18 @@ from common.tasks.grading import LONGEST_PART, MathGrader
 from common.tasks.rows import read_rows
 
 GSM8K_SAMPLE = Path(__file__).parent.parent / "data" / "gsm8k_sample.jsonl"
-INSTRUCTION = (  # in the user's message: some chat templates refuse system messages, and small models pass over them
-    "Solve the problem. Work step by step, write your working out, and put the final number, alone, in \\boxed{}.\n\n"
-)
+# in the user's message: some chat templates refuse system messages, and small models pass over them
+INSTRUCTION = "Solve the problem. Work step by step, write your working out, and put the final number, alone, in \\boxed{}.\n\n"
 
 
 class GSM8K(Task):
-    """Grade-school word problems (Cobbe et al., arXiv 2110.14168), answered in free form, graded by math-verify.
+    """Grade-school word problems (Cobbe et al., arXiv 2110.14168), answered in free form, graded by
+    math-verify.
 
-    `data` has columns `question` and `answer`, whose last line is `#### <number>`; see `read_rows`. Held out are
-    `eval_data`, else the dataset's test split, else the last `eval_size` rows of `data` (of the sample: at most 64).
-    The reward is 1 for a right answer and 0 otherwise. `format` (did the response box its answer?) is logged only.
+    `data` has columns `question` and `answer`, whose last line is `#### <number>`; see `read_rows`.
+    Held out are `eval_data`, else the dataset's test split, else the last `eval_size` rows of
+    `data` (of the sample: at most 64). The reward is 1 for a right answer and 0 otherwise. `format`
+    (did the response box its answer?) is logged only.
     """
 
     def __init__(self, data="", eval_data="", eval_size=256):
@@ -32,18 +33,30 @@ class GSM8K(Task):
             rows, test_split = _read(eval_data, "--eval-data")
             test, source = test_split or rows, f"--eval-data {eval_data}"
         elif not data and eval_size > 64:
-            print(f"Of the sample's {len(train)} rows, 64 are held out, not {eval_size}.", file=sys.stderr)
+            print(
+                f"Of the sample's {len(train)} rows, 64 are held out, not {eval_size}.",
+                file=sys.stderr,
+            )
             eval_size = 64
         if not test:
             first = max(1, len(train) - eval_size)
-            train, test, source = train[:first], train[first:], f"--data {data} that training can spare"
+            train, test, source = (
+                train[:first],
+                train[first:],
+                f"--data {data} that training can spare",
+            )
         if len(test) < eval_size:
-            raise BadInput(f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: lower it.")
+            raise BadInput(
+                f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: lower it."
+            )
         self.rows = {"train": train, "eval": test[:eval_size]}
 
     def problems(self, split):
         return [
-            {"prompt": [{"role": "user", "content": INSTRUCTION + row["question"]}], "answer": _final_answer(row)}
+            {
+                "prompt": [{"role": "user", "content": INSTRUCTION + row["question"]}],
+                "answer": _final_answer(row),
+            }
             for row in self.rows[split]
         ]
 
@@ -55,7 +68,8 @@ class GSM8K(Task):
                 "reward": float(right),
                 "accuracy": float(right),
                 "format": float("\\boxed{" in response),
-                "grade/timeouts": self.grader.timeouts - before,  # of the whole batch; these answers count as wrong
+                "grade/timeouts": self.grader.timeouts
+                - before,  # of the whole batch; these answers count as wrong
             }
             for right, response in zip(correct, responses, strict=True)
         ]
@@ -66,10 +80,14 @@ def _read(source, option):
     for rows in splits:
         for number, row in enumerate(rows, start=1):
             gold = _final_answer(row)
-            prose = re.match(r"[A-Za-z]+(:| [A-Za-z]+ ).*\d", gold)  # no response would match "The answer is 4"
+            prose = re.match(
+                r"[A-Za-z]+(:| [A-Za-z]+ ).*\d", gold
+            )  # no response would match "The answer is 4"
             if prose or not 0 < len(gold) <= LONGEST_PART:
                 what = f"{option} {source}, row {number}: {gold[:100]!r}"
-                raise BadInput(f"{what} is no final answer: give a number or formula, after #### if there is more.")
+                raise BadInput(
+                    f"{what} is no final answer: give a number or formula, after #### if there is more."
+                )
     return splits
 
 

@@ -1,4 +1,6 @@
-"""Rows of data from a JSON, JSONL or Parquet file, a directory, or a dataset of the Hugging Face hub."""
+"""Rows of data from a JSON, JSONL or Parquet file, a directory, or a dataset of the Hugging Face
+hub.
+"""
 
 import glob
 import json
@@ -12,47 +14,59 @@ from common.commandline import BadInput
 def read_rows(source, option, columns):
     """Read rows that have a non-empty string in each of `columns`; numbers are turned into strings.
 
-    `source` is a JSONL, JSON (one array) or Parquet file, or a directory or hub name that `load_dataset` accepts, with
-    a configuration after a colon ("openai/gsm8k:main"). Returns `(rows, test_rows)`, lists of dicts; the latter are of
-    the split called "test", if there is one. Raises `BadInput`, which names `option` and a malformed row.
+    `source` is a JSONL, JSON (one array) or Parquet file, or a directory or hub name that
+    `load_dataset` accepts, with a configuration after a colon ("openai/gsm8k:main"). Returns
+    `(rows, test_rows)`, lists of dicts; the latter are of the split called "test", if there is one.
+    Raises `BadInput`, which names `option` and a malformed row.
     """
     if source.endswith((".jsonl", ".json", ".parquet")) and not os.path.exists(source):
-        raise BadInput(f"{option} {source}: there is no such file; give an existing .jsonl or .parquet file.")
+        raise BadInput(
+            f"{option} {source}: there is no such file; give an existing .jsonl or .parquet file."
+        )
     try:
         splits = _load(source)
-    except Exception as error:  # what `datasets` raises is as varied as the ways to fail: no network, no such name, …
+    except Exception as error:
+        # what `datasets` raises is as varied as the ways to fail: no network, no such name, …
         reason = " ".join(str(e) for e in (error, error.__cause__) if e) or "the file is empty"
         how = "give a .jsonl or .parquet file, or a hub dataset, as in openai/gsm8k:main"
         raise BadInput(f"{option} {source} cannot be loaded ({reason[:300]}): {how}.") from error
     rows, test_rows = (list(splits.get(name, [])) for name in ("train", "test"))
     if not rows:
-        raise BadInput(f"{option} {source} has no rows in a split called train; its splits: {', '.join(splits)}.")
+        raise BadInput(
+            f"{option} {source} has no rows in a split called train; its splits: {', '.join(splits)}."
+        )
     for number, row in [*enumerate(rows, start=1), *enumerate(test_rows, start=1)]:
         for column in columns:
             value = row.get(column) if isinstance(row, dict) else None
             if type(value) in (int, float):
                 row[column] = value = str(value)
             if not isinstance(value, str) or not value.strip():
-                raise BadInput(f"{option} {source}, row {number} has no text in {column!r}: every row needs some.")
+                raise BadInput(
+                    f"{option} {source}, row {number} has no text in {column!r}: every row needs some."
+                )
     return rows, test_rows
 
 
 def _load(source):
     """The rows of each split."""
     if os.path.isfile(source) and not source.endswith(".parquet"):
-        # By hand: pyarrow turns dates into timestamps, reports no row numbers, and crashes on null lines.
+        # By hand: pyarrow turns dates into timestamps, reports no row numbers, and crashes on null
+        # lines.
         return {"train": _json_rows(Path(source).read_text(encoding="utf-8-sig"))}
     import datasets  # takes over a second, and few runs need it
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the exceptions say it all
-    # Local data is read afresh, in memory: a cache mistakes an edited file for the old one if size and time agree.
+    # Local data is read afresh, in memory: a cache mistakes an edited file for the old one if size
+    # and time agree.
     with tempfile.TemporaryDirectory() as cache:
         local = {"cache_dir": cache, "keep_in_memory": True}
         if os.path.isfile(source):
             return {"train": datasets.Dataset.from_parquet(glob.escape(source), **local)}
         name, _, configuration = source.partition(":")
-        return datasets.load_dataset(name, configuration or None, **(local if os.path.isdir(name) else {}))
+        return datasets.load_dataset(
+            name, configuration or None, **(local if os.path.isdir(name) else {})
+        )
 
 
 def _json_rows(text):

@@ -1,4 +1,6 @@
-"""`benchmarks/evaluate.py`: its statistics against enumeration, numbers by hand and simulation; real evaluations."""
+"""`benchmarks/evaluate.py`: its statistics against enumeration, numbers by hand and simulation;
+real evaluations.
+"""
 
 import itertools
 import json
@@ -18,7 +20,8 @@ from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
 from common.tasks import load_task
 
-# The bundled model does the sums, but does not stop: this task is content with that, and reports something more.
+# The bundled model does the sums, but does not stop: this task is content with that, and reports
+# something more.
 LENIENT = """
 from common.tasks.addition import Addition
 
@@ -37,12 +40,19 @@ class Lenient(Addition):
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_response(n):
     for right, k in itertools.product(range(n + 1), range(1, n + 1)):
         subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
-        assert evaluate.pass_at_k(n, right, k) == pytest.approx(np.mean([any(subset) for subset in subsets]), abs=1e-12)
+        assert evaluate.pass_at_k(n, right, k) == pytest.approx(
+            np.mean([any(subset) for subset in subsets]), abs=1e-12
+        )
 
 
 @pytest.mark.parametrize(
     ("right", "total", "low", "high"),
-    [(0, 10, 0.0, 0.277533), (10, 10, 0.722467, 1.0), (5, 10, 0.236593, 0.763407), (1, 4, 0.045587, 0.699358)],
+    [
+        (0, 10, 0.0, 0.277533),
+        (10, 10, 0.722467, 1.0),
+        (5, 10, 0.236593, 0.763407),
+        (1, 4, 0.045587, 0.699358),
+    ],
 )
 def test_wilsons_interval_is_as_by_hand(right, total, low, high):
     assert wilson(right, total) == pytest.approx((low, high), abs=1e-6)
@@ -50,7 +60,9 @@ def test_wilsons_interval_is_as_by_hand(right, total, low, high):
 
 def test_intervals_of_means_are_as_by_hand():
     # 16 zeros, with 0, 0, 1, 1: mean 0.1, variance 0.1 − 0.01, 20 values
-    assert mean_interval([0] * 16, OF_SHARES) == pytest.approx((0, 0.1 + 1.959964 * 0.3 / math.sqrt(20)))
+    assert mean_interval([0] * 16, OF_SHARES) == pytest.approx(
+        (0, 0.1 + 1.959964 * 0.3 / math.sqrt(20))
+    )
     # 14 ones, with −1 and 1: mean 14 / 16, variance 1 − (14 / 16)²
     low = 0.875 - 1.959964 * math.sqrt(1 - 0.875**2) / 4
     assert mean_interval([1] * 14, OF_DIFFERENCES) == pytest.approx((low, 1.0))
@@ -58,7 +70,10 @@ def test_intervals_of_means_are_as_by_hand():
 
 def test_intervals_of_zeros_and_ones_contain_wilsons():
     for right in range(31):
-        (low, high), inner = mean_interval([1] * right + [0] * (30 - right), OF_SHARES), wilson(right, 30)
+        (low, high), inner = (
+            mean_interval([1] * right + [0] * (30 - right), OF_SHARES),
+            wilson(right, 30),
+        )
         assert low - 1e-3 < inner[0] and inner[1] < high + 1e-3  # but for 2 in place of 1.96² / 2
         assert high - low < 1.25 * (inner[1] - inner[0])
 
@@ -78,7 +93,9 @@ def test_wilsons_interval_covers_the_truth(share, prompts):
 @pytest.mark.parametrize("prompts", [16, 200])
 @pytest.mark.parametrize("a, b", [(0.02, 0.98), (0.1, 0.9), (0.3, 0.3), (5, 0.2), (50, 50)])
 def test_intervals_of_pass_at_k_cover_the_truth(a, b, prompts, k):
-    """Prompts with success rates from a beta distribution, most of them near 0 or 1, or all about 0.5."""
+    """Prompts with success rates from a beta distribution, most of them near 0 or 1, or all about
+    0.5.
+    """
     rng, n = np.random.default_rng(1), 8
     counts = rng.binomial(n, rng.beta(a, b, size=(1000, prompts)))
     estimates = np.array([evaluate.pass_at_k(n, right, k) for right in range(n + 1)])[counts]
@@ -92,7 +109,10 @@ def test_intervals_of_pass_at_k_cover_the_truth(a, b, prompts, k):
 def test_intervals_of_differences_cover_the_truth(worse, better, prompts):
     shares = [worse, 1 - worse - better, better]
     changes = np.random.default_rng(1).choice([-1, 0, 1], p=shares, size=(1000, prompts))
-    assert coverage(better - worse, [mean_interval(values, OF_DIFFERENCES) for values in changes]) > 0.93
+    assert (
+        coverage(better - worse, [mean_interval(values, OF_DIFFERENCES) for values in changes])
+        > 0.93
+    )
 
 
 # Evaluations
@@ -144,7 +164,9 @@ def test_options_take_precedence_over_those_of_the_run(run, tmp_path):
     assert command("--run", run, "-n", 1, "--eval-size", 3, "--output", output) == 0
     written = json.loads(output.read_text())
     assert len(written["prompts"]["after"]["pass@1"]) == 3
-    assert written["options"]["eval_size"] == 3 and written["options"]["task"].endswith("lenient.py:Lenient")
+    assert written["options"]["eval_size"] == 3 and written["options"]["task"].endswith(
+        "lenient.py:Lenient"
+    )
 
 
 def test_a_model_on_a_task(tmp_path):
@@ -162,7 +184,10 @@ def test_a_model_on_a_task(tmp_path):
     texts = tokenizer.batch_decode(samples.responses, skip_special_tokens=True)
     right = [text.endswith(f"answer {problems[i // 4]['answer']}.") for i, text in enumerate(texts)]
     groups = [right[4 * p : 4 * p + 4] for p in range(16)]
-    passed = {k: np.mean([any(c) for group in groups for c in itertools.combinations(group, k)]) for k in (1, 2, 4)}
+    passed = {
+        k: np.mean([any(c) for group in groups for c in itertools.combinations(group, k)])
+        for k in (1, 2, 4)
+    }
     assert {name: value for name, value in means_of(found).items() if "@" in name} == pytest.approx(
         {f"pass@{k}": value for k, value in passed.items()}
     )
@@ -192,7 +217,9 @@ def test_prompts_are_answered_in_their_order_however_they_are_split(monkeypatch,
         return found["pass@1"]
 
     whole = counts()
-    monkeypatch.setattr(evaluate, "MOST_SEQUENCES", 6)  # parts of 6 prompts, and of 3 with two responses each
+    monkeypatch.setattr(
+        evaluate, "MOST_SEQUENCES", 6
+    )  # parts of 6 prompts, and of 3 with two responses each
     assert counts() == whole and len(set(whole)) > 1
 
 
@@ -209,7 +236,10 @@ def test_prompts_are_answered_in_their_order_however_they_are_split(monkeypatch,
         (["--model", "tiny", "--max-response-tokens", 100_000], "--max-response-tokens 100000"),
         (["--model", "tiny", "--temperature", 0], "--temperature 0"),
         (["--run", "/absent/run"], "--run /absent/run"),
-        (["--run", "UNFINISHED"], "has no trained model yet: finish it with python grpo.py --resume "),
+        (
+            ["--run", "UNFINISHED"],
+            "has no trained model yet: finish it with python grpo.py --resume ",
+        ),
         (["--run", "RUN", "--k", 9], "--k 9 with --n 8"),
         (["--run", "RUN", "--eval-size", 0], "--eval-size 0"),
     ],
@@ -220,4 +250,6 @@ def test_what_cannot_work_is_one_line_before_a_model_is_loaded(argv, names, run,
     assert command(*[{"RUN": run, "UNFINISHED": tmp_path}.get(word, word) for word in argv]) == 2
     error = capsys.readouterr().err
     (line,) = error.splitlines()
-    assert line.startswith("evaluate.py: error: ") and names in line and "Loading weights" not in error
+    assert (
+        line.startswith("evaluate.py: error: ") and names in line and "Loading weights" not in error
+    )

@@ -39,7 +39,9 @@ def is_running(pid):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for it")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+@pytest.mark.parametrize(
+    "how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name
+)
 def test_no_run_outlives_the_launcher(how, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
@@ -48,7 +50,8 @@ def test_no_run_outlives_the_launcher(how, tmp_path):
         command,
         env=environment,
         stderr=subprocess.DEVNULL,
-        # What a shell starts in the background is told to ignore Ctrl-C, and so would be what these tests start.
+        # What a shell starts in the background is told to ignore Ctrl-C, and so would be what these
+        # tests start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     runs = []
@@ -66,11 +69,22 @@ def test_no_run_outlives_the_launcher(how, tmp_path):
 
 
 def test_options_of_a_dict_are_those_that_the_scripts_parse():
-    options = {"num_steps": 3, "learning-rate": 1e-6, "serial": True, "reference_kl": False, "name": ""}
+    options = {
+        "num_steps": 3,
+        "learning-rate": 1e-6,
+        "serial": True,
+        "reference_kl": False,
+        "name": "",
+    }
     args = tyro.cli(grpo.Args, args=as_options(options))
-    assert vars(args).items() >= {key.replace("-", "_"): value for key, value in options.items()}.items()
+    assert (
+        vars(args).items()
+        >= {key.replace("-", "_"): value for key, value in options.items()}.items()
+    )
 
 
 def test_a_script_that_fails_ends_the_benchmark_with_its_message():
-    with pytest.raises(SystemExit, match=r"(?s)grpo.py --num-steps=0 failed.*--num-steps 0 cannot work"):
+    with pytest.raises(
+        SystemExit, match=r"(?s)grpo.py --num-steps=0 failed.*--num-steps 0 cannot work"
+    ):
         run_once(["grpo.py", "--num-steps=0"])

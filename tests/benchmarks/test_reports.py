@@ -12,7 +12,9 @@ from benchmarks.schedule_replay import MODES, replay
 def run_as_published(script):
     """A run of 100 steps whose curves go straight from start to end of the published ones."""
     published = json.loads(algorithms.PUBLISHED.read_text())["curves"]
-    published["reward/mean"]["red_weight"][1] += 0.1  # it was read as exactly half way between the others
+    published["reward/mean"]["red_weight"][1] += (
+        0.1  # it was read as exactly half way between the others
+    )
     curves = {key: np.linspace(*published[key][script], 100) for key in algorithms.PANELS}
     return [{"step": k + 1, **{key: curve[k] for key, curve in curves.items()}} for k in range(100)]
 
@@ -33,7 +35,10 @@ def test_exchanged_algorithms_show_what_is_not_as_published():
 
 def test_a_change_smaller_than_its_spread_between_seeds_is_flat():
     def run(end):
-        return [{"step": k + 1, "reward/mean": reward} for k, reward in enumerate(np.linspace(0.5, end, 50))]
+        return [
+            {"step": k + 1, "reward/mean": reward}
+            for k, reward in enumerate(np.linspace(0.5, end, 50))
+        ]
 
     assert algorithms.direction([run(0.6), run(0.7)], "reward/mean") == "rises"
     assert algorithms.direction([run(0.4), run(0.3)], "reward/mean") == "falls"
@@ -43,13 +48,21 @@ def test_a_change_smaller_than_its_spread_between_seeds_is_flat():
 def test_an_answer_needs_four_in_five_seeds():
     def observations(groups):
         means = [np.mean(run) for run in groups["x"]]
-        return [("above 1", np.mean(means) > 1), ("above 3", np.mean(means) > 3), ("above −9", np.mean(means) > -9)]
+        return [
+            ("above 1", np.mean(means) > 1),
+            ("above 3", np.mean(means) > 3),
+            ("above −9", np.mean(means) > -9),
+        ]
 
-    runs = [[2.0, 2.0, 2.0, 2.0]] * 4 + [[0.0, 0.0, 9.0, 9.0]]  # the last one is 0 after half of its steps
+    runs = [[2.0, 2.0, 2.0, 2.0]] * 4 + [
+        [0.0, 0.0, 9.0, 9.0]
+    ]  # the last one is 0 after half of its steps
     rows, summary = reporting.compare(observations, {"x": runs}, seeds=[5, 6, 7, 8, 9])
     rows = rows.splitlines()
     seeds = "seed 5 | seed 6 | seed 7 | seed 8 | seed 9"
-    assert rows[0] == f"| observation | answer | {seeds} | after half of the steps | three quarters |"
+    assert (
+        rows[0] == f"| observation | answer | {seeds} | after half of the steps | three quarters |"
+    )
     assert rows[2] == "| above 1 | yes | yes | yes | yes | yes | yes | yes | yes |"
     assert rows[3] == "| above 3 | no | no | no | no | no | yes | no | no |"
     assert rows[5].startswith("| **number of yes** | **2 of 3** | **2 of 3** |")
@@ -70,12 +83,23 @@ def test_times_per_step_agree_with_the_schedule(mode, sample, train, tmp_path):
         end = 0.0
         for k, (start, trained) in enumerate(result.training, start=1):
             sync = 0.5 if k % interval == 0 else 0.0
-            times = {"wait": start - end, "grade": 0.25, "train": train - 0.25, "sync": sync, "sample": sample}
+            times = {
+                "wait": start - end,
+                "grade": 0.25,
+                "train": train - 0.25,
+                "sync": sync,
+                "sample": sample,
+            }
             times |= {"step_started_at": 1e6 + end, "step": trained + sync - end}
-            file.write(json.dumps({"step": k} | {f"time/{key}": seconds for key, seconds in times.items()}) + "\n")
+            file.write(
+                json.dumps({"step": k} | {f"time/{key}": seconds for key, seconds in times.items()})
+                + "\n"
+            )
             end = trained + sync
     records = sync_modes.read_run(tmp_path)
     assert 60 * records[-1]["minutes"] == pytest.approx(result.seconds)
     # In one-step off-policy mode, a slow sampler still works on the first batch that counts.
     unknown = max(0.0, sample - train) / 30 if mode == sync_modes.OFFSET else 0.0
-    assert sync_modes.replayed(records, mode) == pytest.approx(sync_modes.seconds(records), abs=unknown + 1e-5)
+    assert sync_modes.replayed(records, mode) == pytest.approx(
+        sync_modes.seconds(records), abs=unknown + 1e-5
+    )

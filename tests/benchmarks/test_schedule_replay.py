@@ -1,4 +1,6 @@
-"""The replayed schedule, against timelines worked out by hand and against a simulation in small steps of time."""
+"""The replayed schedule, against timelines worked out by hand and against a simulation in small
+steps of time.
+"""
 
 import random
 
@@ -28,7 +30,8 @@ def test_sync_2_samples_the_second_batch_during_the_first_step():
 
 def test_one_step_off_policy_samples_the_batch_after_next():
     result = replay([1.0] * 4, [2.0] * 4, [0.5] * 4, 1, 1)
-    # Batches 1 and 2 from version 0; batch 3 needs version 1, which is there when step 1 and its sync have ended.
+    # Batches 1 and 2 from version 0; batch 3 needs version 1, which is there when step 1 and its
+    # sync have ended.
     assert result.sampling == [(0, 1), (1, 2), (3.5, 4.5), (6, 7)]
     assert result.training == [(1, 3), (3.5, 5.5), (6, 8), (8.5, 10.5)]
     assert result.lag == [0, 1, 1, 1]
@@ -45,18 +48,26 @@ def test_the_shortest_step_is_the_formula(sample, train):
 
 @pytest.mark.parametrize("mode", [*MODES.values(), (3, 2), (4, 7)], ids=str)
 def test_it_agrees_with_two_workers_on_a_ticking_clock(mode):
-    """Whole ticks of time; at each, whoever is free looks whether the next piece of work can begin."""
+    """Whole ticks of time; at each, whoever is free looks whether the next piece of work can begin.
+    """
     interval, offset = mode
     seed = random.SystemRandom().randrange(10**9)
     print(f"seed: {seed}")
     rng = random.Random(seed)
     n = 40
-    sample, train, sync = ([rng.randint(*limits) for _ in range(n)] for limits in ((1, 9), (1, 9), (0, 2)))
+    sample, train, sync = (
+        [rng.randint(*limits) for _ in range(n)] for limits in ((1, 9), (1, 9), (0, 2))
+    )
 
     ready, published, trained = [], {0: 0}, []
     sampler_busy_until = trainer_busy_until = 0
     for now in range(10_000):
-        if now >= trainer_busy_until and len(trained) < n and len(trained) < len(ready) and ready[len(trained)] <= now:
+        if (
+            now >= trainer_busy_until
+            and len(trained) < n
+            and len(trained) < len(ready)
+            and ready[len(trained)] <= now
+        ):
             k = len(trained) + 1
             trained.append(now)
             trainer_busy_until = now + train[k - 1]

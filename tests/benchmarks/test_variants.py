@@ -1,7 +1,9 @@
-"""Variants of `grpo.py`: what is written, and losses and gradients against loops written from the papers' equations.
+"""Variants of `grpo.py`: what is written, and losses and gradients against loops written from the
+papers' equations.
 
-The loops use Python's floats only, with numbers from the papers instead of the scripts' options. Each returns a token's
-part of the loss and its derivative with respect to the token's log-prob, worked out by hand.
+The loops use Python's floats only, with numbers from the papers instead of the scripts' options.
+Each returns a token's part of the loss and its derivative with respect to the token's log-prob,
+worked out by hand.
 """
 
 import math
@@ -19,9 +21,12 @@ from benchmarks import reporting, variants
 from tests.helpers import REPOSITORY, dense_task, import_script, steps, train
 
 NAMES = list(variants.VARIANTS)
-FENCE = re.compile(r"(?<=# --- algorithm ---\n)(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(
+    r"(?<=# --- algorithm ---\n)(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE
+)
 GRPO = (REPOSITORY / "grpo.py").read_text()
-# Three groups of five. In the second, one of three bad responses is too many; the third has nothing to teach.
+# Three groups of five. In the second, one of three bad responses is too many; the third has nothing
+# to teach.
 REWARDS = [[0.0, 1.0, 0.0, 0.0, 0.25], [0.5, 0.0, 1.0, 0.0, 0.0], [0.7] * 5]
 LENGTHS = [9, 8, 16, 1, 8, 17, 8, 9, 3, 2, 8, 1, 2, 8, 5]
 # A sampled token's ratio, in turn: between all bounds of all clipping, on both sides of 1.
@@ -50,9 +55,17 @@ def sampled(lag):
     if not lag:
         return new, new
     # Every response starts elsewhere in RATIOS, and every fifth has hardly moved at all.
-    moves = [[math.log(RATIOS[(row + t) % 8]) for t in range(length)] for row, length in enumerate(LENGTHS)]
-    moves = [[1e-4 * move for move in of_row] if row % 5 == 2 else of_row for row, of_row in enumerate(moves)]
-    return new, [[lp - m for lp, m in zip(*pair, strict=True)] for pair in zip(new, moves, strict=True)]
+    moves = [
+        [math.log(RATIOS[(row + t) % 8]) for t in range(length)]
+        for row, length in enumerate(LENGTHS)
+    ]
+    moves = [
+        [1e-4 * move for move in of_row] if row % 5 == 2 else of_row
+        for row, of_row in enumerate(moves)
+    ]
+    return new, [
+        [lp - m for lp, m in zip(*pair, strict=True)] for pair in zip(new, moves, strict=True)
+    ]
 
 
 # The equations, in floats
@@ -68,12 +81,16 @@ def normalised(group):
 
 
 def leave_one_out(group):
-    return [r - math.fsum(group[:j] + group[j + 1 :]) / (len(group) - 1) for j, r in enumerate(group)]
+    return [
+        r - math.fsum(group[:j] + group[j + 1 :]) / (len(group) - 1) for j, r in enumerate(group)
+    ]
 
 
 def balanced(group):
     mean = math.fsum(group) / len(group)
-    good, bad = ([j for j, r in enumerate(group) if (r >= mean) == is_good] for is_good in (True, False))
+    good, bad = (
+        [j for j, r in enumerate(group) if (r >= mean) == is_good] for is_good in (True, False)
+    )
     kept = good + bad[: len(good)]
     mean_of_kept = math.fsum(group[j] for j in kept) / len(kept)
     return [r - mean_of_kept if j in kept else 0.0 for j, r in enumerate(group)]
@@ -97,13 +114,19 @@ def clipped(rho, a, low, high):
 
 
 def by_token(low, high):
-    return lambda new, old, a: [clipped(math.exp(x - y), a, low, high) for x, y in zip(new, old, strict=True)]
+    return lambda new, old, a: [
+        clipped(math.exp(x - y), a, low, high) for x, y in zip(new, old, strict=True)
+    ]
 
 
 def gspo(new, old, a):
-    """The response's loss, divided among its tokens; log s moves by 1/|y| with each token's log-prob."""
+    """The response's loss, divided among its tokens; log s moves by 1/|y| with each token's
+    log-prob.
+    """
     n = len(new)
-    loss, slope = clipped(math.exp(math.fsum(x - y for x, y in zip(new, old, strict=True)) / n), a, 0.9997, 1.0004)
+    loss, slope = clipped(
+        math.exp(math.fsum(x - y for x, y in zip(new, old, strict=True)) / n), a, 0.9997, 1.0004
+    )
     return [(loss / n, slope / n)] * n
 
 
@@ -127,20 +150,30 @@ EQUATIONS = {
 
 
 def loss_and_gradient(script, new, old, split):
-    """What the script makes of the responses: the loss, and the gradient of each token's log-prob."""
-    advantages = script.advantages(torch.tensor(REWARDS, dtype=torch.float64), script.Args()).flatten()
+    """What the script makes of the responses: the loss, and the gradient of each token's log-prob.
+    """
+    advantages = script.advantages(
+        torch.tensor(REWARDS, dtype=torch.float64), script.Args()
+    ).flatten()
     total, gradient = 0.0, [None] * len(new)
     for rows in split:
         places = [(i, slice(3 + row % 4, 3 + row % 4 + LENGTHS[row])) for i, row in enumerate(rows)]
         shape = len(rows), 1 + max(place.stop for _, place in places)
         # Prompts and padding hold numbers that must not count.
-        logprobs, sampler = torch.full(shape, 7.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        logprobs, sampler = (
+            torch.full(shape, 7.0, dtype=torch.float64),
+            torch.zeros(shape, dtype=torch.float64),
+        )
         mask = torch.zeros(shape, dtype=torch.bool)
         for row, place in zip(rows, places, strict=True):
-            logprobs[place], sampler[place] = torch.tensor([new[row], old[row]], dtype=torch.float64)
+            logprobs[place], sampler[place] = torch.tensor(
+                [new[row], old[row]], dtype=torch.float64
+            )
             mask[place] = True
         logprobs.requires_grad_()
-        losses = script.per_token_loss(logprobs, sampler, advantages[rows].unsqueeze(1), mask, script.Args())
+        losses = script.per_token_loss(
+            logprobs, sampler, advantages[rows].unsqueeze(1), mask, script.Args()
+        )
         loss = losses[mask].sum() / sum(LENGTHS)  # as in `main`
         loss.backward()
         total += loss.item()
@@ -155,11 +188,17 @@ def loss_and_gradient(script, new, old, split):
 def test_loss_and_gradient_against_a_loop_from_the_equation(name, split, lag, scripts):
     advantages_of, losses_of = EQUATIONS[name]
     new, old = sampled(lag)
-    advantages = [0.0 if len(set(group)) == 1 else a for group in REWARDS for a in advantages_of(group)]
+    advantages = [
+        0.0 if len(set(group)) == 1 else a for group in REWARDS for a in advantages_of(group)
+    ]
     tokens = [token for row in zip(new, old, advantages, strict=True) for token in losses_of(*row)]
     loss, gradient = loss_and_gradient(import_script(scripts[name]), new, old, SPLITS[split])
-    assert loss == pytest.approx(math.fsum(loss for loss, _ in tokens) / sum(LENGTHS), rel=0, abs=1e-14)
-    assert gradient == pytest.approx([slope / sum(LENGTHS) for _, slope in tokens], rel=0, abs=1e-15)
+    assert loss == pytest.approx(
+        math.fsum(loss for loss, _ in tokens) / sum(LENGTHS), rel=0, abs=1e-14
+    )
+    assert gradient == pytest.approx(
+        [slope / sum(LENGTHS) for _, slope in tokens], rel=0, abs=1e-15
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -167,7 +206,9 @@ def test_equal_rewards_give_exactly_zero_advantage(name, scripts):
     script = import_script(scripts[name])
     for reward, group_size in ((0.7, 3), (0.1, 6), (1e6, 7), (-3.3, 49)):
         rewards_PG = torch.full((1, group_size), reward, dtype=torch.float64)
-        assert torch.equal(script.advantages(rewards_PG, script.Args()), torch.zeros_like(rewards_PG))
+        assert torch.equal(
+            script.advantages(rewards_PG, script.Args()), torch.zeros_like(rewards_PG)
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,44 +216,68 @@ def test_only_the_fenced_regions_differ(name, scripts):
     text = scripts[name].read_text()
     assert FENCE.sub("", text) == FENCE.sub("", GRPO)
     title, options, *code = FENCE.findall(text)
-    assert all(part in title for part in ("arXiv ", "    A_ij = ", "    loss = −1/N Σ", f"python written_{name}.py"))
-    assert [title, options, *code] != FENCE.findall(GRPO) and all(len(own.splitlines()) <= 15 for own in code)
+    assert all(
+        part in title
+        for part in ("arXiv ", "    A_ij = ", "    loss = −1/N Σ", f"python written_{name}.py")
+    )
+    assert [title, options, *code] != FENCE.findall(GRPO) and all(
+        len(own.splitlines()) <= 15 for own in code
+    )
     # No option without a use.
-    assert set(re.findall(r"\bargs\.(\w+)", "".join(code))) == set(re.findall(r"^    (\w+): ", options, re.MULTILINE))
+    assert set(re.findall(r"\bargs\.(\w+)", "".join(code))) == set(
+        re.findall(r"^    (\w+): ", options, re.MULTILINE)
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ruff_finds_nothing(name, scripts):
     for command in ("check", "format --check"):  # as if it lay beside common/
         ruff = [sys.executable, "-m", "ruff", *command.split(), "--stdin-filename", "mine.py", "-"]
-        done = subprocess.run(ruff, cwd=REPOSITORY, input=scripts[name].read_text(), capture_output=True, text=True)
+        done = subprocess.run(
+            ruff, cwd=REPOSITORY, input=scripts[name].read_text(), capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_written_script_trains(scripts, tmp_path):
     import_script(scripts["gspo"])
-    run = train(tmp_path, script="written_gspo", task=dense_task(tmp_path), num_steps=2, sync_interval=2)
+    run = train(
+        tmp_path, script="written_gspo", task=dense_task(tmp_path), num_steps=2, sync_interval=2
+    )
     first, second = steps(run)  # of which the second has lag 1
-    assert first["grad_norm"] > 0 and first["ratio/clip_fraction"] == 0 < second["ratio/clip_fraction"]
+    assert (
+        first["grad_norm"] > 0 and first["ratio/clip_fraction"] == 0 < second["ratio/clip_fraction"]
+    )
 
 
 def test_bad_input_ends_in_an_error_message(tmp_path):
     path = tmp_path / "mine.py"
-    with pytest.raises(SystemExit, match=r"--write gsp: no such variant; give one of reinforce, .*gspo"):
+    with pytest.raises(
+        SystemExit, match=r"--write gsp: no such variant; give one of reinforce, .*gspo"
+    ):
         variants.write("gsp", path)
     assert not path.exists()
     path.write_text("mine")
-    with pytest.raises(SystemExit, match=r"--write gspo .*mine\.py: File exists; give another file"):
+    with pytest.raises(
+        SystemExit, match=r"--write gspo .*mine\.py: File exists; give another file"
+    ):
         variants.write("gspo", path)
     assert path.read_text() == "mine"
 
 
 def test_what_the_report_concludes():
     def run(*rewards, skipped=0.0):
-        return [{"reward/mean": reward, "update_skipped": skipped} for reward in np.repeat(rewards, 5)]
+        return [
+            {"reward/mean": reward, "update_skipped": skipped} for reward in np.repeat(rewards, 5)
+        ]
 
     assert variants.is_stable([run(*np.linspace(0, 1, 10)), run(*[0.5] * 9, 0.41)])
     assert not variants.is_stable([run(*np.linspace(0, 1, 10)), run(*[0.5] * 9, 0.39)])
     assert not variants.is_stable([run(*np.linspace(0, 1, 10), skipped=1.0)])
-    assert reporting.difference([0.7, 0.9], [0.4, 0.6]) == reporting.SPREAD  # 0.3 apart, 0.2 and 0.2 wide
-    assert [reporting.difference(*pair) for pair in (([0.8], [0.7]), ([0.6], [0.7]))] == ["above", "below"]
+    assert (
+        reporting.difference([0.7, 0.9], [0.4, 0.6]) == reporting.SPREAD
+    )  # 0.3 apart, 0.2 and 0.2 wide
+    assert [reporting.difference(*pair) for pair in (([0.8], [0.7]), ([0.6], [0.7]))] == [
+        "above",
+        "below",
+    ]

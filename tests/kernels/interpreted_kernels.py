@@ -1,8 +1,10 @@
-"""The kernels of `common/kernels/triton.py` against float64, on a GPU if there is one, else in Triton's interpreter.
+"""The kernels of `common/kernels/triton.py` against float64, on a GPU if there is one, else in
+Triton's interpreter.
 
-`test_triton.py` runs this file in a process of its own, because Triton reads TRITON_INTERPRET when it is imported. On a
-machine with a GPU, `python -m pytest -n 0 tests/kernels/interpreted_kernels.py` runs it there. The interpreter computes
-tile by tile in numpy: it shows wrong indices, masks and formulas, but no races and no tensor-core rounding.
+`test_triton.py` runs this file in a process of its own, because Triton reads TRITON_INTERPRET when
+it is imported. On a machine with a GPU, `python -m pytest -n 0
+tests/kernels/interpreted_kernels.py` runs it there. The interpreter computes tile by tile in numpy:
+it shows wrong indices, masks and formulas, but no races and no tensor-core rounding.
 
 Truth, bounds and seeds: `logprob_truth.py`.
 """
@@ -13,11 +15,22 @@ import torch
 from triton.runtime import interpreter
 
 from common.kernels import triton as kernels
-from tests.logprob_truth import BF16, DEVICE, F32, UPSTREAM, assert_close, leaves, problem, seed, truth
+from tests.logprob_truth import (
+    BF16,
+    DEVICE,
+    F32,
+    UPSTREAM,
+    assert_close,
+    leaves,
+    problem,
+    seed,
+    truth,
+)
 
 
 def mend_the_interpreter():
-    """Triton 3.6 to 3.9 interpret bf16 as the 16-bit integers that hold it: products are wrong, and rounding cuts off.
+    """Triton 3.6 to 3.9 interpret bf16 as the 16-bit integers that hold it: products are wrong, and
+    rounding cuts off.
 
     Give both what a GPU does: products of the values, and rounding to nearest.
     """
@@ -28,15 +41,21 @@ def mend_the_interpreter():
         return (handle.data.astype(np.uint32) << 16).view(np.float32)
 
     def dot(self, a, b, d, *_):
-        return interpreter.TensorHandle(np.matmul(floats(a), floats(b), dtype=np.float32) + d.data, d.dtype.scalar)
+        return interpreter.TensorHandle(
+            np.matmul(floats(a), floats(b), dtype=np.float32) + d.data, d.dtype.scalar
+        )
 
     cast = interpreter.InterpreterBuilder.cast_impl
 
     def rounding_cast(self, source, target):
         if (source.dtype.scalar.name, target.scalar.name) != ("fp32", "bf16"):
             return cast(self, source, target)
-        rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(BF16).view(torch.int16).numpy()
-        return interpreter.TensorHandle(rounded.view(np.uint16).reshape(source.data.shape), target.scalar)
+        rounded = (
+            torch.from_numpy(np.ascontiguousarray(source.data)).to(BF16).view(torch.int16).numpy()
+        )
+        return interpreter.TensorHandle(
+            rounded.view(np.uint16).reshape(source.data.shape), target.scalar
+        )
 
     interpreter.InterpreterBuilder.create_dot = dot
     interpreter.InterpreterBuilder.cast_impl = rounding_cast
@@ -53,7 +72,9 @@ def seeded(monkeypatch):
     seed()
     if DEVICE == "cpu":  # for vocabularies this small, all splits would be one tile
         tiles = torch.randint(1, 4, ()).item()
-        monkeypatch.setattr(kernels, "_split", lambda N, V, blocks, device: tiles * blocks["BLOCK_V"])
+        monkeypatch.setattr(
+            kernels, "_split", lambda N, V, blocks, device: tiles * blocks["BLOCK_V"]
+        )
 
 
 def run(hidden, weight, targets, dlogprobs, dentropy):
@@ -95,7 +116,10 @@ def test_large_vocabularies(V, monkeypatch):
 
 
 def test_splits_fill_the_gpu():
-    blocks, cpu = {"BLOCK_N": 128, "BLOCK_V": 256}, torch.device("cpu")  # which counts as 132 multiprocessors
+    blocks, cpu = (
+        {"BLOCK_N": 128, "BLOCK_V": 256},
+        torch.device("cpu"),
+    )  # which counts as 132 multiprocessors
     for N, V, width in ((768, 151_936, 6912), (16_384, 151_936, 8192), (1, 300, 256)):
         assert CHOOSE_SPLIT(N, V, blocks, cpu) == width
 
@@ -110,8 +134,8 @@ def test_no_rows():
 
 @pytest.mark.parametrize("offset", [-400.0, 400.0])
 def test_logits_far_from_zero(offset):
-    # One feature that is always 20, with the same weight everywhere: the distribution stays what it was. A float32
-    # number of 400 ends at 3e-5, and that is what logits made of it can be off by.
+    # One feature that is always 20, with the same weight everywhere: the distribution stays what it
+    # was. A float32 number of 400 ends at 3e-5, and that is what logits made of it can be off by.
     hidden, weight, targets = problem(20, 64, 1000)
     hidden[:, -1], weight[:, -1] = 20, offset / 20
     a, b = torch.randn(2, 20, device=DEVICE)
@@ -124,7 +148,8 @@ def test_logits_far_from_zero(offset):
 
 @pytest.mark.parametrize("masked", [slice(0, 300), slice(700, 1000), slice(100, 900)])
 def test_masked_vocabulary(masked):
-    # A feature that is always 1 carries a bias of −inf. Its own gradient, 0 × −inf, is nobody's; all others are finite.
+    # A feature that is always 1 carries a bias of −inf. Its own gradient, 0 × −inf, is nobody's;
+    # all others are finite.
     hidden, weight, _ = problem(9, 64, 1000)
     hidden[:, -1], weight[:, -1] = 1, 0
     left = torch.ones(1000, dtype=torch.bool, device=DEVICE)
@@ -141,7 +166,8 @@ def test_masked_vocabulary(masked):
 
 
 def test_certain_targets():
-    # p(y) = 1 − 2e-4 or so: 1 minus a p that was computed first would know those 2e-4 to 3e-4 of themselves.
+    # p(y) = 1 − 2e-4 or so: 1 minus a p that was computed first would know those 2e-4 to 3e-4 of
+    # themselves.
     hidden, weight, targets = problem(30, 64, 257, F32, 0.01)
     weight[targets] = 9.5 * torch.nn.functional.normalize(hidden, dim=1)
     hidden = torch.nn.functional.normalize(hidden, dim=1) * 1.5
@@ -153,7 +179,9 @@ def test_certain_targets():
 
 def test_float32_weights_with_bfloat16_products():
     hidden, weight, targets = problem(127, 64, 1000, BF16)
-    weights = weight.float() * (1 + 2**-10 * torch.rand(1000, 64, device=DEVICE))  # less than bf16 can tell
+    weights = weight.float() * (
+        1 + 2**-10 * torch.rand(1000, 64, device=DEVICE)
+    )  # less than bf16 can tell
     a, b = torch.randn(2, 127, device=DEVICE)
     found = run(hidden, weights, targets, a, b)
     assert found[3].dtype == F32
@@ -194,12 +222,19 @@ def test_rows_without_gradient_cost_no_backward_work(monkeypatch):
             multiply(result, x, y)
 
         monkeypatch.setattr(kernels, name, spy)
-    a, b, nothing = torch.randn(70, device=DEVICE), torch.randn(70, device=DEVICE), torch.zeros(70, device=DEVICE)
+    a, b, nothing = (
+        torch.randn(70, device=DEVICE),
+        torch.randn(70, device=DEVICE),
+        torch.zeros(70, device=DEVICE),
+    )
     a[10:], b[:5], b[15:] = 0, 0, 0
     run(*arguments, a, b)
     assert products == [((257, 15), (15, 64)), ((15, 257), (257, 64))]
     products.clear()
-    assert not any(gradient.any() for gradient in run(*arguments, nothing, nothing)[2:]) and not products
+    assert (
+        not any(gradient.any() for gradient in run(*arguments, nothing, nothing)[2:])
+        and not products
+    )
 
 
 def test_frozen_hidden_or_weight():
@@ -210,7 +245,9 @@ def test_frozen_hidden_or_weight():
         inputs = leaves(hidden, weight)
         inputs[freeze].requires_grad_(False)
         (kernels.logprobs_and_entropy(*inputs, targets)[0] @ a).backward()
-        assert inputs[freeze].grad is None and torch.equal(inputs[1 - freeze].grad, (dweight, dhidden)[freeze])
+        assert inputs[freeze].grad is None and torch.equal(
+            inputs[1 - freeze].grad, (dweight, dhidden)[freeze]
+        )
 
 
 def test_repeats_bit_for_bit_and_barely_depends_on_slices(monkeypatch):
@@ -238,7 +275,10 @@ def test_it_cannot_be_differentiated_twice():
 def test_offsets_beyond_31_bits(monkeypatch):
     monkeypatch.setattr(kernels, "SLICE_BYTES", 2**33)
     N, V = 16_384, 151_936
-    hidden, weight = torch.randn(N, 64, device=DEVICE).to(BF16), torch.randn(V, 64, device=DEVICE).to(BF16) * 0.3
+    hidden, weight = (
+        torch.randn(N, 64, device=DEVICE).to(BF16),
+        torch.randn(V, 64, device=DEVICE).to(BF16) * 0.3,
+    )
     targets = torch.randint(V, (N,), device=DEVICE)
     a = torch.randn(N, device=DEVICE)
     found = run(hidden, weight, targets, a, torch.zeros_like(a))
@@ -251,7 +291,10 @@ def test_offsets_beyond_31_bits(monkeypatch):
 @pytest.mark.parametrize("H", [896, 2048, 3584])
 def test_peak_memory(H):
     N, V = 16_384, 151_936
-    hidden, weight = torch.randn(N, H, device=DEVICE).to(BF16), (torch.randn(V, H, device=DEVICE) * 0.05).to(BF16)
+    hidden, weight = (
+        torch.randn(N, H, device=DEVICE).to(BF16),
+        (torch.randn(V, H, device=DEVICE) * 0.05).to(BF16),
+    )
     targets, ones = torch.randint(V, (N,), device=DEVICE), torch.ones(N, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

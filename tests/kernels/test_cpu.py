@@ -1,5 +1,6 @@
-"""The CPU's fast paths against float64: linear layers as convolutions, attention of one token as two products, and
-log-probs in slices of the vocabulary; what is left to PyTorch; and that `speed_up` changes one model and no other.
+"""The CPU's fast paths against float64: linear layers as convolutions, attention of one token as
+two products, and log-probs in slices of the vocabulary; what is left to PyTorch; and that
+`speed_up` changes one model and no other.
 
 Truth, bounds and seeds of the log-probs: `logprob_truth.py`.
 """
@@ -9,7 +10,13 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, DeepseekV3Config, DeepseekV32Config, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV32Config,
+    DynamicCache,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.kernels import cpu
@@ -35,8 +42,15 @@ def relative_error(found, true):
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize(
     ("shape", "V"),
-    # Several leading dimensions; sizes no vector register divides; one output; fewer features than outputs; and a row.
-    [((29, 70, 96), 256), ((1031, 37), 41), ((300, 128), 1), ((7, 3, 11, 96), 287), ((1, 30_000), 5)],
+    # Several leading dimensions; sizes no vector register divides; one output; fewer features than
+    # outputs; and a row.
+    [
+        ((29, 70, 96), 256),
+        ((1031, 37), 41),
+        ((300, 128), 1),
+        ((7, 3, 11, 96), 287),
+        ((1, 30_000), 5),
+    ],
 )
 def test_values_and_gradients_against_float64(shape, V, with_bias, monkeypatch):
     monkeypatch.setattr(F, "linear", None)  # it is the convolution that is tested
@@ -51,9 +65,12 @@ def test_values_and_gradients_against_float64(shape, V, with_bias, monkeypatch):
 
     inputs64, weight64, bias64 = (part.detach().double().requires_grad_() for part in parts)
     outputs64 = torch.einsum("...h,vh->...v", inputs64, weight64) + (bias64 if with_bias else 0.0)
-    true = torch.autograd.grad(outputs64, (inputs64, weight64, bias64)[: len(wanted)], upstream.double())
+    true = torch.autograd.grad(
+        outputs64, (inputs64, weight64, bias64)[: len(wanted)], upstream.double()
+    )
     assert outputs.shape == outputs64.shape and outputs.dtype == torch.float32
-    # Rounding errors of a sum grow with the square root of its length: of H terms, of V, or of all rows.
+    # Rounding errors of a sum grow with the square root of its length: of H terms, of V, or of all
+    # rows.
     bound = torch.finfo(torch.float32).eps * max(V, shape[-1], inputs.numel() // shape[-1]) ** 0.5
     assert relative_error(outputs.detach(), outputs64.detach()) < bound
     for one, other in zip(found, true, strict=True):
@@ -88,12 +105,16 @@ def test_where_mkl_is_fast_it_computes(monkeypatch):
     assert torch.equal(linear(inputs, weight), F.linear(inputs, weight))
 
 
-@pytest.mark.parametrize(("rows", "threads", "by_convolution"), [(300, 1, False), (500, 1, True), (500, 2, False)])
+@pytest.mark.parametrize(
+    ("rows", "threads", "by_convolution"), [(300, 1, False), (500, 1, True), (500, 2, False)]
+)
 def test_small_products_are_left_to_mkl(rows, threads, by_convolution, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     inputs, weight, asked = torch.randn(rows, 96), torch.randn(96, 96), []
     convolve = F.conv2d
-    monkeypatch.setattr(F, "conv2d", lambda *args, **options: asked.append(1) or convolve(*args, **options))
+    monkeypatch.setattr(
+        F, "conv2d", lambda *args, **options: asked.append(1) or convolve(*args, **options)
+    )
     assert relative_error(cpu.linear(inputs, weight), inputs.double() @ weight.double().T) < 1e-6
     assert bool(asked) == by_convolution
 
@@ -101,7 +122,9 @@ def test_small_products_are_left_to_mkl(rows, threads, by_convolution, monkeypat
 def test_the_number_of_threads_is_set_where_it_is_another(monkeypatch):
     threads, changes = torch.get_num_threads(), []
     set_threads = torch.set_num_threads
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: changes.append(number) or set_threads(number))
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda number: changes.append(number) or set_threads(number)
+    )
     try:
         cpu.use_threads(threads)
         assert not changes  # setting it would slow attention down
@@ -115,7 +138,9 @@ def test_the_number_of_threads_is_set_where_it_is_another(monkeypatch):
 
 
 def heads_of(generator, heads, key_heads, queries, keys, dtype=torch.float32):
-    """Query, key and value as a model makes them: heads are split off the features, then moved before the tokens."""
+    """Query, key and value as a model makes them: heads are split off the features, then moved
+    before the tokens.
+    """
     shapes = [(5, queries, heads, 32), (5, keys, key_heads, 32), (5, keys, key_heads, 24)]
     return [torch.randn(shape, generator=generator).to(dtype).transpose(1, 2) for shape in shapes]
 
@@ -124,14 +149,18 @@ def heads_of(generator, heads, key_heads, queries, keys, dtype=torch.float32):
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 1), (6, 2), (4, 4)])
 def test_attention_of_one_token_against_float64(heads, key_heads, scaling, masked, monkeypatch):
-    monkeypatch.setattr(cpu, "sdpa_attention_forward", None)  # it is the two products that are tested
+    monkeypatch.setattr(
+        cpu, "sdpa_attention_forward", None
+    )  # it is the two products that are tested
     generator = torch.Generator().manual_seed(heads)
     query, key, value = (t.requires_grad_() for t in heads_of(generator, heads, key_heads, 1, 41))
     mask = None
     if masked:
         mask = torch.rand(5, 1, 1, 41, generator=generator) < 0.7
         mask[..., -1] = True  # a token sees itself
-    found, weights = cpu.attention(None, query, key, value, mask, scaling, dropout=0.0, use_cache=True)
+    found, weights = cpu.attention(
+        None, query, key, value, mask, scaling, dropout=0.0, use_cache=True
+    )
     upstream = torch.randn(found.shape, generator=generator)
     gradients = torch.autograd.grad(found, (query, key, value), upstream)
     assert weights is None and found.shape == (5, 1, heads, 24)
@@ -141,11 +170,17 @@ def test_attention_of_one_token_against_float64(heads, key_heads, scaling, maske
     for b in range(5):
         for head in range(heads):
             shared = head * key_heads // heads
-            scores = leaves[1][b, shared] @ leaves[0][b, head, 0] * (32**-0.5 if scaling is None else scaling)
+            scores = (
+                leaves[1][b, shared]
+                @ leaves[0][b, head, 0]
+                * (32**-0.5 if scaling is None else scaling)
+            )
             seen = torch.ones(41, dtype=torch.bool) if mask is None else mask[b, 0, 0]
             true[b, 0, head] = scores[seen].softmax(0) @ leaves[2][b, shared][seen]
     assert relative_error(found.detach(), true.detach()) < 1e-6
-    for one, other in zip(gradients, torch.autograd.grad(true, leaves, upstream.double()), strict=True):
+    for one, other in zip(
+        gradients, torch.autograd.grad(true, leaves, upstream.double()), strict=True
+    ):
         assert relative_error(one, other) < 1e-6
 
 
@@ -153,11 +188,15 @@ def test_attention_of_one_token_against_float64(heads, key_heads, scaling, maske
 def test_attention_of_one_token_under_autocast_is_no_coarser_than_pytorchs(key_dtype, monkeypatch):
     query, key, value = heads_of(torch.Generator().manual_seed(0), 6, 2, 1, 300, torch.bfloat16)
     query = 5 * query.float()  # so that scores reach 20
-    true = F.scaled_dot_product_attention(query.double(), key.double(), value.double(), enable_gqa=True)
+    true = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), enable_gqa=True
+    )
     module = torch.nn.Module()
     module.num_key_value_groups = 3
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        plain, _ = sdpa_attention_forward(module, query, key.to(key_dtype), value, None, dropout=0.0)
+        plain, _ = sdpa_attention_forward(
+            module, query, key.to(key_dtype), value, None, dropout=0.0
+        )
         monkeypatch.setattr(cpu, "sdpa_attention_forward", None)
         found, _ = cpu.attention(module, query, key.to(key_dtype), value, None, dropout=0.0)
     assert found.dtype == plain.dtype == torch.bfloat16
@@ -180,19 +219,25 @@ def test_all_other_attention_is_left_to_pytorch(queries, kind):
     mask[1, ..., :7] = False
     mask = kind(mask)
     found, _ = cpu.attention(torch.nn.Module(), query, key, value, mask, None, dropout=0.0)
-    assert torch.equal(found, F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2))
+    assert torch.equal(
+        found, F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    )
 
 
 @pytest.mark.parametrize("queries", [41, 300])
 @pytest.mark.parametrize("key_heads", [1, 4])
 def test_bf16_attention_with_gradient_is_computed_in_float32(queries, key_heads):
-    tensors = heads_of(torch.Generator().manual_seed(0), 4, key_heads, queries, queries, torch.bfloat16)
+    tensors = heads_of(
+        torch.Generator().manual_seed(0), 4, key_heads, queries, queries, torch.bfloat16
+    )
     query, key, value = leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     module = torch.nn.Module()
     module.num_key_value_groups = 4 // key_heads
     with torch.autocast("cpu", torch.bfloat16):
         # Rotated queries and keys are float32, unlike values.
-        found, _ = cpu.attention(module, query.float(), key.float(), value, None, None, dropout=0.0, is_causal=True)
+        found, _ = cpu.attention(
+            module, query.float(), key.float(), value, None, None, dropout=0.0, is_causal=True
+        )
     upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
     gradients = torch.autograd.grad(found, leaves, upstream.to(found.dtype))
 
@@ -200,7 +245,9 @@ def test_bf16_attention_with_gradient_is_computed_in_float32(queries, key_heads)
     true = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True).transpose(1, 2)
     truths = torch.autograd.grad(true, exact, upstream.to(found.dtype).double())
     assert found.dtype == torch.bfloat16
-    for one, other in zip([found, *gradients], [true, *truths], strict=True):  # one rounding to bf16, at the end
+    for one, other in zip(
+        [found, *gradients], [true, *truths], strict=True
+    ):  # one rounding to bf16, at the end
         assert relative_error(one.detach(), other.detach()) < 2**-8
 
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # then it is left to PyTorch
@@ -225,14 +272,18 @@ def twins(family, directory):
         AutoModelForCausalLM.from_config(DeepseekV3Config(**DEEPSEEK)).save_pretrained(directory)
     else:
         build_model(family, directory, vocab_size=300)
-    plain, fast = (AutoModelForCausalLM.from_pretrained(directory, dtype=F32).eval() for _ in range(2))
+    plain, fast = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=F32).eval() for _ in range(2)
+    )
     cpu.speed_up(fast)
     return plain, fast
 
 
 @torch.no_grad()
 def decode(model, padded):
-    """Logits of a batch of prompts, and then of two single tokens; one of the prompts may be padded on the left."""
+    """Logits of a batch of prompts, and then of two single tokens; one of the prompts may be padded
+    on the left.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(300, (3, 31), generator=generator)
     seen_BT = torch.ones_like(tokens_BT)
@@ -240,7 +291,11 @@ def decode(model, padded):
     cache, logits = DynamicCache(config=model.config), []
     for start, end in ((0, 29), (29, 30), (30, 31)):
         mask = {"attention_mask": seen_BT[:, :end]} if padded else {}
-        logits.append(model(input_ids=tokens_BT[:, start:end], past_key_values=cache, use_cache=True, **mask).logits)
+        logits.append(
+            model(
+                input_ids=tokens_BT[:, start:end], past_key_values=cache, use_cache=True, **mask
+            ).logits
+        )
     return torch.cat(logits, dim=1)[:, 5:]
 
 
@@ -260,20 +315,28 @@ def test_speed_up_changes_one_model_and_no_other(family, padded, tmp_path, monke
         return call
 
     # The registered functions call these two, by these names.
-    monkeypatch.setattr(F, "scaled_dot_product_attention", counted("plain", F.scaled_dot_product_attention))
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", counted("plain", F.scaled_dot_product_attention)
+    )
     monkeypatch.setattr(torch.Tensor, "softmax", counted("fast", torch.Tensor.softmax))
     monkeypatch.setattr(F, "conv2d", counted("convolution", F.conv2d))
     expected = decode(plain, padded)
     assert calls["plain"] == 6 and calls["convolution"] == 0  # two layers, three times
     softmaxes = calls["fast"]
     found = decode(fast, padded)
-    assert calls["plain"] == 6 + 2 and calls["fast"] == 2 * softmaxes + 4  # only the prompts are left to PyTorch
-    assert calls["convolution"] == 3 if family == "gpt2" else calls["convolution"] > 3  # GPT-2's head alone is `Linear`
+    assert (
+        calls["plain"] == 6 + 2 and calls["fast"] == 2 * softmaxes + 4
+    )  # only the prompts are left to PyTorch
+    assert (
+        calls["convolution"] == 3 if family == "gpt2" else calls["convolution"] > 3
+    )  # GPT-2's head alone is `Linear`
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward
     for model, kind in ((plain, torch.nn.Linear), (fast, cpu.Linear)):
-        assert {type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)} == {kind}
+        assert {
+            type(module) for module in model.modules() if isinstance(module, torch.nn.Linear)
+        } == {kind}
     third = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=F32).eval()
     assert third.config._attn_implementation == plain.config._attn_implementation == "sdpa"
     assert torch.equal(decode(third, padded), expected)
@@ -293,12 +356,15 @@ def test_a_sped_up_model_saves_an_ordinary_one(fields, tmp_path):
 
 
 def test_a_model_that_asks_for_its_attention_by_name_keeps_it():
-    # By another name, DeepSeek V3.2 leaves it to the attention to look at the chosen keys only, and "sdpa" would not.
+    # By another name, DeepSeek V3.2 leaves it to the attention to look at the chosen keys only, and
+    # "sdpa" would not.
     config = DeepseekV32Config(**DEEPSEEK, index_topk=8, index_n_heads=2, index_head_dim=16)
     model = AutoModelForCausalLM.from_config(config).eval()
     before = decode(model, padded=True)
     cpu.speed_up(model)
-    assert model.config._attn_implementation == "sdpa" and torch.equal(decode(model, padded=True), before)
+    assert model.config._attn_implementation == "sdpa" and torch.equal(
+        decode(model, padded=True), before
+    )
     model.set_attn_implementation(cpu.ATTENTION)
     assert (decode(model, padded=True) - before).abs().max() > 1e-3  # what it is kept from
 
@@ -349,8 +415,9 @@ def test_large_vocabularies(V, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("offset", [-400.0, 400.0])
 def test_logits_far_from_zero(offset, dtype):
-    # A float32 number of 400 ends at 3e-5, which is what logits made of it can be off by. The centre takes the offset
-    # out of the product before it is rounded, so that bf16 is no worse for it.
+    # A float32 number of 400 ends at 3e-5, which is what logits made of it can be off by. The
+    # centre takes the offset out of the product before it is rounded, so that bf16 is no worse for
+    # it.
     hidden, weight, targets = problem(20, 64, 1000, dtype)
     hidden[:, -1], weight[:, -1] = 16, offset / 16
     a, b = torch.randn(2, 20)
@@ -363,9 +430,9 @@ def test_logits_far_from_zero(offset, dtype):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_a_first_centre_far_too_high_or_low(dtype):
-    # The target's logit is the first centre. Here it is 120 below all others or, at a temperature of 0.1, 1,200; and
-    # where the first slices hold nothing but logits 120 below the target's, every one of their powers is 0. (From 128
-    # on, float32 logits are off by 8e-6 each.)
+    # The target's logit is the first centre. Here it is 120 below all others or, at a temperature
+    # of 0.1, 1,200; and where the first slices hold nothing but logits 120 below the target's,
+    # every one of their powers is 0. (From 128 on, float32 logits are off by 8e-6 each.)
     for sign, temperature in ((-1, 1.0), (-1, 0.1), (1, 1.0)):
         hidden, weight, _ = problem(20, 64, 1000, dtype)
         targets = torch.randint(950, 1000, (20,))
@@ -382,7 +449,8 @@ def test_a_first_centre_far_too_high_or_low(dtype):
 
 @pytest.mark.parametrize("masked", [slice(0, 350), slice(700, 1000), slice(100, 900)])
 def test_masked_vocabulary(masked):
-    # A feature that is always 1 carries a bias of −inf. Its own gradient, 0 × −inf, is nobody's; all others are finite.
+    # A feature that is always 1 carries a bias of −inf. Its own gradient, 0 × −inf, is nobody's;
+    # all others are finite.
     hidden, weight, _ = problem(9, 64, 1000)
     hidden[:, -1], weight[:, -1] = 1, 0
     left = torch.ones(1000, dtype=torch.bool)
@@ -400,13 +468,18 @@ def test_masked_vocabulary(masked):
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_certain_targets(dtype):
-    # p(y) = 1 − 5e-4 in every row. All of the gradient is 1 − p, and that is a sum of probabilities near exp(−8): next
-    # to a target that is rounded to bf16 nothing would be left of it, and rounded next to the target's logit they would
-    # be off by 1 % each, and the gradient by 6e-3. In float32, 1 minus a p that was computed first is off by 1e-4.
+    # p(y) = 1 − 5e-4 in every row. All of the gradient is 1 − p, and that is a sum of probabilities
+    # near exp(−8): next to a target that is rounded to bf16 nothing would be left of it, and
+    # rounded next to the target's logit they would be off by 1 % each, and the gradient by 6e-3. In
+    # float32, 1 minus a p that was computed first is off by 1e-4.
     hidden, weight, _ = problem(200, 64, 1000, F32, 0.01)
     targets = torch.randperm(1000)[:200]
     weight[targets] = 9.5 * torch.nn.functional.normalize(hidden, dim=1)
-    arguments = (torch.nn.functional.normalize(hidden, dim=1) * 1.6).to(dtype), weight.to(dtype), targets
+    arguments = (
+        (torch.nn.functional.normalize(hidden, dim=1) * 1.6).to(dtype),
+        weight.to(dtype),
+        targets,
+    )
     a, b = torch.randn(200), torch.zeros(200)
     found, expected = run(*arguments, a, b), truth(*arguments, a, b)
     assert -0.01 < expected[0].median() < 0
@@ -463,7 +536,9 @@ def test_frozen_hidden_or_weight():
         inputs = leaves(hidden, weight)
         inputs[freeze].requires_grad_(False)
         (SlicedLogprobs.apply(*inputs, targets)[0] @ a).backward()
-        assert inputs[freeze].grad is None and torch.equal(inputs[1 - freeze].grad, expected[1 - freeze])
+        assert inputs[freeze].grad is None and torch.equal(
+            inputs[1 - freeze].grad, expected[1 - freeze]
+        )
 
 
 @pytest.mark.parametrize("V", [1000, LARGE_VOCABULARY])
@@ -518,7 +593,8 @@ def test_it_cannot_be_differentiated_twice():
 
 
 def test_a_masked_target_far_below_zero():
-    # It has no logit to be the first centre, and 0 is too high for logits of −400: all powers would underflow.
+    # It has no logit to be the first centre, and 0 is too high for logits of −400: all powers would
+    # underflow.
     hidden, weight, targets = problem(20, 64, 1000)
     hidden[:, -1], weight[:, -1] = 16, -25
     targets = targets % 10

@@ -1,7 +1,9 @@
-"""Runs `interpreted_kernels.py` where its kernels can run, on a GPU or in Triton's interpreter; and compiles them.
+"""Runs `interpreted_kernels.py` where its kernels can run, on a GPU or in Triton's interpreter; and
+compiles them.
 
-Compiling needs no GPU. It shows what the interpreter does not: types that do not fit, shared memory that does not
-suffice, loads that cannot be made ahead of time. How fast the result is, or whether it is right, it does not show.
+Compiling needs no GPU. It shows what the interpreter does not: types that do not fit, shared memory
+that does not suffice, loads that cannot be made ahead of time. How fast the result is, or whether
+it is right, it does not show.
 """
 
 import importlib.util
@@ -19,7 +21,9 @@ PARTS = {"large vocabularies": "large_vocabularies", "all else": "not large_voca
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no triton on this platform")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="there is no triton on this platform"
+)
 def test_kernels(part):
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [
@@ -33,7 +37,9 @@ def test_kernels(part):
         PARTS[part],
         "tests/kernels/interpreted_kernels.py",
     ]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | interpret, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | interpret, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     print(done.stdout)
 
@@ -47,7 +53,9 @@ INTEGERS = ANY | {"V", "H", "hidden_n", "weight_v", "SPLIT"}
 
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("name", ["_forward_kernel", "_gradient_kernel"])
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no triton on this platform")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="there is no triton on this platform"
+)
 def test_kernels_compile(name, architecture, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
@@ -58,7 +66,8 @@ def test_kernels_compile(name, architecture, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     blocks = kernels._blocks(SimpleNamespace(dtype=torch.bfloat16, is_cuda=True, device=None))
     kernel = getattr(kernels, name)
-    # What Triton sees at a launch: contiguous rows, sizes and addresses that 16 divides, and constants.
+    # What Triton sees at a launch: contiguous rows, sizes and addresses that 16 divides, and
+    # constants.
     constants = {"hidden_h": 1, "weight_h": 1, "GROUP": kernels.GROUP, **blocks}
     options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
@@ -70,7 +79,9 @@ def test_kernels_compile(name, architecture, monkeypatch):
         elif key not in ANY:
             attributes[(place,)] = [["tt.divisibility", 16]]
     compiled = compile(
-        ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", architecture, 32), options=options
+        ASTSource(kernel, signature, constants, attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=options,
     )
     assert compiled.metadata.shared <= SHARED_MEMORY[architecture]
     product = "wgmma.mma_async" if architecture == HOPPER else "mma.sync"

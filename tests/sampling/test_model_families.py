@@ -1,7 +1,9 @@
-"""Families of models people use, built tiny from their configurations: sampler, trainer and plain forward agree.
+"""Families of models people use, built tiny from their configurations: sampler, trainer and plain
+forward agree.
 
-"Plain" reads one sequence at a time, without cache, padding or anything of ours. A model that cannot be trained here is
-refused in one sentence. `transformers` writes the configurations' other fields.
+"Plain" reads one sequence at a time, without cache, padding or anything of ours. A model that
+cannot be trained here is refused in one sentence. `transformers` writes the configurations' other
+fields.
 """
 
 import types
@@ -34,7 +36,10 @@ FAMILIES = {
     "qwen3": {},
     "gemma": {"hidden_activation": "gelu_pytorch_tanh"},
     "gemma3_text": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "gemma3": {"text_config": SIZES | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}},
+    "gemma3": {
+        "text_config": SIZES
+        | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+    },
     "phi3": {},
     "smollm3": {"no_rope_layers": [1, 0]},
     "olmo2": {},
@@ -55,7 +60,13 @@ FAMILIES = {
         "mamba_d_state": 16,
         "mamba_n_groups": 1,
     },
-    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_groups": 1},
+    "falcon_h1": {
+        "mamba_d_ssm": 64,
+        "mamba_n_heads": 2,
+        "mamba_d_head": 32,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+    },
 }
 REFUSED = {
     "gemma2": {"final_logit_softcapping": 3.0},
@@ -67,10 +78,16 @@ REFUSED = {
 
 def build(family, directory, overrides):
     tokenizer = load_tokenizer(TINY_MODEL)
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     sizes = {} if "text_config" in overrides else SIZES
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **ids, **overrides}))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, **{**sizes, **ids, **overrides})
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
@@ -85,16 +102,26 @@ def test_sampler_trainer_and_plain_forward_agree(family, tmp_path):
     check_context(directory, "", PROMPTS, 24)
     model = load_model(directory, "", torch.device("cpu"))
     check_decoding(model, PROMPTS, 8, 1.0, "float32", directory)
-    # Every tenth token ends a response, so that rows leave the batch, and of each group at another time.
-    samples = TransformersSampler(model, set(range(0, 300, 10)), 24, 1.0).sample(PROMPTS, 3, [0, 10, 20, 30])
+    # Every tenth token ends a response, so that rows leave the batch, and of each group at another
+    # time.
+    samples = TransformersSampler(model, set(range(0, 300, 10)), 24, 1.0).sample(
+        PROMPTS, 3, [0, 10, 20, 30]
+    )
     prompts = [prompt for prompt in PROMPTS for _ in range(3)]
     batch = types.SimpleNamespace(prompts=prompts, **vars(samples))
     micro = collate(batch, range(len(prompts)))
     with torch.no_grad():
         logprobs_BT, _ = token_logprobs(model, micro, 1.0)
         for row, (prompt, response) in enumerate(zip(prompts, samples.responses, strict=True)):
-            logits_TV = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0]
-            plain_T = logits_TV[len(prompt) - 1 : -1].float().log_softmax(-1)[range(len(response)), response].tolist()
+            logits_TV = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[
+                0
+            ]
+            plain_T = (
+                logits_TV[len(prompt) - 1 : -1]
+                .float()
+                .log_softmax(-1)[range(len(response)), response]
+                .tolist()
+            )
             assert samples.logprobs[row] == pytest.approx(plain_T, abs=2e-5)
             assert logprobs_BT[row, micro.mask_BT[row]].tolist() == pytest.approx(plain_T, abs=2e-5)
 

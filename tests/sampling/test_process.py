@@ -1,7 +1,8 @@
-"""Sampling in a process of its own: the same run as in turns, bit for bit, whatever dies on the way.
+"""Sampling in a process of its own: the same run as in turns, bit for bit, whatever dies on the
+way.
 
-Runs are real: `python grpo.py` in a process group of its own, signals to real processes, and a look into /proc for
-processes that remain. A failing test prints the seed of its random moments.
+Runs are real: `python grpo.py` in a process group of its own, signals to real processes, and a look
+into /proc for processes that remain. A failing test prints the seed of its random moments.
 """
 
 import copy
@@ -90,9 +91,13 @@ def test_a_long_run_of_the_embedded_model_equals_the_serial_one(schedule, tmp_pa
     overlapped = train(tmp_path, "overlapped", **settings, serial=False)
     assert_same_run(overlapped, train(tmp_path, "serial", **settings))
     records = metrics(overlapped)
-    assert [record["lag"] for record in records[1:]] == [k - 1 - version_of_batch(k, *schedule) for k in range(1, 61)]
+    assert [record["lag"] for record in records[1:]] == [
+        k - 1 - version_of_batch(k, *schedule) for k in range(1, 61)
+    ]
     assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 30, 60]
-    assert len({record["entropy"] for record in records[1:]}) == 60  # the policy moved at every step
+    assert (
+        len({record["entropy"] for record in records[1:]}) == 60
+    )  # the policy moved at every step
 
 
 @pytest.mark.parametrize("schedule", [(3, 2), (1, 1)], ids=str)
@@ -110,15 +115,27 @@ def test_killed_at_random_moments_it_ends_the_same(schedule, place, serial, tmp_
             break
         run = Run(argv, tmp_path / "log")
         sampler = run.sampler()
-        wait_for(lambda run=run, lines=lines: num_logged(run_dir) >= lines or run.trainer.poll() is not None)
+        wait_for(
+            lambda run=run, lines=lines: (
+                num_logged(run_dir) >= lines or run.trainer.poll() is not None
+            )
+        )
         time.sleep(rng.uniform(0, 0.15))
         killed = [
             kill(pid)
-            for pid in {"trainer": [run.trainer.pid], "sampler": [sampler]}.get(victim, [sampler, run.trainer.pid])
+            for pid in {"trainer": [run.trainer.pid], "sampler": [sampler]}.get(
+                victim, [sampler, run.trainer.pid]
+            )
         ]
-        code = run.end(30, grace=30)  # a sampler that is still importing PyTorch does not see its trainer die
-        print(f"{victim} after line {lines}: {'killed' if all(killed) else 'too late'}, exit code {code}")
-        assert code == (1 if victim == "sampler" else -signal.SIGKILL) or code == 0, run.log.read_text()
+        code = run.end(
+            30, grace=30
+        )  # a sampler that is still importing PyTorch does not see its trainer die
+        print(
+            f"{victim} after line {lines}: {'killed' if all(killed) else 'too late'}, exit code {code}"
+        )
+        assert code == (1 if victim == "sampler" else -signal.SIGKILL) or code == 0, (
+            run.log.read_text()
+        )
         argv = resume(run_dir)
     run = Run(argv, tmp_path / "log")
     assert run.end() == 0, run.log.read_text()
@@ -161,9 +178,12 @@ class Slow(Digits):
 '''
 
 
-# While step 3 is graded, at whose end is an evaluation; and step 4, which can be completed without a sampler.
+# While step 3 is graded, at whose end is an evaluation; and step 4, which can be completed without
+# a sampler.
 @pytest.mark.parametrize("call, last_step", [(4 + 2 * 16 + 1, 2), (4 + 3 * 16 + 4 + 1, 4)])
-def test_a_dead_sampler_ends_the_run_within_a_step(call, last_step, place, serial, tmp_path, monkeypatch):
+def test_a_dead_sampler_ends_the_run_within_a_step(
+    call, last_step, place, serial, tmp_path, monkeypatch
+):
     directory, settings = place
     monkeypatch.setenv("PYTHONPATH", str(directory))  # the task's file imports another
     begun, go_on = tmp_path / "begun", tmp_path / "go_on"
@@ -180,8 +200,12 @@ def test_a_dead_sampler_ends_the_run_within_a_step(call, last_step, place, seria
     assert run.end(30) == 1
     assert time.monotonic() - started < 5
     last_line = run.log.read_text().splitlines()[-1]
-    assert re.match(r"grpo\.py: error: The sampler's process died \(exit code -9.* while ", last_line)
-    assert re.search(r"batch \d+ with weights of version 0|for weights of version 10 for batch 11", last_line)
+    assert re.match(
+        r"grpo\.py: error: The sampler's process died \(exit code -9.* while ", last_line
+    )
+    assert re.search(
+        r"batch \d+ with weights of version 0|for weights of version 10 for batch 11", last_line
+    )
     # Batches were waiting, but no step was made from them. Every checkpoint is whole.
     assert [record["step"] for record in metrics(run_dir)] == list(range(last_step + 1))
     checkpoints = [f"step_{step:06d}.pt" for step in (last_step - 1, last_step)]
@@ -193,7 +217,9 @@ def test_a_dead_sampler_ends_the_run_within_a_step(call, last_step, place, seria
 
 def test_a_sampler_that_hangs_ends_the_run(place, tmp_path):
     _, settings = place
-    argv = options(tmp_path, **{**settings, "num_steps": 1000}, sync_offset=1, serial=False, sampler_timeout=3)
+    argv = options(
+        tmp_path, **{**settings, "num_steps": 1000}, sync_offset=1, serial=False, sampler_timeout=3
+    )
     run = Run(argv, tmp_path / "log")
     sampler = run.sampler()
     wait_for(lambda: num_logged(tmp_path / "run") >= 3 or run.trainer.poll() is not None)
@@ -202,7 +228,10 @@ def test_a_sampler_that_hangs_ends_the_run(place, tmp_path):
     assert run.end(60) == 1, run.log.read_text()
     assert 3 <= time.monotonic() - started < 3 + 5
     last_line = run.log.read_text().splitlines()[-1]
-    assert "has not decoded a token for 3 s while sampling batch" in last_line and "--sampler-timeout" in last_line
+    assert (
+        "has not decoded a token for 3 s while sampling batch" in last_line
+        and "--sampler-timeout" in last_line
+    )
 
 
 def test_the_sampler_leaves_when_the_trainer_is_killed(place, tmp_path):
@@ -243,7 +272,9 @@ class FailingSampler(Sampler):
     def sample(self, prompts, group_size, seeds):
         self.calls += 1
         if self.calls == 3:
-            raise {"BadInput": BadInput, "RunStopped": RunStopped, "ValueError": ValueError}[self.failure]("thirteen")
+            raise {"BadInput": BadInput, "RunStopped": RunStopped, "ValueError": ValueError}[
+                self.failure
+            ]("thirteen")
         return self.sampler.sample(prompts, group_size, seeds)
 
 
@@ -251,9 +282,12 @@ FAILED = r"The sampler's process failed while sampling batch 3 with weights of v
 
 
 @pytest.mark.parametrize(
-    "failure, code, words", [("BadInput", 2, "thirteen"), ("RunStopped", 1, "thirteen"), ("ValueError", 1, FAILED)]
+    "failure, code, words",
+    [("BadInput", 2, "thirteen"), ("RunStopped", 1, "thirteen"), ("ValueError", 1, FAILED)],
 )
-def test_a_failure_of_the_sampler_is_the_runs(failure, code, words, place, serial, tmp_path, capfd, monkeypatch):
+def test_a_failure_of_the_sampler_is_the_runs(
+    failure, code, words, place, serial, tmp_path, capfd, monkeypatch
+):
     _, settings = place
     argv = options(tmp_path, **settings, sync_offset=1, serial=False)
     with monkeypatch.context() as patch:
@@ -261,13 +295,16 @@ def test_a_failure_of_the_sampler_is_the_runs(failure, code, words, place, seria
         assert command(*argv) == code
     *before, last_line = capfd.readouterr().err.splitlines()
     assert last_line == f"grpo.py: error: {words}"
-    assert ("Traceback" in "\n".join(before)) == (failure == "ValueError")  # where an unexpected failure came from
+    assert ("Traceback" in "\n".join(before)) == (
+        failure == "ValueError"
+    )  # where an unexpected failure came from
     assert [record["step"] for record in metrics(tmp_path / "run")][-1] in (0, 1, 2)
     assert command(*resume(tmp_path / "run")) == 0
     assert_same_run(tmp_path / "run", serial((1, 1)))
 
 
-# The rollouts by themselves, with a sampler that notes its weights: what they look like tells their version
+# The rollouts by themselves, with a sampler that notes its weights: what they look like tells their
+# version
 
 
 class NotingSampler(Sampler):
@@ -289,7 +326,8 @@ class NotingSampler(Sampler):
 
 
 class SlowlyStartingSampler(NotingSampler):
-    """Takes as long to start as an engine does, compared with a step; its probes are always right."""
+    """Takes as long to start as an engine does, compared with a step; its probes are always right.
+    """
 
     def __init__(self):
         time.sleep(2)
@@ -327,7 +365,8 @@ def set_weights(model, value):
 
 @pytest.fixture(autouse=True)
 def mismatch(monkeypatch):
-    """In place of the mismatch, where the model is a single layer: the weights it is measured with."""
+    """In place of the mismatch, where the model is a single layer: the weights it is measured with.
+    """
     true = module.sampler_mismatch
 
     def measured(model, temperature, precision, batch):
@@ -357,7 +396,8 @@ def test_every_batch_is_sampled_with_the_weights_of_its_version(schedule):
             version = version_of_batch(step, *schedule)
             assert (batch.number, batch.version) == (step, version)
             assert {response[0] for response in batch.responses} == {version}
-            # What is measured with the weights of the batch is not measured with those the trainer holds by now.
+            # What is measured with the weights of the batch is not measured with those the trainer
+            # holds by now.
             seen = version if rollouts.plan.shows_mismatch_only_now(step) else None
             assert batch.metrics.get("seen") == seen and model.weight[0, 0] == step - 1
             set_weights(model, step)
@@ -372,7 +412,9 @@ def test_every_batch_is_sampled_with_the_weights_of_its_version(schedule):
     with continued:
         for step in range(21, 41):
             batch = continued.next(step)
-            assert {response[0] for response in batch.responses} == {version_of_batch(step, *schedule)}
+            assert {response[0] for response in batch.responses} == {
+                version_of_batch(step, *schedule)
+            }
             set_weights(model, step)
             continued.publish(step)
 
@@ -383,8 +425,11 @@ def test_greedy_is_with_the_present_weights_and_after_the_batches_ordered(schedu
     set_weights(model, 0)
     with rollouts:
         for step in range(1, 21):
-            assert {response[0] for response in rollouts.next(step).responses} == {version_of_batch(step, *schedule)}
-            # Weights of the middle of a step, which are no version; then those after the step, not yet published.
+            assert {response[0] for response in rollouts.next(step).responses} == {
+                version_of_batch(step, *schedule)
+            }
+            # Weights of the middle of a step, which are no version; then those after the step, not
+            # yet published.
             for weight in (1000 + step, step):
                 set_weights(model, weight)
                 assert rollouts.greedy(PROMPTS[:3]).responses == [[weight]] * 3
@@ -393,8 +438,8 @@ def test_greedy_is_with_the_present_weights_and_after_the_batches_ordered(schedu
 
 
 def test_a_resumed_sampler_may_start_later_than_the_next_weights_come(monkeypatch):
-    # Batch 2 was sampled before the checkpoint: the sampler has no more to do with version 1, whose only slot gets
-    # version 2 while the sampler is still starting.
+    # Batch 2 was sampled before the checkpoint: the sampler has no more to do with version 1, whose
+    # only slot gets version 2 while the sampler is still starting.
     model, rollouts = make_rollouts(1, 0)
     set_weights(model, 0)
     with rollouts:
@@ -440,9 +485,14 @@ def test_weights_that_are_not_the_announced_ones_are_not_trained_on():
     with rollouts:
         rollouts.next(1)
         write = rollouts.weights.write
-        rollouts.weights.write = lambda slot, version, model: write(slot, version - 1, model)  # one too old
+        rollouts.weights.write = lambda slot, version, model: write(
+            slot, version - 1, model
+        )  # one too old
         rollouts.publish(1)
-        with pytest.raises(RunStopped, match=r"batch 2 with weights of version 1: .*batch 2 needs version 1, not 1, 0"):
+        with pytest.raises(
+            RunStopped,
+            match=r"batch 2 with weights of version 1: .*batch 2 needs version 1, not 1, 0",
+        ):
             rollouts.next(2)
 
 
@@ -474,7 +524,9 @@ def test_a_failed_sampler_leaves_the_state_complete_and_is_reported_afterwards(f
         assert sorted(state["weights"]) == [0, 3]
         expected = [4, 5] if failure == "failed" else [4, 5, 6, 7, 8]
         assert [fields["number"] for fields in state["waiting"]] == expected
-        with pytest.raises(RunStopped, match=r"^thirteen$" if failure == "failed" else "died .*exit code -9"):
+        with pytest.raises(
+            RunStopped, match=r"^thirteen$" if failure == "failed" else "died .*exit code -9"
+        ):
             rollouts.next(4)
 
     model, continued = make_rollouts(3, 2)
@@ -484,7 +536,9 @@ def test_a_failed_sampler_leaves_the_state_complete_and_is_reported_afterwards(f
     continued.load_state_dict(state)
     with continued:
         for step in range(4, 12):
-            assert {response[0] for response in continued.next(step).responses} == {version_of_batch(step, 3, 2)}
+            assert {response[0] for response in continued.next(step).responses} == {
+                version_of_batch(step, 3, 2)
+            }
             set_weights(model, step)
             continued.publish(step)
 
@@ -496,7 +550,12 @@ def test_a_slow_start_is_no_failure_but_a_start_without_end_is(monkeypatch):
         assert rollouts.next(1).responses[0] == [5]
     _, rollouts = make_rollouts(1, 0, SleepingSampler, timeout=1.0)
     monkeypatch.setattr(module, "START_UP_SECONDS", 2)
-    with rollouts, pytest.raises(RunStopped, match="has not decoded a token for 2 s while sampling batch 1 with"):
+    with (
+        rollouts,
+        pytest.raises(
+            RunStopped, match="has not decoded a token for 2 s while sampling batch 1 with"
+        ),
+    ):
         rollouts.next(1)
 
 
@@ -545,7 +604,9 @@ def test_evaluation_is_the_serial_one_bit_for_bit(verified, model_name):
     if verified:
         make_sampler = partial(CopyingSampler, model_name)
     rollouts = OverlappedRollouts(model, make_sampler, a_plan(2, 1), 1.0, "float32", 60.0, verified)
-    serial = SerialRollouts(model, CopyingSampler(model_name) if verified else sampler, a_plan(2, 1), verified)
+    serial = SerialRollouts(
+        model, CopyingSampler(model_name) if verified else sampler, a_plan(2, 1), verified
+    )
     torch.manual_seed(0)
     answers = []
     with rollouts:
@@ -566,7 +627,9 @@ def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved
     def begin():
         model = load_model(model_name, "", torch.device("cpu"))
         make_sampler = partial(CopyingSampler, model_name)
-        return model, OverlappedRollouts(model, make_sampler, a_plan(3, 2), 1.0, "float32", 60.0, verified=True)
+        return model, OverlappedRollouts(
+            model, make_sampler, a_plan(3, 2), 1.0, "float32", 60.0, verified=True
+        )
 
     model, rollouts = begin()
     torch.manual_seed(0)
@@ -579,7 +642,8 @@ def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved
         state = copy.deepcopy(rollouts.state_dict())
     expected = {fields["number"]: fields for fields in state["waiting"]}
     assert sorted(expected) == [5, 6, 7, 8]
-    # As if it had been killed while the sampler was at batch 6, the first of version 3; the trainer holds version 4.
+    # As if it had been killed while the sampler was at batch 6, the first of version 3; the trainer
+    # holds version 4.
     state |= {"waiting": [expected[5]], "last_arrived": 5}
     resumed, continued = begin()
     resumed.load_state_dict(model.state_dict())
@@ -587,7 +651,10 @@ def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved
     with continued:
         for step in (5, 6, 7, 8):
             batch = continued.next(step)
-            assert (batch.responses, batch.logprobs) == (expected[step]["responses"], expected[step]["logprobs"])
+            assert (batch.responses, batch.logprobs) == (
+                expected[step]["responses"],
+                expected[step]["logprobs"],
+            )
             continued.publish(step)
     for name, parameter in resumed.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name))
@@ -600,7 +667,9 @@ def test_weights_for_evaluation_are_verified(serial, model_name):
     if serial:
         rollouts = SerialRollouts(model, make_sampler(), a_plan(2, 1), verified=True)
     else:
-        rollouts = OverlappedRollouts(model, make_sampler, a_plan(2, 1), 1.0, "float32", 60.0, verified=True)
+        rollouts = OverlappedRollouts(
+            model, make_sampler, a_plan(2, 1), 1.0, "float32", 60.0, verified=True
+        )
     with rollouts:
         rollouts.next(1)
         change(model)
@@ -612,7 +681,8 @@ def test_weights_for_evaluation_are_verified(serial, model_name):
 
 
 def test_parameters_of_a_loaded_model_are_aligned(model_name):
-    # As they come out of a safetensors file they may lie anywhere, and vector code may round differently there.
+    # As they come out of a safetensors file they may lie anywhere, and vector code may round
+    # differently there.
     for name in ("tiny", model_name):
         model = load_model(name, "", torch.device("cpu"))
         assert {tensor.data_ptr() % 64 for tensor in [*model.parameters(), *model.buffers()]} == {0}
@@ -637,7 +707,10 @@ def test_parameters_are_aligned_views_of_the_slot():
     for slot in (2, 0, 1):
         sampler.use_weights(weights.tensors(slot))
         for name, parameter in reader.named_parameters():
-            assert parameter.data_ptr() == weights.tensors(slot)[name].data_ptr() and parameter.data_ptr() % 64 == 0
+            assert (
+                parameter.data_ptr() == weights.tensors(slot)[name].data_ptr()
+                and parameter.data_ptr() % 64 == 0
+            )
             assert parameter.is_shared() and (parameter == slot).all()
     weights.memory[1].fill_(7.0)  # what the trainer writes is there at once
     assert all((parameter == 7).all() for parameter in reader.parameters())
@@ -667,7 +740,11 @@ def test_too_little_shared_memory_is_one_line(place, tmp_path, capfd, monkeypatc
 
 
 def test_the_time_a_step_began_and_its_batch_was_sampled_are_logged(serial):
-    records = [record for record in map(json.loads, (serial((3, 2)) / "metrics.jsonl").open()) if record["step"]]
+    records = [
+        record
+        for record in map(json.loads, (serial((3, 2)) / "metrics.jsonl").open())
+        if record["step"]
+    ]
     assert records == sorted(records, key=lambda record: record["time/step_started_at"])
     for record in records:
         sampled = record["time/sample_started_at"] + record["time/sample"]

@@ -1,6 +1,7 @@
 """The schedule, against lists written by hand, and the sampling of batches, against the schedule.
 
-The rollouts are driven as the scripts drive them, with a sampler that notes which weights it was called on.
+The rollouts are driven as the scripts drive them, with a sampler that notes which weights it was
+called on.
 """
 
 import copy
@@ -17,7 +18,10 @@ from common.sampling import Plan, Sampler, Samples, problems_of_batch, version_o
 TABLE = {
     (1, 0): ([0, 1, 2, 3, 4, 5, 6, 7], [0, 0, 0, 0, 0, 0, 0, 0]),
     (2, 0): ([0, 0, 2, 2, 4, 4, 6, 6], [0, 1, 0, 1, 0, 1, 0, 1]),
-    (10, 0): ([0] * 10 + [10] * 10 + [20], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0]),
+    (10, 0): (
+        [0] * 10 + [10] * 10 + [20],
+        [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0],
+    ),
     (20, 0): ([0] * 20 + [20] * 20 + [40], [*range(20), *range(20), 0]),
     (1, 1): ([0, 0, 1, 2, 3, 4, 5, 6], [0, 1, 1, 1, 1, 1, 1, 1]),
     (3, 2): ([0, 0, 0, 0, 0, 3, 3, 3, 6, 6, 6, 9], [0, 1, 2, 3, 4, 2, 3, 4, 2, 3, 4, 2]),
@@ -40,10 +44,15 @@ def test_batches_of_a_version_by_trying_all(interval, offset):
     sampled_with = {}
     for k in range(1, 100):
         sampled_with.setdefault(version_of_batch(k, interval, offset), []).append(k)
-    complete = sorted(sampled_with)[:-1]  # the newest version's batches may reach beyond those tried
+    complete = sorted(sampled_with)[
+        :-1
+    ]  # the newest version's batches may reach beyond those tried
     assert len(complete) > 10
     for version in complete:
-        assert list(Plan([], 1, 2, interval, offset, seed=1).batches_of(version)) == sampled_with[version]
+        assert (
+            list(Plan([], 1, 2, interval, offset, seed=1).batches_of(version))
+            == sampled_with[version]
+        )
 
 
 @pytest.mark.parametrize("interval", range(1, 6))
@@ -71,16 +80,23 @@ def test_problems_depend_on_seed_and_batch_alone():
     forwards = {k: problems_of_batch(k, 50, 8, seed=1) for k in range(1, 20)}
     backwards = {k: problems_of_batch(k, 50, 8, seed=1) for k in range(19, 0, -1)}
     assert forwards == backwards
-    assert all(len(problems) == 8 and all(type(index) is int for index in problems) for problems in forwards.values())
+    assert all(
+        len(problems) == 8 and all(type(index) is int for index in problems)
+        for problems in forwards.values()
+    )
     others = {k: problems_of_batch(k, 50, 8, seed=2) for k in range(1, 20)}
     assert sum(forwards[k] == others[k] for k in forwards) == 0
 
 
 def test_no_two_responses_of_a_run_share_their_noise():
-    # An engine may seed the i-th response of a group with seed + i, so that seeds must lie at least G apart.
+    # An engine may seed the i-th response of a group with seed + i, so that seeds must lie at least
+    # G apart.
     plan = Plan([[0]] * 50, 8, 5, 1, 0, seed=1)
     seeds = sorted(seed for k in range(1, 200) for seed in plan.seeds(k))
-    assert len(seeds) == 199 * 8 and min(later - earlier for earlier, later in itertools.pairwise(seeds)) >= 5
+    assert (
+        len(seeds) == 199 * 8
+        and min(later - earlier for earlier, later in itertools.pairwise(seeds)) >= 5
+    )
     assert all(type(seed) is int and 0 <= seed < 2**63 - 5 for seed in seeds)
 
 
@@ -88,7 +104,9 @@ def test_no_two_responses_of_a_run_share_their_noise():
 
 
 class NotingSampler(Sampler):
-    """Answers every prompt with the version of the weights it was asked on; notes what it was asked."""
+    """Answers every prompt with the version of the weights it was asked on; notes what it was
+    asked.
+    """
 
     temperature, precision = 1.0, "float32"
 
@@ -101,10 +119,16 @@ class NotingSampler(Sampler):
         self.calls.append((self.weights, prompts, group_size, seeds))
         num_sequences = len(prompts) * group_size
         responses = [[self.weights, row] for row in range(num_sequences)]
-        return Samples(responses, [[-1.0, -2.0] for _ in responses], [row % 2 == 0 for row in range(num_sequences)])
+        return Samples(
+            responses,
+            [[-1.0, -2.0] for _ in responses],
+            [row % 2 == 0 for row in range(num_sequences)],
+        )
 
     def greedy(self, prompts):
-        return Samples([[self.weights]] * len(prompts), [[-1.0]] * len(prompts), [False] * len(prompts))
+        return Samples(
+            [[self.weights]] * len(prompts), [[-1.0]] * len(prompts), [False] * len(prompts)
+        )
 
 
 PROMPTS = [[index, 100 + index] for index in range(10)]
@@ -136,12 +160,17 @@ def test_batches_are_sampled_as_soon_as_their_version_exists(interval, offset):
     rollouts, sampler = make_rollouts(interval, offset)
     for step in range(1, 46):
         batch = rollouts.next(step)
-        # So far: all batches whose version is at most step − 1, each on exactly those weights, in order.
+        # So far: all batches whose version is at most step − 1, each on exactly those weights, in
+        # order.
         ready = [k for k in range(1, 100) if version_of_batch(k, interval, offset) <= step - 1]
-        assert [weights for weights, *_ in sampler.calls] == [version_of_batch(k, interval, offset) for k in ready]
+        assert [weights for weights, *_ in sampler.calls] == [
+            version_of_batch(k, interval, offset) for k in ready
+        ]
         assert (batch.number, batch.version) == (step, version_of_batch(step, interval, offset))
         assert batch.responses == [[batch.version, row] for row in range(12)]
-        assert rollouts.greedy(PROMPTS).responses == [[step - 1]] * 10  # with the present weights, whatever waits
+        assert (
+            rollouts.greedy(PROMPTS).responses == [[step - 1]] * 10
+        )  # with the present weights, whatever waits
         update(rollouts, sampler, step)
 
 
@@ -167,7 +196,9 @@ def test_the_schedule_changes_neither_problems_nor_seeds():
             update(rollouts, sampler, step)
         asked[mode] = [(prompts, seeds) for _, prompts, _, seeds in sampler.calls[:20]]
         assert asked[mode] == asked[MODES[0]]
-    assert len({seed for _, seeds in asked[MODES[0]] for seed in seeds}) == 20 * 4  # one random stream per prompt
+    assert (
+        len({seed for _, seeds in asked[MODES[0]] for seed in seeds}) == 20 * 4
+    )  # one random stream per prompt
     rollouts, sampler = make_rollouts(1, 0, seed=4)
     rollouts.next(1)
     assert not set(sampler.calls[0][3]) & set(asked[MODES[0]][0][1])
@@ -198,7 +229,8 @@ def test_each_batch_is_handed_out_once():
 
 @schedules
 def test_every_version_shows_once_whether_sampler_and_trainer_agree(interval, offset):
-    # A batch with lag 0 shows it in training. Where a version has none, its first batch is measured, with its weights.
+    # A batch with lag 0 shows it in training. Where a version has none, its first batch is
+    # measured, with its weights.
     rollouts, sampler = make_rollouts(interval, offset)
     shown = {}
     for step in range(1, 40):
@@ -226,7 +258,10 @@ def test_continued_rollouts_are_the_uninterrupted_ones(interval, offset):
         sampler.weights = stop
         continued.load_state_dict(copy.deepcopy(states[stop]))
         for step in range(stop + 1, 31):
-            found, expected = copy.deepcopy(vars(continued.next(step))), copy.deepcopy(vars(batches[step]))
+            found, expected = (
+                copy.deepcopy(vars(continued.next(step))),
+                copy.deepcopy(vars(batches[step])),
+            )
             for timing in ("time/sample", "time/sample_started_at"):
                 assert found["metrics"].pop(timing) >= 0 and expected["metrics"].pop(timing) >= 0
             assert found == expected

@@ -1,4 +1,5 @@
-"""Verification without vLLM: checksums, perturbation, the trainer's side of a probe, and an engine that is simulated.
+"""Verification without vLLM: checksums, perturbation, the trainer's side of a probe, and an engine
+that is simulated.
 
 With a real engine: test_vllm_sync.py.
 """
@@ -13,7 +14,15 @@ from common.commandline import RunStopped
 from common.models import load_model
 from common.sampling import Batch, Sampler
 from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import canary, checksum, deliver, describe, logprobs_of, perturbed, sampler_mismatch
+from common.sampling.verify import (
+    canary,
+    checksum,
+    deliver,
+    describe,
+    logprobs_of,
+    perturbed,
+    sampler_mismatch,
+)
 from tests.conftest import build_model
 
 
@@ -42,7 +51,9 @@ def test_order_counts():
     torch.manual_seed(0)
     square = torch.randn(6, 6)
     assert checksum(square.t()) != checksum(square) != checksum(square.flip(0))
-    assert checksum(square.t()) == checksum(square.t().contiguous())  # of the elements in order, not of the memory
+    assert checksum(square.t()) == checksum(
+        square.t().contiguous()
+    )  # of the elements in order, not of the memory
     assert checksum(square[:, :3]) == checksum(square[:, :3].clone())
     assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
 
@@ -54,7 +65,9 @@ def test_in_a_large_tensor_every_element_and_its_place_count(shape, dtype):
     tensor = torch.randn(shape).to(dtype)
     expected, flat = checksum(tensor), tensor.view(-1)
     assert checksum(tensor.clone()) == expected
-    assert checksum(torch.cat([torch.zeros(1, dtype=dtype), flat])[1:].view(shape)) == expected  # wherever it lies
+    assert (
+        checksum(torch.cat([torch.zeros(1, dtype=dtype), flat])[1:].view(shape)) == expected
+    )  # wherever it lies
     integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     for at in torch.randperm(len(flat))[:200].tolist():
         other = flat.clone()
@@ -65,7 +78,9 @@ def test_in_a_large_tensor_every_element_and_its_place_count(shape, dtype):
         other[[first, second]] = flat[[second, first]]
         assert (checksum(other) == expected) == (flat[first] == flat[second])
     assert checksum(flat.flip(0)) != expected and checksum(flat.roll(1)) != expected
-    assert len(flat) < 4096 or checksum(flat.roll(4096)) != expected  # whole rows of the sums, moved
+    assert (
+        len(flat) < 4096 or checksum(flat.roll(4096)) != expected
+    )  # whole rows of the sums, moved
     if len(shape) == 2:
         assert checksum(tensor.t()) != expected != checksum(tensor.flip(0))
 
@@ -130,7 +145,9 @@ def test_the_mismatch_is_the_difference_of_log_probs_at_the_same_weights(tempera
     assert found["sampler_mismatch/max"] == pytest.approx(0.25, abs=1e-5)
     assert found["sampler_mismatch/mean"] == pytest.approx(0.25 / num_tokens, abs=1e-5)
     with perturbed(model, ["model.norm.weight"]):  # other weights
-        assert sampler_mismatch(model, temperature, "float32", batch)["sampler_mismatch/mean"] > 0.05
+        assert (
+            sampler_mismatch(model, temperature, "float32", batch)["sampler_mismatch/mean"] > 0.05
+        )
 
 
 # A simulated engine: a copy of the model, which can be told what to get wrong
@@ -170,11 +187,20 @@ def test_an_honest_delivery_costs_what_it_says(model):
     manifest = describe(other, 7, "float32")
     costs = deliver(engine, dict(other.named_parameters()), manifest)
     elapsed = time.perf_counter() - started
-    assert engine.score(manifest.probe) == logprobs_of(other, manifest.probe, "float32").view(4, -1).tolist()
-    assert 0 < costs["time/sync_describe"] + costs["time/sync_load"] + costs["time/sync_verify"] < elapsed
+    assert (
+        engine.score(manifest.probe)
+        == logprobs_of(other, manifest.probe, "float32").view(4, -1).tolist()
+    )
+    assert (
+        0
+        < costs["time/sync_describe"] + costs["time/sync_load"] + costs["time/sync_verify"]
+        < elapsed
+    )
     assert min(costs["time/sync_describe"], costs["time/sync_load"], costs["time/sync_verify"]) > 0
     gigabytes = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
-    assert costs["throughput/sync_gb_per_second"] * costs["time/sync_load"] == pytest.approx(gigabytes)
+    assert costs["throughput/sync_gb_per_second"] * costs["time/sync_load"] == pytest.approx(
+        gigabytes
+    )
 
 
 def flip_a_bit(tensor):
@@ -183,7 +209,9 @@ def flip_a_bit(tensor):
     return flipped
 
 
-@pytest.mark.parametrize("fault", [lambda t: t.t(), lambda t: t.t().contiguous(), flip_a_bit, lambda t: t * 0])
+@pytest.mark.parametrize(
+    "fault", [lambda t: t.t(), lambda t: t.t().contiguous(), flip_a_bit, lambda t: t * 0]
+)
 def test_a_tensor_changed_on_its_way_is_named_and_nothing_is_loaded(fault, model):
     engine, other = Engine(model), changed(model)
     tensors = dict(other.named_parameters())
@@ -225,12 +253,17 @@ def test_what_an_engine_loads_wrongly_is_noticed(fault, model):
         deliver(engine, dict(other.named_parameters()), describe(other, 7, "float32"))
 
 
-@pytest.mark.parametrize("name", [SQUARE, NORM, "model.layers.0.self_attn.k_proj.bias", "model.embed_tokens.weight"])
+@pytest.mark.parametrize(
+    "name", [SQUARE, NORM, "model.layers.0.self_attn.k_proj.bias", "model.embed_tokens.weight"]
+)
 def test_the_canary_names_the_tensor_that_never_arrives(name, model):
     before = copy.deepcopy(model.state_dict())
     engine = Engine(model)
     canary(engine, model, "float32")
-    assert engine.score([[5, 6, 7, 8]]) == logprobs_of(model, [[5, 6, 7, 8]], "float32").view(1, -1).tolist()
+    assert (
+        engine.score([[5, 6, 7, 8]])
+        == logprobs_of(model, [[5, 6, 7, 8]], "float32").view(1, -1).tolist()
+    )
     with pytest.raises(RunStopped, match=rf"not followed: {name};"):
         canary(Engine(model, lambda at, tensor: None if at == name else tensor), model, "float32")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -248,13 +281,19 @@ def test_the_canary_notices_an_engine_that_keeps_its_weights(model):
 
 @pytest.mark.parametrize("layers", [2, 32])
 def test_the_canary_uses_less_noise_in_each_of_many_layers(layers, tmp_path):
-    # Found with SmolLM2-135M: with as much in each of 30 layers, rounding alone moves log-probs beyond the tolerance.
+    # Found with SmolLM2-135M: with as much in each of 30 layers, rounding alone moves log-probs
+    # beyond the tolerance.
     class Recording(Engine):
         def use_weights(self, tensors):
             super().use_weights(tensors)
             received.append(tensors[SQUARE].detach().clone())
 
-    deep, received = load_model(build_model("qwen2", tmp_path, num_hidden_layers=layers), "", torch.device("cpu")), []
+    deep, received = (
+        load_model(
+            build_model("qwen2", tmp_path, num_hidden_layers=layers), "", torch.device("cpu")
+        ),
+        [],
+    )
     before = dict(deep.named_parameters())[SQUARE].detach().clone()
     canary(Recording(deep), deep, "float32")
     noise = (received[0] - before).square().mean().sqrt() / before.square().mean().sqrt()

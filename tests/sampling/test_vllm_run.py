@@ -1,4 +1,6 @@
-"""`--engine vllm` end to end: `python grpo.py` with a real engine, beside training or in turns, and its failures."""
+"""`--engine vllm` end to end: `python grpo.py` with a real engine, beside training or in turns, and
+its failures.
+"""
 
 import copy
 import itertools
@@ -52,21 +54,44 @@ def settings(tmp_path_factory):
 
 @pytest.mark.parametrize(
     "serial, schedule, versions",
-    [(False, (2, 1), [0, 0, 0, 2, 2, 4, 4]), (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6]), (False, (1, 0), [0, 1, 2])],
+    [
+        (False, (2, 1), [0, 0, 0, 2, 2, 4, 4]),
+        (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6]),
+        (False, (1, 0), [0, 1, 2]),
+    ],
 )
-def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(serial, schedule, versions, settings, tmp_path):
-    sync = {"serial": serial, "sync_interval": schedule[0], "sync_offset": schedule[1], "num_steps": len(versions)}
+def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(
+    serial, schedule, versions, settings, tmp_path
+):
+    sync = {
+        "serial": serial,
+        "sync_interval": schedule[0],
+        "sync_offset": schedule[1],
+        "num_steps": len(versions),
+    }
     run = Run(options(tmp_path, **{**settings, **sync}), tmp_path / "log")
     assert run.end(240) == 0, run.log.read_text()
-    assert run.log.read_text().splitlines()[-1].startswith("Everything is in ")  # and no warning below
+    assert (
+        run.log.read_text().splitlines()[-1].startswith("Everything is in ")
+    )  # and no warning below
     records = steps(tmp_path / "run")
     assert [record["weights_version"] for record in records] == versions
-    assert [record["lag"] for record in records] == [step - version for step, version in enumerate(versions)]
-    # On the first batch of each version, with the weights that sampled it: what the delivery took, that it was
-    # verified, and whether both sides agree.
-    first = [record for record in records if versions.index(record["weights_version"]) == record["step"] - 1]
-    assert [record["step"] for record in records if "sampler_mismatch/max" in record] == [r["step"] for r in first]
-    assert [record["step"] for record in records if "time/sync_verify" in record] == [r["step"] for r in first]
+    assert [record["lag"] for record in records] == [
+        step - version for step, version in enumerate(versions)
+    ]
+    # On the first batch of each version, with the weights that sampled it: what the delivery took,
+    # that it was verified, and whether both sides agree.
+    first = [
+        record
+        for record in records
+        if versions.index(record["weights_version"]) == record["step"] - 1
+    ]
+    assert [record["step"] for record in records if "sampler_mismatch/max" in record] == [
+        r["step"] for r in first
+    ]
+    assert [record["step"] for record in records if "time/sync_verify" in record] == [
+        r["step"] for r in first
+    ]
     assert all(record["sampler_mismatch/max"] < 1e-4 for record in first)
     assert all(min(r["time/sync_describe"], r["throughput/sync_gb_per_second"]) > 0 for r in first)
     environment = (tmp_path / "run" / "environment.txt").read_text()
@@ -111,12 +136,16 @@ def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(blow, s
 
 
 @pytest.mark.parametrize("serial", [False, True])
-def test_an_engine_that_cannot_start_is_one_line_naming_the_option(serial, settings, tmp_path, monkeypatch):
+def test_an_engine_that_cannot_start_is_one_line_naming_the_option(
+    serial, settings, tmp_path, monkeypatch
+):
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "100000")  # GiB
     run = Run(options(tmp_path, **{**settings, "serial": serial}), tmp_path / "log")
     assert run.end(120) == 2, run.log.read_text()
     assert (
-        run.log.read_text().splitlines()[-1].startswith("grpo.py: error: --engine vllm cannot start with this model (")
+        run.log.read_text()
+        .splitlines()[-1]
+        .startswith("grpo.py: error: --engine vllm cannot start with this model (")
     )
     assert "Traceback" not in run.log.read_text()
     assert not serial or not (tmp_path / "run").exists()  # in turns, nothing has been begun by then
@@ -128,8 +157,17 @@ def test_an_evaluation_before_and_after_a_run_agrees_with_transformers(tmp_path)
     found = {}
     for engine in ("transformers", "vllm"):
         output = tmp_path / f"{engine}.json"
-        script = [sys.executable, REPOSITORY / "benchmarks" / "evaluate.py", "--run", run_dir, "--engine", engine]
-        done = subprocess.run([*script, "-n", "32", "--output", output], capture_output=True, text=True, timeout=240)
+        script = [
+            sys.executable,
+            REPOSITORY / "benchmarks" / "evaluate.py",
+            "--run",
+            run_dir,
+            "--engine",
+            engine,
+        ]
+        done = subprocess.run(
+            [*script, "-n", "32", "--output", output], capture_output=True, text=True, timeout=240
+        )
         assert done.returncode == 0, done.stderr
         found[engine] = json.loads(output.read_text())["results"]
     for label in ("before", "after"):
@@ -137,8 +175,11 @@ def test_an_evaluation_before_and_after_a_run_agrees_with_transformers(tmp_path)
         assert ours.keys() == theirs.keys()
         for name in (name for name in ours if name.startswith("greedy")):
             assert theirs[name] == pytest.approx(ours[name])
-        # Means over 512 responses of the same distribution: five standard deviations of their difference.
-        assert theirs["pass@1"][0] == pytest.approx(ours["pass@1"][0], abs=5 * (2 * 0.25 / 512) ** 0.5)
+        # Means over 512 responses of the same distribution: five standard deviations of their
+        # difference.
+        assert theirs["pass@1"][0] == pytest.approx(
+            ours["pass@1"][0], abs=5 * (2 * 0.25 / 512) ** 0.5
+        )
     assert found["vllm"]["after"]["greedy accuracy"] != found["vllm"]["before"]["greedy accuracy"]
 
 
@@ -168,7 +209,9 @@ def test_evaluation_is_the_engines_with_the_present_weights(settings):
     with rollouts:
         for step in range(1, 7):
             versions[step - 1] = copy.deepcopy(model)
-            batch = rollouts.next(step)  # of the weights of its version, whatever was evaluated in between
+            batch = rollouts.next(
+                step
+            )  # of the weights of its version, whatever was evaluated in between
             assert batch.version == [0, 0, 0, 2, 2, 4][step - 1]
             expected = trainer_logprobs(versions[batch.version], batch.prompts, batch, 1, 1.0)
             assert max(differences(batch.logprobs, expected)) < 1e-4
@@ -202,7 +245,12 @@ def flip_a_bit(tensors):
 
 @pytest.mark.parametrize(
     "fault, work",
-    [(skip_one, "batch"), (transpose_one, "batch"), (flip_a_bit, "batch"), (flip_a_bit, "evaluation")],
+    [
+        (skip_one, "batch"),
+        (transpose_one, "batch"),
+        (flip_a_bit, "batch"),
+        (flip_a_bit, "evaluation"),
+    ],
 )
 def test_a_faulty_delivery_stops_the_run_before_anything_is_sampled_from_it(fault, work, settings):
     rollouts = make_rollouts(settings["model"])
@@ -217,11 +265,15 @@ def test_a_faulty_delivery_stops_the_run_before_anything_is_sampled_from_it(faul
         rollouts.weights.write = faulty_write
         assert rollouts.next(1).version == 0
         if work == "evaluation":
-            with pytest.raises(RunStopped, match=r"Weights of version -1 did not reach .*changed: model\.\w+"):
+            with pytest.raises(
+                RunStopped, match=r"Weights of version -1 did not reach .*changed: model\.\w+"
+            ):
                 rollouts.greedy([[5, 6]])
             return
         rollouts.publish(1)
-        with pytest.raises(RunStopped, match=r"Weights of version 1 did not reach .*changed: model\.\w+"):
+        with pytest.raises(
+            RunStopped, match=r"Weights of version 1 did not reach .*changed: model\.\w+"
+        ):
             rollouts.next(2)
 
 
@@ -231,10 +283,14 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
         rollouts.next(1)
         beat = rollouts.weights.heartbeat.item()
         rollouts.publish(1)
-        wait_for(lambda: rollouts.weights.heartbeat.item() > beat)  # one beat per tensor loaded: this is the first
+        wait_for(
+            lambda: rollouts.weights.heartbeat.item() > beat
+        )  # one beat per tensor loaded: this is the first
         rollouts.process.kill()
         started = time.monotonic()
-        with pytest.raises(RunStopped, match=r"died .* while sampling batch 2 with weights of version 1"):
+        with pytest.raises(
+            RunStopped, match=r"died .* while sampling batch 2 with weights of version 1"
+        ):
             rollouts.next(2)
         assert time.monotonic() - started < 5
 
@@ -274,9 +330,12 @@ SharedWeights.write = faulty_write
 def test_a_faulty_delivery_on_one_rank_stops_all(settings, tmp_path):
     task = f"{write_task(tmp_path, DENSE_TASK + FLIP_A_BIT_ON_RANK_1)}:Digits"
     run = Torchrun(
-        options(tmp_path, **{**settings, "sync_interval": 1, "task": task, "num_steps": 9}), tmp_path / "log"
+        options(tmp_path, **{**settings, "sync_interval": 1, "task": task, "num_steps": 9}),
+        tmp_path / "log",
     )
     assert run.agent.wait(400), run.log.read_text()[-4000:]
     assert run.is_over()
     assert run.said.count("Weights of version 1 did not reach") == 1
-    assert len(steps(tmp_path / "run")) <= 2  # the third batch would have been the first from these weights
+    assert (
+        len(steps(tmp_path / "run")) <= 2
+    )  # the third batch would have been the first from these weights

@@ -1,7 +1,9 @@
-"""The vLLM sampler, against the trainer's log-probs and the transformers sampler: the same policy, the same ends.
+"""The vLLM sampler, against the trainer's log-probs and the transformers sampler: the same policy,
+the same ends.
 
-All engines start from a checkpoint whose `generation_config` sets top-p, top-k, a penalty, a temperature and other EOS
-ids: every test here would fail if any of it had an effect. Statistical tests have bounds of five standard deviations.
+All engines start from a checkpoint whose `generation_config` sets top-p, top-k, a penalty, a
+temperature and other EOS ids: every test here would fail if any of it had an effect. Statistical
+tests have bounds of five standard deviations.
 """
 
 import math
@@ -32,7 +34,9 @@ KEPT = []  # see `vllm_engines.start_engine`
 
 
 def differences(found, expected):
-    return [abs(x - y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)]
+    return [
+        abs(x - y) for a, b in zip(found, expected, strict=True) for x, y in zip(a, b, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 1.5])
@@ -41,7 +45,9 @@ def test_sampler_and_trainer_agree(family, precision, temperature):
     model, sampler = engine(family, precision, temperature=temperature)
     prompts = make_prompts()
     samples = sampler.sample(prompts, 4, seeds(1))
-    gaps = differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 4, temperature, precision))
+    gaps = differences(
+        samples.logprobs, trainer_logprobs(model, prompts, samples, 4, temperature, precision)
+    )
     assert len(samples.responses) == 24 and len(gaps) > 100
     if precision == "float32":
         assert max(gaps) < 1e-4
@@ -50,7 +56,9 @@ def test_sampler_and_trainer_agree(family, precision, temperature):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])
-@pytest.mark.parametrize("eos_ids, max_tokens", [(EOS, MAX_TOKENS), (EOS, 3), ({17}, 12), (NO_EOS, 7), (set(), 7)])
+@pytest.mark.parametrize(
+    "eos_ids, max_tokens", [(EOS, MAX_TOKENS), (EOS, 3), ({17}, 12), (NO_EOS, 7), (set(), 7)]
+)
 def test_greedy_ends_where_the_transformers_sampler_ends(family, eos_ids, max_tokens):
     model, sampler = engine(family, "float32", eos_ids=eos_ids, max_tokens=max_tokens)
     prompts = make_prompts(lengths=range(1, 40))
@@ -69,7 +77,9 @@ def test_any_of_several_eos_ids_ends_a_response_and_belongs_to_it():
     check_ends(samples, EOS, 12)
     last = {response[-1] for response in samples.responses}
     assert len(last & EOS) >= 5 and {True, False} == set(samples.truncated)
-    check_ends(engine("qwen2", "float32", max_tokens=1)[1].sample(make_prompts(), 20, seeds(3)), EOS, 1)
+    check_ends(
+        engine("qwen2", "float32", max_tokens=1)[1].sample(make_prompts(), 20, seeds(3)), EOS, 1
+    )
 
 
 # Randomness
@@ -81,18 +91,29 @@ def test_no_two_samples_share_their_noise():
     for first, step in ((0, 8), (7, 8), (2**63 - 1, -8)):  # as close as seeds may be
         samples = sampler.sample([[5, 6, 7]] * 12, 8, [first + step * p for p in range(12)])
         assert len({tuple(response) for response in samples.responses}) == 96
-    assert sampler.sample([[5, 6, 7]], 1, [1]).responses != sampler.sample([[5, 6, 7]], 1, [2]).responses
+    assert (
+        sampler.sample([[5, 6, 7]], 1, [1]).responses
+        != sampler.sample([[5, 6, 7]], 1, [2]).responses
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_first_tokens_have_the_policys_frequencies(temperature):
     # Pearson's χ² with n − 1 degrees of freedom has mean n − 1 and variance 2 (n − 1).
-    model, sampler = engine("qwen2", "float32", temperature=temperature, max_tokens=1, eos_ids=NO_EOS)
+    model, sampler = engine(
+        "qwen2", "float32", temperature=temperature, max_tokens=1, eos_ids=NO_EOS
+    )
     (prompt,), count = make_prompts(lengths=(11,)), 4000
     samples = sampler.sample([prompt] * 4, count // 4, seeds(11, 4))
-    expected = (naive_logprobs_TV(in_float64(model), prompt, [0], temperature)[0].exp() * count).tolist()
-    counts = torch.bincount(torch.tensor(samples.responses).flatten(), minlength=VOCABULARY).tolist()
-    rare = [v for v in range(VOCABULARY) if expected[v] < 5]  # too few to be normal: together, one cell
+    expected = (
+        naive_logprobs_TV(in_float64(model), prompt, [0], temperature)[0].exp() * count
+    ).tolist()
+    counts = torch.bincount(
+        torch.tensor(samples.responses).flatten(), minlength=VOCABULARY
+    ).tolist()
+    rare = [
+        v for v in range(VOCABULARY) if expected[v] < 5
+    ]  # too few to be normal: together, one cell
     cells = [(counts[v], expected[v]) for v in range(VOCABULARY) if expected[v] >= 5]
     cells.append((sum(counts[v] for v in rare), sum(expected[v] for v in rare)))
     chi_square = sum((found - mean) ** 2 / mean for found, mean in cells)
@@ -105,28 +126,50 @@ def test_first_tokens_have_the_policys_frequencies(temperature):
 
 def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
     model, sampler = engine("qwen2", "float32", max_tokens=40)
-    batches = [(make_prompts(lengths=(3 + i, 20, 9), seed=i), [100 * i + 4 * p for p in range(3)]) for i in range(5)]
+    batches = [
+        (make_prompts(lengths=(3 + i, 20, 9), seed=i), [100 * i + 4 * p for p in range(3)])
+        for i in range(5)
+    ]
     before = sampler.heartbeat.item()
     steps, pooled = [], []
     for samples in sampler.sample_many(batches, 4):
         pooled.append(samples)
         steps.append(sampler.heartbeat.item() - before)
-    for (prompts, _), samples in zip(batches, pooled, strict=True):  # each with the log-probs of its own prompts
-        assert max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 4, 1.0))) < 1e-4
+    for (prompts, _), samples in zip(
+        batches, pooled, strict=True
+    ):  # each with the log-probs of its own prompts
+        assert (
+            max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 4, 1.0)))
+            < 1e-4
+        )
         check_ends(samples, EOS, 40)
     longest = [max(map(len, samples.responses)) for samples in pooled]
-    assert steps[-1] < 0.6 * sum(longest)  # one after the other they would take as many steps as the longest responses
+    assert steps[-1] < 0.6 * sum(
+        longest
+    )  # one after the other they would take as many steps as the longest responses
     assert steps == sorted(steps) and steps[0] >= longest[0] > 1
-    assert len({tuple(response) for samples in pooled for response in samples.responses if len(response) > 8}) > 10
+    assert (
+        len(
+            {
+                tuple(response)
+                for samples in pooled
+                for response in samples.responses
+                if len(response) > 8
+            }
+        )
+        > 10
+    )
 
 
 def test_more_prompt_tokens_than_one_engine_step_takes():
-    # 9,000 of them: where a step ends within a prompt, vLLM 0.32 turns the request's generator back, which on a CPU
-    # raises an error.
+    # 9,000 of them: where a step ends within a prompt, vLLM 0.32 turns the request's generator
+    # back, which on a CPU raises an error.
     model, sampler = engine("qwen2", "float32", max_tokens=4)
     prompts = make_prompts(lengths=[300] * 30)
     samples = sampler.sample(prompts, 2, seeds(1, 30))
-    assert max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 2, 1.0))) < 1e-4
+    assert (
+        max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 2, 1.0))) < 1e-4
+    )
 
 
 # Starting
@@ -135,12 +178,17 @@ def test_more_prompt_tokens_than_one_engine_step_takes():
 def test_the_factory_verifies_the_engine_against_its_own_model():
     # As a process would call it that was given nothing but a picklable function.
     directory = str(REPOSITORY / "common" / "tiny_model")
-    factory = pickle.loads(pickle.dumps(partial(make_vllm_sampler, directory, "", 1, {0}, 16, 1.0, "float32", 16)))
+    factory = pickle.loads(
+        pickle.dumps(partial(make_vllm_sampler, directory, "", 1, {0}, 16, 1.0, "float32", 16))
+    )
     sampler = factory()
     KEPT.append(sampler)
     model = load_model(directory, "", torch.device("cpu"))
     samples = sampler.sample([[5, 6, 7]], 4, [1])  # with the true weights, after those of the test
-    assert max(differences(samples.logprobs, trainer_logprobs(model, [[5, 6, 7]], samples, 4, 1.0))) < 1e-4
+    assert (
+        max(differences(samples.logprobs, trainer_logprobs(model, [[5, 6, 7]], samples, 4, 1.0)))
+        < 1e-4
+    )
 
 
 def wrong_head_size(directory, monkeypatch):
@@ -155,26 +203,35 @@ def no_memory(directory, monkeypatch):
 def unknown_architecture(directory, monkeypatch):
     from transformers import XGLMConfig, XGLMForCausalLM
 
-    XGLMForCausalLM(XGLMConfig(vocab_size=99, d_model=64, num_layers=1, attention_heads=2, ffn_dim=64)).save_pretrained(
-        directory
-    )
+    XGLMForCausalLM(
+        XGLMConfig(vocab_size=99, d_model=64, num_layers=1, attention_heads=2, ffn_dim=64)
+    ).save_pretrained(directory)
     return str(directory)
 
 
 def test_a_prompt_that_would_cut_its_response_short_is_refused():
-    # With one token more than was reserved, vLLM would stop a token before the limit and say nothing.
+    # With one token more than was reserved, vLLM would stop a token before the limit and say
+    # nothing.
     _, sampler = engine("qwen2", "float32", eos_ids=NO_EOS)
-    assert list(map(len, sampler.sample([[5] * LONGEST_PROMPT], 2, [1]).responses)) == [MAX_TOKENS] * 2
+    assert (
+        list(map(len, sampler.sample([[5] * LONGEST_PROMPT], 2, [1]).responses)) == [MAX_TOKENS] * 2
+    )
     with pytest.raises(RunStopped, match=rf"refused a prompt .*{LONGEST_PROMPT + 1} tokens"):
         sampler.sample([[5] * (LONGEST_PROMPT + 1)], 2, [1])
 
 
 @pytest.mark.parametrize(
     "case, words",
-    [(wrong_head_size, "head_dim=24"), (no_memory, "memory"), (unknown_architecture, "XGLMForCausalLM")],
+    [
+        (wrong_head_size, "head_dim=24"),
+        (no_memory, "memory"),
+        (unknown_architecture, "XGLMForCausalLM"),
+    ],
 )
 def test_an_engine_that_cannot_start_is_bad_input(case, words, tmp_path, monkeypatch):
     directory = case(tmp_path / "model", monkeypatch)
-    with pytest.raises(BadInput, match=f"^--engine vllm cannot start .*{re.escape(words)}.*leave --engine") as caught:
+    with pytest.raises(
+        BadInput, match=f"^--engine vllm cannot start .*{re.escape(words)}.*leave --engine"
+    ) as caught:
         VllmSampler(directory, "", {0}, 16, 1.0, "float32", 16)
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)

