@@ -4,34 +4,82 @@ A causal language model's output at position t predicts the token at t + 1. `col
 shift once: in what it returns, column t of every tensor belongs to the same predicted token.
 """
 
+import ctypes
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+
+from common import distributed
+from common.progress import progress
+from common.sampling import PARTS
 
 
 @dataclass
 class MicroBatch:
-    """Some sequences of a batch, padded on the right to one width. T counts predicted tokens: total
-    length − 1.
+    """Some sequences of a batch, padded on the right to one width.
 
-    Padding is token 0. Any token would do: it comes after all real ones, where causal attention
-    does not look.
+    T counts predicted tokens: total length − 1. Padding is token 0. Any token would do: it comes
+    after all real ones, where causal attention does not look. `mask_BT` is False on prompts and
+    padding. What is measured of a token is float32, and 0 outside the mask.
     """
 
     inputs_BT: torch.Tensor  # int64: what the model reads
     targets_BT: torch.Tensor  # int64: the token that each position predicts
-    mask_BT: (
-        torch.Tensor
-    )  # bool: the predicted token belongs to the response (EOS included), not to prompt or padding
-    sampler_logprobs_BT: (
-        torch.Tensor
-    )  # float32: what the sampler reported for the token; 0 outside the mask
+    mask_BT: torch.Tensor  # bool: whether that token belongs to the response (EOS included)
+    sampler_logprobs_BT: torch.Tensor  # of each response token, as reported by the sampler
     rows: list[int]  # of the batch, which these sequences are
+
+    advantages_B1: torch.Tensor | None = None  # float32
+    weights_B1: torch.Tensor | None = None  # float32: weight of each response token in the loss
+    learns: bool = True  # whether any weight is not 0; if not, a forward pass is enough
+
+    # Filled in by the script
+    reference_logprobs_BT: torch.Tensor | None = None  # under the initial policy
+    logprobs_BT: torch.Tensor | None = None  # under the policy, differentiable
+    entropy_BT: torch.Tensor | None = None  # of the distributions sampled from, differentiable
+
+
+def mini_batches(batch, count, seed):
+    """The batch in `count` parts of whole groups, one for each update.
+
+    Groups are dealt out in a random order, which depends on the seed and the batch's number alone.
+    """
+    if count == 1:
+        return [batch]
+    stream = np.random.default_rng([seed, PARTS, batch.number])
+    order = stream.permutation(len(batch.responses) // batch.group_size)
+    return [batch.part(sorted(groups.tolist())) for groups in np.array_split(order, count)]
+
+
+def micro_batches(batch, weights_PG, max_tokens, device):
+    """Yield a batch as `MicroBatch`es: its rows, with their advantages and weights in the loss.
+
+    Rows of weight 0 form micro-batches of their own. Under torchrun, these are the micro-batches of
+    this rank. It may have to repeat a row to make as many passes as the other ranks; the mask of
+    that row is empty, so that it counts for nothing.
+    """
+    if batch.number % 5 == 0:
+        # Freed memory goes back. glibc would keep it, in pieces that may fit no tensor to come.
+        ctypes.CDLL(None).malloc_trim(0)
+    weights_B = weights_PG.flatten()
+    advantages_B = batch.advantages_PG.flatten()
+    learns_B = (weights_B != 0).tolist()
+    splits = split_by_token_budget(batch.lengths, max_tokens, learns_B)
+    for rows, repeated in progress(distributed.deal(splits, learns_B), "micro-batches"):
+        micro = collate(batch, rows, device)
+        micro.advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
+        micro.weights_B1 = weights_B[rows].float().unsqueeze(1).to(device)
+        micro.learns = learns_B[rows[0]]
+        micro.rows = [batch.rows[row] for row in rows]
+        if repeated:
+            micro.mask_BT = torch.zeros_like(micro.mask_BT)
+            micro.rows = []
+        yield micro
 
 
 def collate(batch, rows, device="cpu"):
-    """The `MicroBatch` of these rows: prompts and responses are concatenated, padded on the right
-    and shifted by one.
+    """The `MicroBatch` of these rows: prompt + response, padded on the right, shifted by one.
 
     `batch` has `prompts`, `responses` and `logprobs`, as a `Batch` has. ValueError if log-probs are
     not one per token.
@@ -41,20 +89,18 @@ def collate(batch, rows, device="cpu"):
     width = max(ends)
 
     def padded(lists, filling):
-        return torch.tensor(
-            [values + [filling] * (width - end) for values, end in zip(lists, ends, strict=True)]
-        )
+        pairs = zip(lists, ends, strict=True)
+        return torch.tensor([values + [filling] * (width - end) for values, end in pairs])
 
     tokens_BT = padded([batch.prompts[row] + batch.responses[row] for row in rows], 0)
-    logprobs_BT = padded(
-        [[0.0] * start + batch.logprobs[row] for start, row in zip(starts, rows, strict=True)], 0.0
-    )
+    known = zip(starts, rows, strict=True)
+    logprobs_BT = padded([[0.0] * start + batch.logprobs[row] for start, row in known], 0.0)
     if logprobs_BT.shape != tokens_BT.shape:
-        raise ValueError(
-            f"log-probs are not one per token: {logprobs_BT.shape}, {tokens_BT.shape}."
-        )
+        shapes = f"{list(logprobs_BT.shape)}, {list(tokens_BT.shape)}"
+        raise ValueError(f"log-probs are not one per token: {shapes}.")
     place_1T = torch.arange(width).unsqueeze(0)
-    start_B1, end_B1 = (torch.tensor(numbers).unsqueeze(1) for numbers in (starts, ends))
+    start_B1 = torch.tensor(starts).unsqueeze(1)
+    end_B1 = torch.tensor(ends).unsqueeze(1)
     mask_BT = (start_B1 <= place_1T) & (place_1T < end_B1)
     return MicroBatch(
         inputs_BT=tokens_BT[:, :-1].to(device),
@@ -66,8 +112,7 @@ def collate(batch, rows, device="cpu"):
 
 
 def split_by_token_budget(lengths, max_tokens, group_by):
-    """Split sequences into micro-batches of one `group_by` value each: a list of lists of row
-    numbers.
+    """Split sequences into micro-batches of one `group_by` value each: a list of lists of rows.
 
     Rows × longest row is at most `max_tokens`, prompts and padding included, except for a single
     longer sequence. Sequences are sorted by length, so that those of a micro-batch are similar and
@@ -76,13 +121,11 @@ def split_by_token_budget(lengths, max_tokens, group_by):
     """
     splits = []
     for row in sorted(range(len(lengths)), key=lambda row: (group_by[row], -lengths[row], row)):
-        first = splits[-1][0] if splits else row  # the longest of its micro-batch
-        if (
-            splits
-            and group_by[first] == group_by[row]
-            and (len(splits[-1]) + 1) * lengths[first] <= max_tokens
-        ):
-            splits[-1].append(row)
-        else:
-            splits.append([row])
+        if splits:
+            first = splits[-1][0]  # the longest of its micro-batch
+            same_kind = group_by[first] == group_by[row]
+            if same_kind and (len(splits[-1]) + 1) * lengths[first] <= max_tokens:
+                splits[-1].append(row)
+                continue
+        splits.append([row])
     return splits

@@ -16,99 +16,135 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from common.commandline import BadInput, RunStopped
-from common.distributed import gather, part_like, rank, size, whole_state
+from common.distributed import broadcast, gather, part_like, rank, size, whole_state
+from common.errors import BadInput, RunStopped
+from common.weights import checksum
 
 KEEP = 2  # how many of the newest checkpoints stay
-ONE_FILE = (
-    2**35
-)  # bytes of weights and moments, 3 billion parameters; beyond, with several ranks, a directory
+# Bytes of weights and moments, 3 billion parameters; beyond, with several ranks, a directory
+ONE_FILE = 2**35
 OTHERS = "others.pt"  # what such a directory has besides
 
 
-def save_checkpoint(run_dir, step, parts):
-    """Write the `state_dict()` of each of `parts`, a dict by name; delete all but the newest `KEEP`
-    checkpoints.
+class Checkpoints:
+    """A run's checkpoints: the state of all that changes, and checksums of what it began with.
 
-    All ranks call this. Rank 0 writes the file, with whole tensors; where they would take more than
-    `ONE_FILE` bytes, each rank writes its own part of them into a directory. Raises `RunStopped`
-    where that fails.
+    Made before the first update, since the policy's weights are part of what a run begins with: a
+    resumed run is refused if they, or the problems, have changed. All ranks call all methods.
     """
-    directory = Path(gather(run_dir)[0]) / "checkpoints"  # rank 0 has named the run
-    num_bytes = 3 * sum(
-        parameter.nbytes for parameter in parts["model"].parameters()
-    )  # with AdamW's two moments
-    sharded = ("model", "optimizer") if size() > 1 and num_bytes > ONE_FILE else ()
-    final = directory / f"step_{step:06d}{'.shards' if sharded else '.pt'}"
-    unfinished = final.with_suffix(".unfinished")
-    states = whole_state(
-        {name: part.state_dict() for name, part in parts.items() if name not in sharded}
-    )
-    try:
-        if sharded:
-            dcp.save(_sharded_state(parts), checkpoint_id=unfinished)
-        if rank() == 0:
-            directory.mkdir(exist_ok=True)
-            with open(unfinished / OTHERS if sharded else unfinished, "wb") as file:
-                torch.save(states, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, final)
-    except (
-        OSError,
-        RuntimeError,
-        dcp.CheckpointException,
-    ) as error:  # torch.save turns the first into the second
-        if rank() == 0:
-            _delete(unfinished)
-        what = f"{final} cannot be written ({error.__context__ or error})"
-        raise RunStopped(f"{what}: make room, and go on with --resume.") from error
-    if rank() == 0:
-        directory_handle = os.open(directory, os.O_RDONLY)
-        os.fsync(directory_handle)  # the renaming itself, too
-        os.close(directory_handle)
-        for old in [
-            *_checkpoints(run_dir)[:-KEEP],
-            *directory.glob("*.unfinished"),
-        ]:  # the latter of a killed run
-            _delete(old)
-    gather(None, timedelta(hours=1))  # writing may take longer than anything else
 
+    def __init__(self, log, policy, optimizer, rollouts, train_set, eval_set):
+        self.log = log
+        self.policy = policy
+        self.optimizer = optimizer
+        self.rollouts = rollouts
+        problems = {
+            "training problems": train_set.checksum(),
+            "held-out problems": eval_set.checksum(),
+        }
+        if any(others != problems for others in gather(problems)):
+            raise BadInput("The ranks have loaded different problems: give all the same --data.")
+        self.inputs = {**problems, "model": [checksum(tensor) for tensor in policy.parameters()]}
 
-def load_checkpoint(run_dir, parts):
-    """Give each of `parts` its state in the newest checkpoint of a run, if there is one. Raises
-    `BadInput`.
-    """
-    if not (paths := _checkpoints(run_dir)):
-        return
-    *older, path = paths
-    file = path / OTHERS if path.is_dir() else path
-    try:
-        with zipfile.ZipFile(file) as archive:
-            if archive.testzip():
-                raise zipfile.BadZipFile("a checksum is wrong")
-        state = torch.load(
-            file, map_location="cpu", weights_only=True, mmap=size() > 1
-        )  # one copy for all ranks
+    def save(self):
+        """Write a checkpoint of the step that the log has recorded last; keep the newest `KEEP`.
+
+        Rank 0 writes the file, with whole tensors; where weights and moments would take more than
+        `ONE_FILE` bytes, each rank writes its own part of them into a directory. Raises `RunStopped`
+        where that fails.
+        """
+        directory = broadcast(self.log.dir) / "checkpoints"  # rank 0 has named the run
+        # AdamW has two moments of each parameter.
+        num_bytes = 3 * sum(parameter.nbytes for parameter in self.policy.parameters())
+        sharded = size() > 1 and num_bytes > ONE_FILE
+        suffix = ".shards" if sharded else ".pt"
+        final = directory / f"step_{self.log.step:06d}{suffix}"
+        unfinished = final.with_suffix(".unfinished")
+        state = {
+            "inputs": self.inputs,
+            "log": self.log.state_dict(),
+            "rollouts": self.rollouts.state_dict(),
+        }
+        if not sharded:
+            state["model"] = whole_state(self.policy.state_dict())
+            state["optimizer"] = whole_state(self.optimizer.state_dict())
+        try:
+            if sharded:
+                dcp.save(self._sharded_state(), checkpoint_id=unfinished)
+            if rank() == 0:
+                directory.mkdir(exist_ok=True)
+                _write(state, unfinished / OTHERS if sharded else unfinished)
+                os.replace(unfinished, final)
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
+            if rank() == 0:
+                _delete(unfinished)
+            # torch.save turns an OSError into a RuntimeError.
+            what = f"{final} cannot be written ({error.__context__ or error})"
+            raise RunStopped(f"{what}: make room, and go on with --resume.") from error
+        if rank() == 0:
+            _flush_directory(directory)  # the renaming itself, too
+            left_by_a_killed_run = directory.glob("*.unfinished")
+            for old in [*_checkpoints(self.log.dir)[:-KEEP], *left_by_a_killed_run]:
+                _delete(old)
+        gather(None, timedelta(hours=1))  # writing may take longer than anything else
+
+    def load_newest(self):
+        """Continue from the newest checkpoint of the run, if there is one. Raises `BadInput`."""
+        paths = _checkpoints(self.log.dir)
+        if not paths:
+            return
+        *older, path = paths
+        try:
+            state = _read(path / OTHERS if path.is_dir() else path)
+            if path.is_dir():
+                sharded = self._sharded_state()
+                dcp.load(sharded, checkpoint_id=path)
+        except (Exception, dcp.CheckpointException) as error:  # as varied as the kinds of damage
+            before = older[-1].name if older else "the start"
+            how = f"if it is damaged, delete it to continue from {before}"
+            what = f"--resume: {path} cannot be read ({str(error)[:200]})"
+            raise BadInput(f"{what}; {how}.") from error
+        for name, value in state["inputs"].items():
+            if self.inputs[name] != value:  # a file was edited, or a template writes today's date
+                what = f"the {name} differ from those it began with"
+                raise BadInput(f"--resume {self.log.dir}: {what}: restore them.")
         if path.is_dir():
-            sharded = _sharded_state(parts)
-            dcp.load(sharded, checkpoint_id=path)
             states = {
                 "model_state_dict": sharded["model"],
                 "optim_state_dict": sharded["optimizer"],
             }
-            set_state_dict(parts["model"], parts["optimizer"], **states)
-    except (Exception, dcp.CheckpointException) as error:  # as varied as the kinds of damage
-        how = f"if it is damaged, delete it to continue from {older[-1].name if older else 'the start'}"
-        raise BadInput(f"--resume: {path} cannot be read ({str(error)[:200]}); {how}.") from error
-    for name in state:
-        parts[name].load_state_dict(_as_held_by(parts[name], state[name]))
+            set_state_dict(self.policy, self.optimizer, **states)
+        else:
+            self.policy.load_state_dict(_as_held_by(self.policy, state["model"]))
+            self.optimizer.load_state_dict(_as_held_by(self.optimizer, state["optimizer"]))
+        self.rollouts.load_state_dict(state["rollouts"], self.policy)
+        self.log.load_state_dict(state["log"])
+
+    def _sharded_state(self):
+        """Dict of tensors of which every rank writes its own part, or reads it."""
+        weights, moments = get_state_dict(self.policy, self.optimizer)
+        return {"model": weights, "optimizer": moments}
 
 
-def _sharded_state(parts):
-    """Dict of tensors of which every rank writes its own part, or reads it."""
-    weights, moments = get_state_dict(parts["model"], parts["optimizer"])
-    return {"model": weights, "optimizer": moments}
+def _write(state, path):
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path):
+    with zipfile.ZipFile(path) as archive:
+        if archive.testzip():
+            raise zipfile.BadZipFile("a checksum is wrong")
+    # Mapped, several ranks share one copy.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=size() > 1)
+
+
+def _flush_directory(directory):
+    handle = os.open(directory, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def _as_held_by(part, state):
@@ -118,9 +154,9 @@ def _as_held_by(part, state):
     if isinstance(part, torch.optim.Optimizer):
         parameters = [parameter for group in part.param_groups for parameter in group["params"]]
         for number, moments in state["state"].items():
-            moments |= {
-                key: part_like(parameters[number], m) for key, m in moments.items() if m.dim()
-            }
+            for key, moment in moments.items():
+                if moment.dim():  # not the number of steps
+                    moments[key] = part_like(parameters[number], moment)
     return state
 
 

@@ -22,12 +22,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.commandline import BadInput, RunStopped
+from common.errors import RunStopped
 
 
 def join_ranks(device, timeout):
-    """Under torchrun, set up communication between the ranks; one waits for another for `timeout`
-    seconds at most.
+    """Under torchrun, set up communication between the ranks.
+
+    One waits for another for `timeout` seconds at most.
     """
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
@@ -36,9 +37,8 @@ def join_ranks(device, timeout):
         torch.cuda.set_device(device)
     global _patience, _between_cpus  # the latter for objects; tensors go between GPUs
     _patience = timedelta(seconds=timeout)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=_patience
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=_patience)
     _between_cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
 
 
@@ -57,8 +57,9 @@ def size():
 
 
 def gather(value, patience=None):
-    """Every rank's value, of any type, in the order of ranks. Raises `RunStopped`, naming a rank
-    that is late.
+    """Every rank's value, of any type, in the order of ranks.
+
+    Raises `RunStopped`, naming a rank that is late.
     """
     values = [value] * size()
     try:
@@ -73,81 +74,91 @@ def gather(value, patience=None):
     return values
 
 
+def broadcast(value):
+    """Rank 0's value, of any type, on every rank."""
+    return gather(value)[0]
+
+
+def total(number):
+    """The sum of a number over all ranks."""
+    return sum(gather(number))
+
+
+def on_any_rank(flag):
+    """Whether the flag is set on any rank."""
+    return any(gather(flag))
+
+
 def share(count):
     """The slice of `count` items that belongs to this rank."""
     return slice(count * rank() // size(), count * (rank() + 1) // size())
 
 
-def gather_batch(batch, *lists):
-    """Join all ranks' shares of a batch, and of lists with one entry per response."""
+def gather_batch(batch):
+    """The whole `Batch`, from all ranks' shares."""
     if size() == 1:
-        return batch, *lists
-    parts, *others = zip(*gather((batch, *lists)), strict=True)
-    names = [name for name, value in vars(batch).items() if isinstance(value, list)]
-    whole_lists = {name: [item for part in parts for item in getattr(part, name)] for name in names}
-    metrics = {
-        key: max(part.metrics[key] for part in parts) for key in batch.metrics
-    }  # slowest rank, worst mismatch
-    joined = ([item for part in values for item in part] for values in others)
-    return dataclasses.replace(batch, metrics=metrics, **whole_lists), *joined
+        return batch
+    parts = gather(batch)
+    joined = {}
+    for name, value in vars(batch).items():
+        if isinstance(value, list):
+            joined[name] = [item for part in parts for item in getattr(part, name)]
+    # The slowest rank's time, the worst rank's mismatch
+    metrics = {key: max(part.metrics[key] for part in parts) for key in batch.metrics}
+    return dataclasses.replace(batch, metrics=metrics, **joined)
 
 
 def deal(splits, kinds):
-    """This rank's micro-batches, as pairs (rows, real), dealt round-robin, one kind (`kinds[row]`)
-    after the other.
+    """This rank's micro-batches, as pairs (rows, repeated).
 
-    All ranks must make the same passes in the same order, since they exchange weights and gradients
-    in each. So where the last round is incomplete, the remaining ranks repeat a row, with
-    real=False.
+    They are dealt round-robin, one kind (`kinds[row]`) after the other. All ranks must make the
+    same passes in the same order, since they exchange weights and gradients in each. So where the
+    last round is incomplete, the remaining ranks repeat a row of it.
     """
     mine = []
     for kind in sorted({kinds[rows[0]] for rows in splits}):
         of_kind = [rows for rows in splits if kinds[rows[0]] == kind]
         for start in range(0, len(of_kind), size()):
             own = start + rank()
-            mine.append(
-                (of_kind[own], True) if own < len(of_kind) else (of_kind[start][-1:], False)
-            )
+            if own < len(of_kind):
+                mine.append((of_kind[own], False))
+            else:
+                mine.append((of_kind[start][-1:], True))
     return mine
 
 
 def shard(model, device, replicas=1):
-    """Shard rank 0's weights by layers, over all ranks or each of `replicas` groups. `BadInput` if
-    these are uneven.
-    """
-    if size() % replicas:
-        raise BadInput(f"--replicas {replicas} does not divide {size()} ranks: give a divisor.")
-    if size() == 1 or model is None:
+    """Shard rank 0's weights by layers, over all ranks or each of `replicas` groups."""
+    if size() == 1:
         return
     state = model.state_dict() if rank() == 0 else {}  # the others have only shapes
-    mesh = init_device_mesh(
-        device.type, (replicas, size() // replicas), mesh_dim_names=("replicate", "shard")
-    )
+    shape, names = (replicas, size() // replicas), ("replicate", "shard")
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     mesh = mesh if replicas > 1 else mesh["shard"]
-    for layer in [
-        m for m in model.modules() if type(m).__name__ in (model._no_split_modules or [])
-    ]:
+    layer_classes = model._no_split_modules or []
+    for layer in [module for module in model.modules() if type(module).__name__ in layer_classes]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(
-        model, mesh=mesh, reshard_after_forward=True
-    )  # else whole after a pass without gradients
+    # Without this, the root would stay whole after a pass without gradients.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
     for module in _sharded_modules(model):
         module.set_gradient_divide_factor(1.0)  # a sum, not a mean
         module.set_force_sum_reduction_for_comms(True)
-    set_model_state_dict(
-        model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    )
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, state, options=options)
+
     # Backbone and head are called one after the other, by `token_logprobs`; this makes both one
     # pass of the root.
-    model.as_one_pass = types.MethodType(
-        lambda model, function, *args: function(model, *args), model
-    )
+    def as_one_pass(model, function, *args):
+        return function(model, *args)
+
+    model.as_one_pass = types.MethodType(as_one_pass, model)
     register_fsdp_forward_method(model, "as_one_pass")
 
 
 def one_pass(function):
-    """Run `function(model, …)` as one pass of a sharded model: the head's weights are whole until
-    it returns.
+    """Run `function(model, …)` as one pass of a sharded model.
+
+    The head's weights are whole until it returns.
     """
 
     @functools.wraps(function)
@@ -155,10 +166,8 @@ def one_pass(function):
         if not isinstance(model, FSDPModule):
             return function(model, *args)
         result = model.as_one_pass(function, *args)
-        if not torch.is_grad_enabled() and hasattr(
-            model, "reset_iter_state"
-        ):  # PyTorch 2.13 has it
-            # else FSDP2 keeps a list of all layers passed, up to the next backward pass
+        # Without this, FSDP2 keeps a list of all layers passed, up to the next backward pass.
+        if not torch.is_grad_enabled() and hasattr(model, "reset_iter_state"):  # PyTorch 2.13
             model.reset_iter_state()
         return result
 
@@ -167,8 +176,9 @@ def one_pass(function):
 
 @contextmanager
 def gathered(model):
-    """Context in which every rank holds all weights and runs the model without communication. No
-    gradients.
+    """Context in which every rank holds all weights and runs the model without communication.
+
+    No gradients.
     """
     for module in _sharded_modules(model):
         module.set_reshard_after_forward(False, recurse=False)
@@ -193,9 +203,7 @@ def whole_state(state):
 
 
 def part_like(parameter, tensor):
-    """This rank's shard of a full tensor, sharded as `parameter` is; the tensor itself if that is
-    not.
-    """
+    """This rank's shard of a full tensor, sharded as `parameter` is, if it is."""
     if not isinstance(parameter, DTensor):
         return tensor
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -1,5 +1,6 @@
-"""From a micro-batch to log-probs and entropies of response tokens; `kernels/__init__.py` explains
-the fast ways.
+"""From a micro-batch to log-probs and entropies of response tokens.
+
+`kernels/__init__.py` explains the fast ways.
 """
 
 import torch
@@ -13,53 +14,46 @@ see the report of `benchmarks/logprob_kernels.py`)"""
 
 
 def autocast(device_type, precision, cache=True):
-    """Context for forward passes: bf16 products over float32 weights for "bfloat16", nothing for
-    "float32".
-    """
-    return torch.autocast(
-        device_type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=cache
-    )
+    """Context for forward passes: bf16 products over float32 weights if precision is "bfloat16"."""
+    enabled = precision == "bfloat16"
+    return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
 @one_pass
 def token_logprobs(model, micro, temperature, precision="float32"):
-    """Log-probability of each response token and entropy of the distribution that it was sampled
-    from.
+    """Log-prob of each response token, and entropy of the distribution it was sampled from.
 
     Equation: logprob = log softmax(z / τ)_y and entropy = −Σ_v p_v log p_v with p = softmax(z / τ),
     z = head(backbone).
 
     `model` is a Hugging Face causal language model, `micro` a `MicroBatch`, `precision` "float32",
-    or "bfloat16" for autocast. Returns `logprobs_BT` (differentiable) and `entropy_BT` (detached),
-    float32, exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32
-    or bfloat16.
+    or "bfloat16" for autocast. Returns `logprobs_BT` and `entropy_BT`, both differentiable, float32,
+    exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32 or
+    bfloat16.
     """
     mask_BT = micro.mask_BT
-    places_N = (
-        mask_BT.flatten().nonzero().squeeze(1)
-    )  # indices: each use of a mask would make the CPU wait for the GPU
+    # Indices, since each use of a mask would make the CPU wait for the GPU
+    places_N = mask_BT.flatten().nonzero().squeeze(1)
     # Of a sharded model, a cache of what is cast would keep all layers whole.
     with autocast(mask_BT.device.type, precision, cache=not isinstance(model, FSDPModule)):
         hidden_BTH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
-    hidden_NH, weight_VH = hidden_BTH.flatten(0, 1)[places_N].float(), head.weight
+    hidden_NH = hidden_BTH.flatten(0, 1)[places_N].float()
+    weight_VH = head.weight
     if getattr(head, "bias", None) is not None:  # one more feature, which is always 1
         hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], dim=1)
         weight_VH = torch.cat([weight_VH, head.bias.unsqueeze(1)], dim=1)
     # W (h / τ) = (W h) / τ. The trainer applies the temperature here and nowhere else.
-    hidden_NH = (hidden_NH / temperature).to(
-        torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype
-    )
-    logprobs_N, entropy_N = logprobs_and_entropy(
-        hidden_NH, weight_VH, micro.targets_BT.flatten()[places_N]
-    )
+    dtype = torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype
+    hidden_NH = (hidden_NH / temperature).to(dtype)
+    targets_N = micro.targets_BT.flatten()[places_N]
+    logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N)
 
     def at_their_places(values_N):
-        return values_N.new_zeros(mask_BT.shape).index_put(
-            torch.unravel_index(places_N, mask_BT.shape), values_N
-        )
+        zeros_BT = values_N.new_zeros(mask_BT.shape)
+        return zeros_BT.index_put(torch.unravel_index(places_N, mask_BT.shape), values_N)
 
-    return at_their_places(logprobs_N), at_their_places(entropy_N.detach())
+    return at_their_places(logprobs_N), at_their_places(entropy_N)
 
 
 def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
@@ -74,10 +68,11 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
     and a gradient cannot be differentiated again: that raises a RuntimeError. Returns `logprobs_N`
     and `entropy_N`, float32. Raises ValueError for shapes or dtypes that do not fit.
     """
-    dtypes, f32, bf16 = (hidden_NH.dtype, weight_VH.dtype), torch.float32, torch.bfloat16
-    known = [(f32, f32), (bf16, bf16), (bf16, f32)] + [(torch.float64, torch.float64)] * (
-        not weight_VH.is_cuda
-    )
+    f64, f32, bf16 = torch.float64, torch.float32, torch.bfloat16
+    known = [(f32, f32), (bf16, bf16), (bf16, f32)]
+    if not weight_VH.is_cuda:
+        known.append((f64, f64))
+    dtypes = (hidden_NH.dtype, weight_VH.dtype)
     if dtypes not in known or hidden_NH.shape != (*targets_N.shape, weight_VH.shape[-1]):
         shapes = [list(tensor.shape) for tensor in (hidden_NH, weight_VH, targets_N)]
         raise ValueError(

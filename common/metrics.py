@@ -1,5 +1,6 @@
-"""What is measured in a step. Token statistics are float64 sums divided once by N: micro-batches do
-not show.
+"""What is measured in a step.
+
+Token statistics are float64 sums, divided once by N: micro-batches do not show.
 """
 
 import resource
@@ -11,128 +12,149 @@ import numpy as np
 import torch
 
 from common.distributed import gather
+from common.recording import token_values
 from common.sampling.verify import TOLERANCE
-from common.tasks import means
-from common.viewer import token_values
+from common.tasks.problems import means
 
 
 class StepMetrics:
-    """Collects the metrics of a step from now on; `tokens` gets `viewer.token_values` of the
-    `recorded_rows`.
-    """
+    """Collects the metrics of a step, and what is recorded of some rows of its batch, per token."""
 
     def __init__(self, recorded_rows=range(0)):
-        self.recorded_rows, self.tokens = recorded_rows, {}
+        self.recorded_rows = recorded_rows
+        self.recorded = {}
+        self.updates = []
+        self.sums = {"ratio/clip_fraction": 0.0, "ratio/clip_fraction_weighted": 0.0, "1 - p": 0.0}
+        self.maxima = {}
         self.times = {"time/step_started_at": time.time()}
-        self.sums = {
-            "ratio/clip_fraction": 0.0,
-            "ratio/clip_fraction_weighted": 0.0,
-            "weights": 0.0,
-        }
-        self.maxima, self.last_lap = {}, time.perf_counter()
+        self.running, self.began = None, 0.0
 
-    def lap(self, name):
-        """Count the seconds since the last lap, or since the start, as `time/<name>`."""
+    def phase(self, name):
+        """Count the seconds from now until the next phase, or the result, as `time/<name>`."""
         now = time.perf_counter()
-        self.times[f"time/{name}"], self.last_lap = now - self.last_lap, now
+        if self.running is not None:
+            self.times[f"time/{self.running}"] = now - self.began
+        self.running, self.began = name, now
 
     @torch.no_grad()
-    def add_tokens(self, micro, logprobs_BT, entropy_BT, ref_logprobs_BT=None):
-        """Add one micro-batch, after its backward pass.
+    def add_micro_batch(self, micro):
+        """Add the tokens of a `MicroBatch`, after its backward pass.
 
-        A token whose log-prob has gradient 0 although its advantage is not 0 was clipped by the
-        loss. (`logprobs_BT` has a `grad` where `retain_grad` was called.) With lp and ref the
+        A token is counted as clipped if its log-prob has gradient 0 although its response has an
+        advantage. (`retain_grad` must have been called on `logprobs_BT`.) With lp and ref the
         log-probs of policy and reference, the estimators of KL(policy ‖ reference) in Schulman's
         "Approximating KL Divergence" (2020) are
 
             k1 = lp − ref      k2 = (lp − ref)² / 2      k3 = exp(ref − lp) − (ref − lp) − 1
         """
         if self.recorded_rows:
-            self.tokens |= token_values(
-                micro, self.recorded_rows, logprobs_BT, entropy_BT, ref_logprobs_BT
-            )
+            self.recorded |= token_values(micro, self.recorded_rows)
         mask_BT = micro.mask_BT
-        lp = logprobs_BT.detach()[mask_BT].double()
-        if logprobs_BT.requires_grad:
-            clipped, weights = (logprobs_BT.grad == 0)[mask_BT], -torch.expm1(lp)  # 1 − p
+        lp = micro.logprobs_BT.detach()[mask_BT].double()
+        gradient_BT = micro.logprobs_BT.grad if micro.learns else None
+        if gradient_BT is not None:
+            graded = (micro.advantages_B1 != 0).expand_as(mask_BT)[mask_BT]
+            clipped = (gradient_BT == 0)[mask_BT] & graded
+            one_minus_p = -torch.expm1(lp) * graded
             self._sum("ratio/clip_fraction", clipped)
-            self._sum("ratio/clip_fraction_weighted", clipped * weights)
-            self._sum("weights", weights)
+            self._sum("ratio/clip_fraction_weighted", clipped * one_minus_p)
+            self._sum("1 - p", one_minus_p)
         log_ratio = lp - micro.sampler_logprobs_BT[mask_BT].double()
-        self._sum("entropy", entropy_BT[mask_BT])
-        # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since it
-        # sampled them.
+        self._sum("entropy", micro.entropy_BT[mask_BT])
+        # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since.
         self._sum("kl/behaviour_k3", log_ratio.exp() - log_ratio - 1)
         self._max("ratio/max", log_ratio.exp())
         self._sum("sampler_mismatch/mean", log_ratio.abs())
         self._max("sampler_mismatch/max", log_ratio.abs())
-        if ref_logprobs_BT is not None:
-            difference = lp - ref_logprobs_BT[mask_BT].double()
+        if micro.reference_logprobs_BT is not None:
+            difference = lp - micro.reference_logprobs_BT[mask_BT].double()
             self._sum("kl/ref_k1", difference)
             self._sum("kl/ref_k2", difference.square() / 2)
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
 
-    def result(self, batch, rewards_PG, grades, device, precision):
-        """All metrics of a step, numbers, from its `Batch`, float64 rewards and B grades. Warns
-        once of a mismatch.
+    def add_update(self, loss, grad_norm, lr, skipped):
+        """Add an update; of several per batch, the means are logged."""
+        update = {"loss": loss, "grad_norm": grad_norm, "lr": lr, "update_skipped": float(skipped)}
+        self.updates.append(update)
+
+    def recorded_tokens(self):
+        """What was recorded on all ranks: {row: {name: one value per token}}."""
+        recorded = {}
+        if self.recorded_rows:
+            for part in gather(self.recorded):
+                recorded |= part
+        return recorded
+
+    def result(self, batch, device, precision):
+        """All metrics of a step, numbers by name, from its graded `Batch`. Ends the last phase.
+
+        Warns if trainer and sampler disagree by more than rounding explains.
         """
-        sums, maxima = Counter(), {}
-        for more, larger, tokens in gather((self.sums, self.maxima, self.tokens)):
-            sums.update(more)  # adds
-            self.tokens |= tokens
-            maxima |= {
-                key: float(np.maximum(maxima.get(key, 0.0), value)) for key, value in larger.items()
-            }
+        self.phase(None)
         lengths = [len(response) for response in batch.responses]
-        lag = batch.number - 1 - batch.version
-        weights = sums.pop("weights") or 1.0
-        averages = {key: value / sum(lengths) for key, value in sums.items()} | maxima
-        averages["ratio/clip_fraction_weighted"] *= sum(lengths) / weights
-        if lag:  # trainer and sampler differ because the policy has learned, which is no mismatch
-            averages = {
-                key: value
-                for key, value in averages.items()
-                if not key.startswith("sampler_mismatch")
-            }
-        if (averages | batch.metrics).get("sampler_mismatch/mean", 0.0) > TOLERANCE[precision]:
-            what = "sampler_mismatch/mean is larger than rounding explains"
-            warnings.warn(f"{what}: do not trust this run before you know why.", stacklevel=2)
-        peak = (
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )  # of the process: Linux counts in KiB
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        steps = [
-            value
-            for key, value in self.times.items()
-            if key not in ("time/step_started_at", "time/eval")
-        ]
+        rewards_PG = batch.rewards_PG
+        equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
+        steps = [self.times[key] for key in self.times if key not in NOT_OF_A_STEP]
         return {
+            **means(self.updates),
             "reward/mean": rewards_PG.mean().item(),
             "reward/std": rewards_PG.std(correction=0).item(),
-            "reward/zero_std_groups": (rewards_PG == rewards_PG[:, :1])
-            .all(dim=1)
-            .double()
-            .mean()
-            .item(),
-            **{key: value for key, value in means(grades).items() if key != "reward"},
+            "reward/zero_std_groups": equal_P.double().mean().item(),
+            **{key: value for key, value in means(batch.grades).items() if key != "reward"},
             "response_length/mean": float(np.mean(lengths)),
             "response_length/max": float(max(lengths)),
             "response_length/truncated": float(np.mean(batch.truncated)),
-            **averages,
+            **self._token_metrics(batch, precision),
             **batch.metrics,
-            "lag": lag,
+            "lag": batch.number - 1 - batch.version,
             "weights_version": batch.version,
             **self.times,
             "time/step": sum(steps),
             "throughput/sampled_tokens_per_second": sum(lengths) / batch.metrics["time/sample"],
             "throughput/trained_tokens_per_second": sum(batch.lengths) / self.times["time/train"],
-            "memory/peak_gib": peak / 2**30,
+            "memory/peak_gib": peak_bytes(device) / 2**30,
         }
+
+    def _token_metrics(self, batch, precision):
+        """Means and maxima over all response tokens, on all ranks."""
+        N = sum(len(response) for response in batch.responses)
+        sums, maxima = Counter(), {}
+        for more, larger in gather((self.sums, self.maxima)):
+            sums.update(more)  # adds
+            for key, value in larger.items():
+                maxima[key] = _larger(maxima.get(key, 0.0), value)
+        one_minus_p = sums.pop("1 - p") or 1.0
+        values = {key: value / N for key, value in sums.items()} | maxima
+        values["ratio/clip_fraction_weighted"] *= N / one_minus_p
+        if batch.version < batch.number - 1:
+            # With a lag, they differ because the policy has learned, which is no mismatch.
+            del values["sampler_mismatch/mean"], values["sampler_mismatch/max"]
+        mismatch = (values | batch.metrics).get("sampler_mismatch/mean", 0.0)
+        if mismatch > TOLERANCE[precision]:
+            warnings.warn(
+                "sampler_mismatch/mean is larger than rounding explains: do not trust this run "
+                "before you know why.",
+                stacklevel=3,
+            )
+        return values
 
     def _sum(self, key, values):
         self.sums[key] = self.sums.get(key, 0.0) + values.double().sum().item()
 
     def _max(self, key, values):
-        if values.numel():  # `np.maximum` keeps a NaN, Python's `max` may lose it
-            self.maxima[key] = float(np.maximum(self.maxima.get(key, 0.0), values.max().item()))
+        if values.numel():
+            self.maxima[key] = _larger(self.maxima.get(key, 0.0), values.max().item())
+
+
+NOT_OF_A_STEP = ("time/step_started_at", "time/eval")
+
+
+def _larger(a, b):
+    return float(np.maximum(a, b))  # which keeps a NaN; Python's `max` may lose it
+
+
+def peak_bytes(device):
+    """The most memory held so far: by PyTorch on a GPU, by this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB

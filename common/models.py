@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from common.commandline import NOT_FINITE, BadInput, RunStopped
-from common.distributed import gather, rank, size, whole, whole_state
-from common.kernels.cpu import speed_up
+from common.distributed import broadcast, rank, shard, size, whole, whole_state
+from common.errors import NOT_FINITE, BadInput, RunStopped
+from common.layers import speed_up
 
 VLLM_VERSION = "0.32.0"
 TINY_MODEL = "tiny"  # the bundled model's name, so that a run can be resumed from another checkout
@@ -60,71 +60,87 @@ def require_vllm(device_type):
 def load_tokenizer(name, revision=""):
     """The model's tokenizer; it may lack a padding token. Raises `BadInput`."""
     tokenizer = _load(AutoTokenizer, name, revision)
-    if not tokenizer("a")[
-        "input_ids"
-    ]:  # where its files are missing, transformers makes an empty one
-        raise BadInput(
-            f"--model {name} has no tokenizer (tokenizer.json): give a directory that has one."
-        )
+    if not tokenizer("a")["input_ids"]:  # of missing files, transformers makes an empty one
+        what = f"--model {name} has no tokenizer (tokenizer.json)"
+        raise BadInput(f"{what}: give a directory that has one.")
     return tokenizer
 
 
+def load_policy(args, device):
+    """The model to train; under torchrun, this rank's shard of it. Raises `BadInput`."""
+    policy = load_model(args.model, args.revision, device, args.gradient_checkpointing)
+    shard(policy, device, args.replicas)
+    return policy
+
+
+def load_reference(args, device):
+    """The initial policy once more, frozen; None with `--no-reference-kl`."""
+    if not args.reference_kl:
+        return None
+    reference = load_model(args.model, args.revision, device).requires_grad_(False)
+    shard(reference, device, args.replicas)
+    return reference
+
+
 def load_model(name, revision, device, gradient_checkpointing=False):
-    """The policy in float32: in bf16, small updates would be lost. Raises `BadInput` for weights
-    that do not fit.
+    """A causal language model in float32: in bf16, small updates would be lost.
+
+    Raises `BadInput` for weights that do not fit.
     """
-    config = gather(_load(AutoConfig, name, revision))[
-        0
-    ]  # rank 0's, should another machine hold another model
+    config = broadcast(_load(AutoConfig, name, revision))  # another machine may hold another model
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     if rank() == 0:
-        model, info = _load(AutoModelForCausalLM, name, revision, **options)
-        if unfit := sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"])):
-            raise BadInput(
-                f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first: give a complete one."
-            )
+        model = _load_weights(name, revision, config)
         model.to(device if size() == 1 else "cpu")  # to be sharded before it goes to GPUs
         for tensor in [*model.parameters(), *model.buffers()]:
             # Aligned to 64 bytes: in a file, a tensor starts anywhere, and there vector code may
             # round differently.
             tensor.data = tensor.data.clone()
     else:
-        # weights come with `distributed.shard`; until then, memory that is never written takes no
-        # room
+        # Weights come with `shard`; until then, memory that is never written takes no room.
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config, model.all_tied_weights_keys = gather(
-        (
-            model.generation_config,
-            model.all_tied_weights_keys,
-        )  # rank 0 ties only weights that are equal in the files
-    )[0]
+    # Rank 0 ties only weights that are equal in the files.
+    model.generation_config = broadcast(model.generation_config)
+    model.all_tied_weights_keys = broadcast(model.all_tied_weights_keys)
     if rank() > 0:
         model.tie_weights(recompute_mapping=False)
     if device.type == "cpu":
         speed_up(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train(
-        gradient_checkpointing
-    )  # it acts in training mode only; no dropout is left to switch on
+    # Checkpointing acts in training mode only; no dropout is left for that mode to switch on.
+    return model.train(gradient_checkpointing)
+
+
+def _load_weights(name, revision, config):
+    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, info = _load(AutoModelForCausalLM, name, revision, **options)
+    unfit = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if unfit:
+        what = f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first"
+        raise BadInput(f"{what}: give a complete one.")
+    return model
 
 
 def save_model(model, tokenizer, directory):
-    """Write a Hugging Face model directory. Raises `RunStopped` for a model that the last update
-    has ruined.
+    """Write a Hugging Face model directory.
+
+    Raises `RunStopped` for a model that the last update has ruined.
     """
     with torch.no_grad():  # weights may be finite, and what they compute may not
-        logits = model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device)).logits
+        one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        logits = model(input_ids=one_token).logits
     if not all(whole(tensor).isfinite().all() for tensor in [*model.parameters(), logits]):
         raise RunStopped(NOT_FINITE)
     # Drop the original's sampling settings: some cannot be saved, and this policy was trained with
     # none of them.
-    ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    before = model.generation_config
     model.generation_config = GenerationConfig(
-        **{key: getattr(model.generation_config, key) for key in ids}
+        bos_token_id=before.bos_token_id,
+        eos_token_id=before.eos_token_id,
+        pad_token_id=before.pad_token_id,
     )
     state = whole_state(model.state_dict())
     if rank() == 0:
@@ -176,27 +192,28 @@ def _load(auto_class, name, revision, **options):
         ) from error
 
 
-def check_context(name, revision, prompts, max_response_tokens):
-    """Raise `BadInput` for prompts (lists of token ids) that the model cannot read: too long, or of
-    unknown tokens.
+def check_context(args, prompts):
+    """Raise `BadInput` for prompts (lists of token ids) that the model of `args` cannot read.
+
+    They may be too long, or have unknown tokens.
     """
-    config = _load(AutoConfig, name, revision).get_text_config()
-    longest, limit = max(map(len, prompts)), getattr(config, "max_position_embeddings", None)
+    config = _load(AutoConfig, args.model, args.revision).get_text_config()
+    longest = max(len(prompt) for prompt in prompts)
+    limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # In a longer text all positions differ, from the first token on; keys already in the cache
         # would keep the old.
         limit = rope["original_max_position_embeddings"]
-    if limit and longest + max_response_tokens > limit:
-        lengths = f"--max-response-tokens {max_response_tokens} after a prompt of {longest} tokens"
-        raise BadInput(
-            f"{lengths} is more than the model's {limit}: lower it, or --max-prompt-tokens."
-        )
-    largest, size = max(map(max, prompts)), getattr(config, "vocab_size", math.inf)
-    if largest >= size:
-        raise BadInput(
-            f"--model {name} has {size} token ids, its tokenizer makes {largest}: give another model."
-        )
+    if limit and longest + args.max_response_tokens > limit:
+        lengths = f"--max-response-tokens {args.max_response_tokens} after a prompt of {longest}"
+        how = "lower it, or --max-prompt-tokens"
+        raise BadInput(f"{lengths} tokens is more than the model's {limit}: {how}.")
+    largest = max(max(prompt) for prompt in prompts)
+    vocab_size = getattr(config, "vocab_size", math.inf)
+    if largest >= vocab_size:
+        what = f"--model {args.model} has {vocab_size} token ids, its tokenizer makes {largest}"
+        raise BadInput(f"{what}: give another model.")
 
 
 def end_of_sequence_ids(model, tokenizer):

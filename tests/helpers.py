@@ -22,7 +22,7 @@ import torch
 
 import grpo
 from common import commandline
-from common.runlog import read_metrics
+from common.curves import read_metrics
 
 REPOSITORY = Path(grpo.__file__).resolve().parent
 
@@ -268,8 +268,7 @@ class Run:
         return wait_for(look)
 
     def end(self, seconds=120, grace=5):
-        """Wait for the trainer's end; returns its exit code, once no process of the group is left.
-        """
+        """Wait for the trainer's end; returns its exit code, once no process of the group is left."""
         code = self.trainer.wait(seconds)
         deadline = time.monotonic() + grace
         while self.members():

@@ -287,8 +287,7 @@ def test_model_directory_is_missing(given, refused, tmp_path):
 
 
 def test_model_directory_is_mistyped(given, refused, tmp_path, monkeypatch):
-    """Beside one that is there: it is no name on the hub, which would be tried for half a minute.
-    """
+    """Beside one that is there: it is no name on the hub, which would be tried for half a minute."""
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     line = refused(*given(model="models/mime"), names="--model models/mime")

@@ -15,7 +15,9 @@ from conftest import build_model
 from helpers import REPOSITORY, as_options, command, dense_task, options, resume, train
 
 import grpo
-from common.commandline import BadInput, RunStopped, finish_step_on_interrupt, parse, run
+from common.commandline import parse, run
+from common.errors import BadInput, RunStopped
+from common.interrupt import finish_step_on_interrupt
 from common.models import TINY_MODEL
 
 FLOATS = ("temperature", "learning_rate", "max_grad_norm", "sampler_timeout")

@@ -25,7 +25,9 @@ import torch
 
 import grpo
 from common import checkpoints
-from common.commandline import STOP_SIGNALS, BadInput, parse
+from common.commandline import parse
+from common.errors import BadInput
+from common.interrupt import STOP_SIGNALS
 from common.runlog import RunLog
 from tests.conftest import build_model
 from tests.helpers import (
@@ -127,8 +129,7 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
 
 
 class Killed(BaseException):
-    """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL.
-    """
+    """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL."""
 
 
 def new_log(directory):

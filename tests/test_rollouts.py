@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from common import rollouts as module
-from common.commandline import BadInput
+from common.errors import BadInput
 from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
-from common.rollouts import SerialRollouts, make_rollouts
+from common.rollouts import make_rollouts
 from common.sampling import Plan
-from common.sampling.process import OverlappedRollouts
+from common.sampling.overlapped import OverlappedRollouts
+from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import KEEP_FREED_MEMORY, share_of_gpu
-from common.tasks import load_problems, load_task
+from common.tasks import load_task
+from common.tasks.problems import load_problems
 from tests.conftest import build_model
 from tests.helpers import dense_task, train
 

@@ -34,9 +34,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from common import checkpoints, commandline, runlog
-from common.commandline import RunStopped
+from common.curves import read_metrics
+from common.errors import RunStopped
 from common.models import TINY_MODEL
-from common.runlog import read_metrics
 from common.tasks.gsm8k import GSM8K_SAMPLE
 
 FAMILIES = ["qwen2", "llama", "gpt2"]

@@ -24,7 +24,7 @@ import rec_oneside_nois
 import red_weight
 from common import viewer
 from common.batching import collate
-from common.commandline import BadInput
+from common.errors import BadInput
 from common.metrics import StepMetrics
 from common.models import TINY_MODEL, load_tokenizer
 from common.runlog import RunLog

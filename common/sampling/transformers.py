@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common.commandline import NOT_FINITE, RunStopped, progress
 from common.distributed import gathered
+from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import autocast
+from common.progress import progress
 from common.sampling import Sampler, Samples
 
 MOST_SEQUENCES = (

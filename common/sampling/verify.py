@@ -8,16 +8,14 @@ says what each finds that the others miss.
 
 import time
 import types
-import zlib
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from common.batching import collate
-from common.commandline import NOT_FINITE, RunStopped
-from common.distributed import part_like, whole
+from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import token_logprobs
+from common.weights import checksum, perturbed
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
 """largest mean difference (nats per probe token) with equal weights. Small models: 3e-6 in float32,
@@ -44,63 +42,41 @@ def describe(model, version, precision):
     are not finite.
     """
     started = time.perf_counter()
-    generator = torch.Generator().manual_seed(
-        0
-    )  # random tokens touch more of the embeddings than real text would
-    probe = torch.randint(
-        model.config.get_text_config().vocab_size, (4, 24), generator=generator
-    ).tolist()
+    # Random tokens, which touch more of the embeddings than real text would
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = model.config.get_text_config().vocab_size
+    probe = torch.randint(vocab_size, (4, 24), generator=generator).tolist()
     checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
     logprobs = logprobs_of(model, probe, precision)
     if not logprobs.isfinite().all():
         raise RunStopped(NOT_FINITE)
     return Manifest(
-        version,
-        checksums,
-        probe,
-        logprobs.tolist(),
-        TOLERANCE[precision],
-        time.perf_counter() - started,
+        version=version,
+        checksums=checksums,
+        probe=probe,
+        logprobs=logprobs.tolist(),
+        tolerance=TOLERANCE[precision],
+        seconds=time.perf_counter() - started,
     )
-
-
-def checksum(tensor):
-    """An `int` that depends on every bit of a tensor and on the order of its elements (row by row).
-
-    The bytes, as rows of 1,024 integers, are summed along rows and columns on the tensor's own
-    device; a CRC-32 is taken of the sums and of the bytes left over. A changed element changes a
-    row's sum and a column's; exchanged elements change one of the two, and exchanged rows the order
-    of the sums.
-    """
-    bytes_N = whole(tensor.detach()).contiguous().view(-1).view(torch.uint8)
-    if bytes_N.data_ptr() % 8:
-        bytes_N = (
-            bytes_N.clone()
-        )  # eight of them can be read as an integer only where eight-byte words begin
-    end = len(bytes_N) // 8192 * 8192
-    integers_RC = bytes_N[:end].view(torch.int64).view(-1, 1024)
-    code = 0
-    for part in (integers_RC.sum(dim=1), integers_RC.sum(dim=0), bytes_N[end:]):
-        code = zlib.crc32(part.cpu().view(torch.uint8).numpy(), code)
-    return code
 
 
 @torch.no_grad()
 def logprobs_of(model, sequences, precision):
-    """The trainer's log-probs, at temperature 1, of every token of the sequences but the first,
-    concatenated.
-    """
-    prompts, responses = [tokens[:1] for tokens in sequences], [tokens[1:] for tokens in sequences]
+    """The trainer's log-probs, at temperature 1, of all tokens but each sequence's first, joined."""
+    prompts = [tokens[:1] for tokens in sequences]
+    responses = [tokens[1:] for tokens in sequences]
     zeros = [[0.0] * len(response) for response in responses]
     batch = types.SimpleNamespace(prompts=prompts, responses=responses, logprobs=zeros)
     micro = collate(batch, range(len(sequences)), model.device)
-    return token_logprobs(model, micro, 1.0, precision)[0][micro.mask_BT].cpu()
+    logprobs_BT, _ = token_logprobs(model, micro, 1.0, precision)
+    return logprobs_BT[micro.mask_BT].cpu()
 
 
 @torch.no_grad()
 def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
-    """|log-prob of trainer − sampler| over the first few sequences of a `Batch`, whose weights
-    `model` must hold.
+    """|log-prob of trainer − sampler| over the first few sequences of a `Batch`.
+
+    `model` must hold the weights that sampled it.
     """
     micro = collate(batch, range(min(num_sequences, len(batch.responses))), model.device)
     logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
@@ -174,40 +150,6 @@ def canary(sampler, model, precision):
         raise RunStopped(
             "After its start-up test the sampler kept changed weights: use --engine transformers."
         )
-
-
-def perturbed(model, names, strength=0.5):
-    """Context with noise added to the named parameters, `strength` times their RMS."""
-    parameters, generator = dict(model.named_parameters()), torch.Generator().manual_seed(1)
-
-    def noisy(before):
-        noise = torch.randn(before.shape, generator=generator).to(before)
-        size = (
-            before.square().mean().sqrt().clamp(min=0.1 if noise.dim() == 1 else 0.0)
-        )  # some biases are 0
-        return before + noise * strength * size
-
-    return parameters_from(
-        model, ((name, noisy(whole(parameters[name].detach()))) for name in names)
-    )
-
-
-@contextmanager
-def parameters_from(model, values):
-    """Context in which parameters have other values: pairs of a name and a whole tensor, taken one
-    by one.
-    """
-    parameters, saved = dict(model.named_parameters()), {}
-    try:
-        for name, value in values:
-            saved[name] = parameters[name].detach().clone()
-            parameters[name].data.copy_(
-                part_like(parameters[name], value.to(parameters[name].device))
-            )
-        yield
-    finally:
-        for name, own in saved.items():
-            parameters[name].data.copy_(own)
 
 
 def _gap(sampler, manifest):

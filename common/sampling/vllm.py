@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch.distributed.tensor import DTensor
 
-from common.commandline import BadInput, RunStopped, progress
 from common.distributed import size, whole
-from common.kernels.cpu import use_threads
+from common.errors import BadInput, RunStopped
+from common.layers import use_threads
 from common.models import load_model, location
+from common.progress import progress
 from common.sampling import Sampler, Samples
 from common.sampling.verify import canary
 

@@ -4,7 +4,7 @@ import random
 import re
 import zlib
 
-from common.commandline import BadInput
+from common.errors import BadInput
 from common.tasks import Task
 
 

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from common.commandline import BadInput
+from common.errors import BadInput
 from common.tasks import Task
 from common.tasks.grading import LONGEST_PART, MathGrader
 from common.tasks.rows import read_rows

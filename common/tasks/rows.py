@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from common.commandline import BadInput
+from common.errors import BadInput
 
 
 def read_rows(source, option, columns):

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.kernels import cpu
-from common.kernels.cpu import SlicedLogprobs, linear
+from common.kernels.cpu import SlicedLogprobs
+from common.layers import linear
 from common.logprobs import LARGE_VOCABULARY, logprobs_and_entropy
 from tests import logprob_truth
 from tests.conftest import build_model

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.batching import collate
-from common.commandline import BadInput
+from common.errors import BadInput
 from common.logprobs import token_logprobs
 from common.models import check_context, load_model, load_tokenizer
 from common.rollouts import check_decoding

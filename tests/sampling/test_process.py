@@ -20,14 +20,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.commandline import BadInput, RunStopped
+from common.errors import BadInput, RunStopped
 from common.models import load_model
-from common.rollouts import SerialRollouts, load_sampler
+from common.rollouts import load_sampler
 from common.sampling import Plan, Sampler, Samples, version_of_batch
 from common.sampling import process as module
-from common.sampling.process import OverlappedRollouts, SharedWeights
+from common.sampling.overlapped import OverlappedRollouts
+from common.sampling.serial import SerialRollouts
+from common.sampling.shared_weights import SharedWeights
 from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import Manifest, checksum, logprobs_of, parameters_from
+from common.sampling.verify import Manifest, logprobs_of
+from common.weights import checksum, parameters_from
 from tests.conftest import build_model
 from tests.helpers import (
     Run,
@@ -326,8 +329,7 @@ class NotingSampler(Sampler):
 
 
 class SlowlyStartingSampler(NotingSampler):
-    """Takes as long to start as an engine does, compared with a step; its probes are always right.
-    """
+    """Takes as long to start as an engine does, compared with a step; its probes are always right."""
 
     def __init__(self):
         time.sleep(2)
@@ -365,8 +367,7 @@ def set_weights(model, value):
 
 @pytest.fixture(autouse=True)
 def mismatch(monkeypatch):
-    """In place of the mismatch, where the model is a single layer: the weights it is measured with.
-    """
+    """In place of the mismatch, where the model is a single layer: the weights it is measured with."""
     true = module.sampler_mismatch
 
     def measured(model, temperature, precision, batch):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from common import rollouts as rollouts_module
-from common.rollouts import SerialRollouts
 from common.sampling import Plan, Sampler, Samples, problems_of_batch, version_of_batch
+from common.sampling.serial import SerialRollouts
 
 # (I, O): version and lag of batch k = 1, 2, 3, …
 TABLE = {

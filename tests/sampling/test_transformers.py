@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from common.batching import collate
-from common.commandline import RunStopped
+from common.errors import RunStopped
 from common.logprobs import token_logprobs
 from common.models import load_model, load_tokenizer, save_model
 from common.sampling import Samples

@@ -10,19 +10,12 @@ import time
 import pytest
 import torch
 
-from common.commandline import RunStopped
+from common.errors import RunStopped
 from common.models import load_model
 from common.sampling import Batch, Sampler
 from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import (
-    canary,
-    checksum,
-    deliver,
-    describe,
-    logprobs_of,
-    perturbed,
-    sampler_mismatch,
-)
+from common.sampling.verify import canary, deliver, describe, logprobs_of, sampler_mismatch
+from common.weights import checksum, perturbed
 from tests.conftest import build_model
 
 

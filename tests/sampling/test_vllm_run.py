@@ -15,10 +15,10 @@ from functools import partial
 import pytest
 import torch
 
-from common.commandline import RunStopped
+from common.errors import RunStopped
 from common.models import load_model
 from common.sampling import Plan
-from common.sampling.process import OverlappedRollouts
+from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import make_vllm_sampler
 from tests.benchmarks.test_evaluate import LENIENT
@@ -314,7 +314,7 @@ def test_each_rank_has_an_engine_with_verified_weights(serial, settings, tmp_pat
 FLIP_A_BIT_ON_RANK_1 = """
 import os
 import torch
-from common.sampling.process import SharedWeights
+from common.sampling.shared_weights import SharedWeights
 
 write = SharedWeights.write
 

@@ -14,7 +14,7 @@ from functools import partial
 import pytest
 import torch
 
-from common.commandline import BadInput, RunStopped
+from common.errors import BadInput, RunStopped
 from common.models import load_model
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import VllmSampler, make_vllm_sampler

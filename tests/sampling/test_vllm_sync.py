@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from common import rollouts as rollouts_module
-from common.commandline import RunStopped
-from common.rollouts import SerialRollouts
+from common.errors import RunStopped
 from common.sampling import Plan
 from common.sampling import vllm as vllm_module
+from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
-from common.sampling.verify import TOLERANCE, canary, deliver, describe, logprobs_of, perturbed
+from common.sampling.verify import TOLERANCE, canary, deliver, describe, logprobs_of
+from common.weights import perturbed
 from tests.sampling.test_transformers import make_prompts, seeds, trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
 from tests.sampling.vllm_engines import EOS, KINDS, engine, start_engine

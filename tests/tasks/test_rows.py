@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from conftest import REPOSITORY
 
-from common.commandline import BadInput
+from common.errors import BadInput
 from common.tasks.rows import read_rows
 
 COLUMNS = ("question", "answer")

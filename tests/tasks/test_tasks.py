@@ -10,11 +10,12 @@ import pytest
 from conftest import REPOSITORY, build_model
 from helpers import dense_task, steps, train, write_task
 
-from common.commandline import BadInput, RunStopped
+from common.errors import BadInput, RunStopped
 from common.models import TINY_MODEL, load_tokenizer
-from common.tasks import RESERVED, ProblemSet, Task, load_problems, load_task
+from common.tasks import Task, load_task
 from common.tasks.addition import Addition
 from common.tasks.gsm8k import GSM8K, GSM8K_SAMPLE
+from common.tasks.problems import RESERVED, ProblemSet, load_problems
 
 
 @pytest.fixture(scope="module")

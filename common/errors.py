@@ -1,0 +1,21 @@
+"""The two errors that end a run with a message instead of a traceback."""
+
+
+class BadInput(Exception):
+    """Something the user gave cannot work.
+
+    The message is one sentence: it names the option and says what to do.
+    """
+
+
+class RunStopped(Exception):
+    """The run cannot go on, for the reason in the message.
+
+    Everything up to the run's last checkpoint is intact.
+    """
+
+
+NOT_FINITE = (
+    "The policy's weights or log-probs are no longer finite: look at loss and grad_norm in the "
+    "run's metrics.jsonl, and start a new run with a lower --learning-rate."
+)

@@ -1,0 +1,90 @@
+"""Sampling and training in turns, in one process."""
+
+from common.distributed import gather_batch
+from common.errors import BadInput
+from common.sampling.verify import deliver, describe, sampler_mismatch
+
+
+class SerialRollouts:
+    """Samples when the trainer asks for a batch, with the weights that the schedule names.
+
+    Every batch must be sampled while the trainer's model is its version: `next` samples all batches
+    of a new version at once, before the trainer moves on. The `Sampler` uses the trainer's model
+    itself or, if `verified`, is an engine with a copy of the weights, which are delivered and
+    verified each time. A context manager, like `OverlappedRollouts`.
+    """
+
+    def __init__(self, model, sampler, plan, verified=False):
+        self.model = model
+        self.sampler = sampler
+        self.plan = plan
+        self.verified = verified
+        self.version = 0  # of the trainer's model
+        self.last_sampled = 0
+        self.waiting = {}  # batches sampled but not yet trained on, by number
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def next(self, step):
+        """The batch of step `step`, sampled with weights version(step)."""
+        newest = self.version - self.version % self.plan.sync_interval
+        numbers = range(self.last_sampled + 1, self.plan.batches_of(newest)[-1] + 1)
+        if numbers:
+            self._sample(numbers)
+        return self.waiting.pop(step)
+
+    def publish(self, update):
+        """The model's weights are now those after `update`."""
+        self.version = update
+
+    def greedy(self, prompts):
+        """`Sampler.greedy` with the model's present weights."""
+        self._hand_over()
+        samples = self.sampler.greedy(prompts)
+        self.sampler.sleep()
+        return samples
+
+    def state_dict(self):
+        """What a checkpoint needs besides the live weights: the batches sampled ahead."""
+        ahead = [self.waiting[k] for k in sorted(self.waiting)]
+        return {
+            "version": self.version,
+            "last_sampled": self.last_sampled,
+            "waiting": [vars(gather_batch(batch)) for batch in ahead],
+        }
+
+    def load_state_dict(self, state, model):
+        """Go on from this state; `model` has the weights of the same checkpoint."""
+        if "last_sampled" not in state:
+            what = "this run sampled in a process of its own"
+            raise BadInput(f"--resume: {what} and has to go on like that.")
+        self.version = state["version"]
+        self.last_sampled = state["last_sampled"]
+        self.waiting = self.plan.share_of(state["waiting"])
+
+    def _sample(self, numbers):
+        if self.plan.version(numbers[0]) != self.version:
+            what = f"batch {numbers[0]} needs another version than the model's"
+            raise RuntimeError(f"{what}, {self.version}")
+        metrics = self._hand_over()
+        for batch in self.plan.sample(self.sampler, numbers):
+            if self.plan.shows_mismatch_only_now(batch.number):
+                metrics |= sampler_mismatch(
+                    self.model, self.sampler.temperature, self.sampler.precision, batch
+                )
+            batch.metrics |= metrics
+            metrics = {}
+            self.waiting[batch.number] = batch
+            self.last_sampled = batch.number
+        self.sampler.sleep()
+
+    def _hand_over(self):
+        """Deliver the model's weights to an engine that has a copy; metrics of the sync."""
+        if not self.verified:
+            return {}
+        manifest = describe(self.model, self.version, self.sampler.precision)
+        return deliver(self.sampler, dict(self.model.named_parameters()), manifest)

@@ -1,0 +1,191 @@
+"""The problems of a task with their prompts as token ids; grading and evaluating responses."""
+
+import json
+import math
+import sys
+import time
+import zlib
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import numpy as np
+
+from common.distributed import gather, share
+from common.errors import BadInput, RunStopped
+from common.models import check_context
+from common.tasks import Task, load_task
+
+RESERVED = {"step", "loss", "grad_norm", "lr", "update_skipped", "entropy", "lag"}
+RESERVED |= {"weights_version", "response_length"}
+"""the log's own metrics without a slash; a task's values need other names, without a slash or
+beginning with grade/"""
+
+
+@dataclass
+class Evaluation:
+    """What the policy answered to the held-out problems, and how well."""
+
+    metrics: dict[str, float]
+    answers: list[tuple]  # per problem: the problem, the text of the response, its grade
+
+
+@dataclass
+class ProblemSet:
+    """The problems of a split with their prompts as token ids, and what grades the responses."""
+
+    task: Task
+    tokenizer: object
+    problems: list[dict]
+    prompts: list[list[int]]
+
+    def __len__(self):
+        return len(self.problems)
+
+    def graded(self, batch):
+        """The `Batch` with the texts of its responses and their grades."""
+        grades, texts = self.grade(batch.problems, batch.responses)
+        return replace(batch, grades=grades, texts=texts)
+
+    def grade(self, numbers, responses):
+        """Decode and grade `responses`, lists of token ids, to the problems of these numbers.
+
+        Returns `(grades, texts)`: per response a dict of finite floats, "reward" and what else the
+        task reports, and its text. Raises `RunStopped` if the task gives anything else, `BadInput`
+        if it uses a name of the log's own.
+        """
+        name = type(self.task).__name__
+        problems = [self.problems[number] for number in numbers]
+        texts = []
+        if responses:
+            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        try:
+            results = list(self.task.rewards(problems, texts))
+        except RunStopped:
+            raise
+        except Exception as error:
+            what = f"{name}.rewards failed on {len(texts)} responses"
+            raise RunStopped(f"{what}: {error!r}.") from error
+        if len(results) != len(texts):
+            what = f"{name}.rewards returned {len(results)} rewards"
+            raise RunStopped(f"{what} for {len(texts)} responses.")
+        grades = []
+        for result, problem, text in zip(results, problems, texts, strict=True):
+            grade = _as_grade(result)
+            if grade is None:
+                what = f"{name} gave the reward {result!r} to the response {text!r} to {problem!r}"
+                how = 'it must be a finite number, or a dict of finite numbers with "reward"'
+                raise RunStopped(f"{what}; {how}.")
+            for key in grade:
+                if key in RESERVED or ("/" in key and not key.startswith("grade/")):
+                    what = f"--task {name} reports {key!r}, a name that the log itself uses"
+                    raise BadInput(f"{what}: rename it.")
+            grades.append(grade)
+        return grades, texts
+
+    def evaluate(self, rollouts):
+        """The `Evaluation` of greedy responses by the policy of `rollouts`.
+
+        Rewards of 0 and 1 count as "accuracy" if the task itself reports none.
+        """
+        started = time.perf_counter()
+        mine = share(len(self))  # with several ranks, each answers a part
+        responses = rollouts.greedy(self.prompts[mine]).responses
+        parts = gather((*self.grade(range(len(self))[mine], responses), responses))
+        grades, texts, responses = ([*chain(*lists)] for lists in zip(*parts, strict=True))
+        answers = list(zip(self.problems, texts, grades, strict=True))
+        if all(grade["reward"] in (0, 1) for grade in grades):
+            grades = [{"accuracy": grade["reward"], **grade} for grade in grades]
+        metrics = {f"eval/{key}": value for key, value in means(grades).items()}
+        metrics["eval/response_length"] = sum(map(len, responses)) / len(self)
+        metrics["time/eval"] = time.perf_counter() - started
+        return Evaluation(metrics, answers)
+
+    def checksum(self):
+        """A number that depends on all prompts' tokens, and on what JSON can express of problems."""
+        everything = [self.prompts, self.problems]
+        text = json.dumps(everything, skipkeys=True, default=lambda value: str(type(value)))
+        return zlib.crc32(text.encode())
+
+
+def _as_grade(result):
+    """A task's result as a dict of floats with "reward", or None if it is anything else."""
+    values = result if isinstance(result, dict) else {"reward": result}
+    try:
+        grade = {str(key): float(value) for key, value in values.items()}
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return grade if "reward" in grade and all(map(math.isfinite, grade.values())) else None
+
+
+def means(grades):
+    """The mean of each value over the dicts that have it, by name."""
+    found = {}
+    for name in sorted({name for grade in grades for name in grade}):
+        found[name] = float(np.mean([grade[name] for grade in grades if name in grade]))
+    return found
+
+
+def load_problem_sets(args, tokenizer):
+    """The training problems and the held-out ones of `args.task`, as `ProblemSet`s.
+
+    Raises `BadInput`, also for prompts that the model of `args` cannot read.
+    """
+    task = load_task(args.task, args.data, args.eval_data, args.eval_size)
+    train_set = load_problems(task, "train", tokenizer, args.max_prompt_tokens)
+    eval_set = load_problems(task, "eval", tokenizer, args.max_prompt_tokens)
+    check_context(args, train_set.prompts + eval_set.prompts)
+    return train_set, eval_set
+
+
+def load_problems(task, split, tokenizer, max_prompt_tokens):
+    """The `ProblemSet` of `split`, "train" or "eval".
+
+    Problems of more than `max_prompt_tokens` tokens are left out. Plain text gets the special tokens
+    that the tokenizer puts in front of it (a BOS, say), and none at its end. Raises `BadInput` if no
+    problem is left, and for prompts that cannot be encoded.
+    """
+    name = f"--task {type(task).__name__}"
+    try:
+        problems = list(task.problems(split))
+        token_ids = _encoded([problem["prompt"] for problem in problems], task, tokenizer)
+    except Exception as error:  # the task's own, no chat template, one that refuses a message, …
+        what = f"that the chat template of --model {tokenizer.name_or_path} takes, but: {error!r}"
+        must = 'the "prompt" of a problem must be text, or a list of chat messages'
+        raise BadInput(f"{name}: {must} {what}.") from error
+    if not token_ids or not all(token_ids):
+        which = "an empty" if token_ids else "no"
+        raise BadInput(f"{name} has {which} {split} prompt: give at least one token each.")
+    kept = [number for number, ids in enumerate(token_ids) if len(ids) <= max_prompt_tokens]
+    left_out = len(token_ids) - len(kept)
+    too_long = f"{left_out} of {len(token_ids)} {split} prompts are longer than"
+    too_long += f" --max-prompt-tokens {max_prompt_tokens}"
+    if not kept:
+        raise BadInput(f"{too_long}: raise it to {min(map(len, token_ids))} or more.")
+    if left_out:
+        print(f"{too_long} and are left out.", file=sys.stderr)
+    return ProblemSet(task, tokenizer, [problems[n] for n in kept], [token_ids[n] for n in kept])
+
+
+def _encoded(prompts, task, tokenizer):
+    """Token ids of prompts, each text or a list of chat messages."""
+    if not prompts:
+        return []
+    texts = [_as_text(prompt, task, tokenizer) for prompt in prompts]
+    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    plain = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
+    if plain:
+        first = plain[0]
+        (special,) = tokenizer([texts[first]])["input_ids"]
+        front = special[: special.index(token_ids[first][0])]
+        for number in plain:
+            token_ids[number] = front + token_ids[number]
+    return token_ids
+
+
+def _as_text(prompt, task, tokenizer):
+    if isinstance(prompt, str):
+        return prompt
+    begun = prompt[-1]["role"] == "assistant"
+    options = {"add_generation_prompt": not begun, "continue_final_message": begun}
+    options |= task.template_arguments
+    return tokenizer.apply_chat_template(prompt, tokenize=False, **options)

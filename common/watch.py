@@ -1,0 +1,39 @@
+"""What stops a run that goes wrong, or says that it does not learn."""
+
+import sys
+
+from tqdm import tqdm
+
+from common.errors import RunStopped
+
+MOST_SKIPPED_UPDATES = 5  # steps in a row, after which the run stops
+STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
+
+
+class Watch:
+    """Looks at the metrics of each step."""
+
+    def __init__(self, run_dir):
+        self.run_dir = run_dir
+        self.skipped_in_a_row = 0
+        self.without_signal = 0
+
+    def look(self, step, metrics):
+        """Warn of steps in a row without any signal. Raises `RunStopped` after skipped updates."""
+        no_signal = metrics.get("reward/zero_std_groups") == 1
+        self.without_signal = self.without_signal + 1 if no_signal else 0
+        if self.without_signal == STEPS_WITHOUT_SIGNAL:
+            tqdm.write(
+                f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see "
+                "completions.jsonl): if all are wrong, raise --group-size or "
+                "--max-response-tokens, or reward parts of an answer.",
+                file=sys.stderr,
+            )
+        skipped = metrics.get("update_skipped", 0.0) > 0
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
+            raise RunStopped(
+                f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or "
+                "gradient: scale rewards that are far from 1, or lower --learning-rate (see "
+                f"{self.run_dir})."
+            )

@@ -1,0 +1,61 @@
+"""A model's weights as tensors by name: their checksums, and other values for a while."""
+
+import zlib
+from contextlib import contextmanager
+
+import torch
+
+from common.distributed import part_like, whole
+
+
+def checksum(tensor):
+    """An `int` that depends on every bit of a tensor and on the order of its elements (row by row).
+
+    The bytes, as rows of 1,024 integers, are summed along rows and columns on the tensor's own
+    device; a CRC-32 is taken of the sums and of the bytes left over. A changed element changes a
+    row's sum and a column's; exchanged elements change one of the two, and exchanged rows the order
+    of the sums.
+    """
+    bytes_N = whole(tensor.detach()).contiguous().view(-1).view(torch.uint8)
+    if bytes_N.data_ptr() % 8:
+        # Eight bytes can be read as an integer only where eight-byte words begin.
+        bytes_N = bytes_N.clone()
+    end = len(bytes_N) // 8192 * 8192
+    integers_RC = bytes_N[:end].view(torch.int64).view(-1, 1024)
+    code = 0
+    for part in (integers_RC.sum(dim=1), integers_RC.sum(dim=0), bytes_N[end:]):
+        code = zlib.crc32(part.cpu().view(torch.uint8).numpy(), code)
+    return code
+
+
+@contextmanager
+def parameters_from(model, values):
+    """Context in which some parameters have other values.
+
+    `values` are pairs of a name and a whole tensor, taken one by one.
+    """
+    parameters = dict(model.named_parameters())
+    saved = {}
+    try:
+        for name, value in values:
+            parameter = parameters[name]
+            saved[name] = parameter.detach().clone()
+            parameter.data.copy_(part_like(parameter, value.to(parameter.device)))
+        yield
+    finally:
+        for name, own in saved.items():
+            parameters[name].data.copy_(own)
+
+
+def perturbed(model, names, strength=0.5):
+    """Context with noise added to the named parameters, `strength` times their RMS."""
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(1)
+
+    def noisy(name):
+        before = whole(parameters[name].detach())
+        noise = torch.randn(before.shape, generator=generator).to(before)
+        least = 0.1 if noise.dim() == 1 else 0.0  # some biases are 0
+        return before + noise * strength * before.square().mean().sqrt().clamp(min=least)
+
+    return parameters_from(model, ((name, noisy(name)) for name in names))
