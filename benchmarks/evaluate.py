@@ -32,11 +32,11 @@ import torch
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import grpo
-from benchmarks import reporting
-from benchmarks.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
+from benchmarks.helpers import reporting
+from benchmarks.helpers.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
 from common import commandline
 from common.commandline import BadInput
 from common.models import (

@@ -29,11 +29,12 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import algorithms, reporting
-from benchmarks.launcher import ROOT, Run, run_all
-from benchmarks.reporting import SPREAD, column, table, yes
+from benchmarks.figures import algorithms
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT, Run, run_all
+from benchmarks.helpers.reporting import SPREAD, column, table, yes
 
 NOTATION = """
 For each of P prompts x_i, sample a group of G responses y_ij and grade them. r_ij is a response's reward; r̄_i and σ_i

@@ -17,7 +17,8 @@ import pytest
 import torch
 import tyro
 
-from benchmarks import reporting, variants
+from benchmarks import variants
+from benchmarks.helpers import reporting
 from tests.helpers import REPOSITORY, dense_task, import_script, steps, train
 
 NAMES = list(variants.VARIANTS)

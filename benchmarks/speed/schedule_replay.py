@@ -1,10 +1,10 @@
 """What a schedule costs: replays sampler and trainer from how long sampling, training and a sync
 take.
 
-    python benchmarks/schedule_replay.py --sample 2.0 --train 1.0 --sync 0.1
-    python benchmarks/schedule_replay.py --sample 60 --train 45 --sync 3 --slow-share 0.2
+    python benchmarks/speed/schedule_replay.py --sample 2.0 --train 1.0 --sync 0.1
+    python benchmarks/speed/schedule_replay.py --sample 60 --train 45 --sync 3 --slow-share 0.2
     --slow-factor 4
-    python benchmarks/schedule_replay.py --run runs/NAME          the times of a run's own steps
+    python benchmarks/speed/schedule_replay.py --run runs/NAME          the times of a run's own steps
 
 Assumptions, all of them:
 - One sampler and one trainer, which do not slow each other down. The sampler works on one batch at
@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.reporting import column, read_steps, table
+from benchmarks.helpers.reporting import column, read_steps, table
 from common.sampling import version_of_batch
 
 MODES = {  # label: (sync_interval, sync_offset)

@@ -1,8 +1,8 @@
 """The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, five seeds each.
 
-    python benchmarks/algorithms.py             25 runs on the bundled task, two at a time; half an
+    python benchmarks/figures/algorithms.py             25 runs on the bundled task, two at a time; half an
     hour
-    python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
+    python benchmarks/figures/algorithms.py --quick     the same in miniature, to see that it works
 
 A right answer earns 8 here, as the axis of the published figure suggests. That matters to
 RED-Weight, which has τ = 1, as in its authors' code. A response's weight is exp(A/τ); with rewards
@@ -16,7 +16,7 @@ where it was stopped.
 
 Options it does not know go to the training scripts, so the same command is the recipe for other
 models and data:
-    python benchmarks/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs
+    python benchmarks/figures/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs
     runs/algorithms-3b \
         --output results-3b --model Qwen/Qwen2.5-3B-Instruct --task gsm8k --data openai/gsm8k:main \
         --temperature 1.0 --learning-rate 1e-6 --max-response-tokens 1024 --gradient-checkpointing
@@ -30,11 +30,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import ROOT, Run, run_all
-from benchmarks.reporting import column, table, yes
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT, Run, run_all
+from benchmarks.helpers.reporting import column, table, yes
 from common.tasks.addition import Addition
 
 SYNC_INTERVAL = 20
@@ -42,7 +42,7 @@ SCRIPTS = {"GRPO": "grpo", "REC-OneSide-NoIS (0.2)": "rec_oneside_nois", "RED-We
 RED = list(SCRIPTS)[2]
 TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (2, 8)}
 RIGHT = 8  # the reward of a right answer
-TASK = "benchmarks/algorithms.py:AdditionForMore"
+TASK = "benchmarks/figures/algorithms.py:AdditionForMore"
 COLOURS = dict(
     zip(
         [*SCRIPTS, *TAUS],
@@ -253,7 +253,7 @@ def write_text(groups, everything, args, script_options):
 
 ![figure](figure.png)
 
-`python benchmarks/algorithms.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
+`python benchmarks/figures/algorithms.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
 {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}.
 Lines are means over seeds and bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are
 start and end of the published curves, on the right-hand scale. Model and task are not those of the published figure:

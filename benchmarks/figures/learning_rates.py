@@ -1,6 +1,6 @@
 """How much does the learning rate matter, and what are clipping and weighting good for?
 
-    python benchmarks/learning_rates.py         ten minutes on two otherwise idle cores
+    python benchmarks/figures/learning_rates.py         ten minutes on two otherwise idle cores
 
 Three learning rates × four losses (GRPO, REC-OneSide-NoIS, RED-Weight, and plain REINFORCE with the
 group's mean as baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts, task and
@@ -17,11 +17,12 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import algorithms, reporting
-from benchmarks.launcher import Run, run_all
-from benchmarks.reporting import column, table
+from benchmarks.figures import algorithms
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, run_all
+from benchmarks.helpers.reporting import column, table
 
 PLAIN = "REINFORCE (ε = ∞)"
 LOSSES = {label: (script, ()) for label, script in algorithms.SCRIPTS.items()}
@@ -80,7 +81,7 @@ def main(args):
     rows = [[label, *(accuracy(label, rate) for rate in args.learning_rates)] for label in LOSSES]
     report = f"""# Learning rates, and plain REINFORCE, at `sync_interval = 20`
 
-`python benchmarks/learning_rates.py`: held-out accuracy (greedy) after {args.steps} steps of 64 rollouts, seed
+`python benchmarks/figures/learning_rates.py`: held-out accuracy (greedy) after {args.steps} steps of 64 rollouts, seed
 {args.seed}; in brackets the best of the evaluations on the way. As in `algorithms.py`, a right answer earns
 {algorithms.RIGHT}, and the temperature is {algorithms.Args.temperature}. With a single seed, differences of a few
 hundredths mean nothing.

@@ -1,8 +1,8 @@
 """Every setting that was tried for the two figures, on seeds that the figures do not use.
 
-    python benchmarks/scans.py sync_modes --seeds 11          16 runs, two at a time; a quarter of
+    python benchmarks/figures/scans.py sync_modes --seeds 11          16 runs, two at a time; a quarter of
     an hour
-    python benchmarks/scans.py algorithms --seeds 11          33 runs; an hour
+    python benchmarks/figures/scans.py algorithms --seeds 11          33 runs; an hour
 
 The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table
 says what became of the curves and how many of the observations about the published figure hold
@@ -21,12 +21,13 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import algorithms, reporting, sync_modes
-from benchmarks.launcher import Run, as_options, run_all
-from benchmarks.reporting import column, table
-from benchmarks.schedule_replay import MODES
+from benchmarks.figures import algorithms, sync_modes
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, as_options, run_all
+from benchmarks.helpers.reporting import column, table
+from benchmarks.speed.schedule_replay import MODES
 
 # options, and the share of hasty examples in the start model; without one, it is the bundled model
 SCANS = {

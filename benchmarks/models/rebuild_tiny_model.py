@@ -1,6 +1,6 @@
 """Is the bundled model what its script builds?
 
-    python benchmarks/rebuild_tiny_model.py     as long as the build, some ten minutes on one core
+    python benchmarks/models/rebuild_tiny_model.py     as long as the build, some ten minutes on one core
 
 Rebuilds `common/tiny_model/` elsewhere and compares. On the machine and versions named in the
 report the weights are the same bit for bit; on others last bits may differ, and the report says by
@@ -16,10 +16,10 @@ from pathlib import Path
 import tyro
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import ROOT
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT
 from common.runlog import describe_environment
 
 
@@ -53,7 +53,7 @@ def main(args):
         difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
     report = f"""# The bundled model, rebuilt
 
-`python benchmarks/rebuild_tiny_model.py` built `common/tiny_model/` again and compared the files.
+`python benchmarks/models/rebuild_tiny_model.py` built `common/tiny_model/` again and compared the files.
 
 {reporting.table(["file", "bytes"], rows)}
 

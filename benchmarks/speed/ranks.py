@@ -1,6 +1,6 @@
 """The overhead of torchrun: one process with two threads, against two ranks with one thread each.
 
-    python benchmarks/ranks.py                  seven minutes on two idle cores
+    python benchmarks/speed/ranks.py                  seven minutes on two idle cores
 
 A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so
 that every step is the same work. Each of the two ranks holds half of the weights, gradients,
@@ -21,11 +21,11 @@ import torch
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once, torchrun
-from benchmarks.reporting import column, table
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import as_options, run_once, torchrun
+from benchmarks.helpers.reporting import column, table
 from common.models import TINY_MODEL, load_tokenizer
 
 SIZES = (512, 8), (1152, 15)  # hidden size and layers
@@ -65,7 +65,7 @@ def run(ranks, model, name, directory, steps, prompts=8, group=4):
     options = {
         "model": model, "num_steps": steps, "prompts_per_step": prompts, "group_size": group, "eval_size": 2,
         "device": "cpu", "eval_interval": 1000, "checkpoint_interval": 1000, "learning_rate": 1e-9,
-        "threads": 2 // ranks, "task": "benchmarks/turns.py:Turns", "output": directory, "name": name,
+        "threads": 2 // ranks, "task": "benchmarks/helpers/turns.py:Turns", "output": directory, "name": name,
     }  # fmt: skip
     run_once([*torchrun(ranks), "grpo.py", *as_options(options)], OMP_NUM_THREADS=str(2 // ranks))
     return Path(directory) / name
@@ -106,7 +106,7 @@ def main(args):
     one, two = (np.median(column(records[ranks], "time/step")) for ranks in (1, 2))
     report = f"""# Two ranks on two cores, against one process with two threads
 
-`python benchmarks/ranks.py`: a random model of {small / 1e6:.0f} million parameters, 8 × 4 responses a step,
+`python benchmarks/speed/ranks.py`: a random model of {small / 1e6:.0f} million parameters, 8 × 4 responses a step,
 medians over {args.rounds} runs of each. Two ranks take **{two / one:.2f}** times as long.
 
 {table(["ranks", *(f"{name} (s)" for name in KEYS.values())], time_rows)}

@@ -1,6 +1,6 @@
 """What `python grpo.py` promises, measured: three seeds of the default run, one after another.
 
-    python benchmarks/default_run.py            about nine minutes on two otherwise idle cores
+    python benchmarks/figures/default_run.py            about nine minutes on two otherwise idle cores
 
 Writes `report.md`, `default_run.json` with its numbers, and `curves.png` with the values it shows
 in `curves.csv`.
@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import ROOT
-from benchmarks.reporting import PANELS, column, table, yes
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT
+from benchmarks.helpers.reporting import PANELS, column, table, yes
 from common.runlog import read_metrics
 
 
@@ -108,7 +108,7 @@ def main(args, script_options):
     rows.append(cells("mean", seconds.mean(axis=0), ends.mean(axis=0)))
     report = f"""# The default run, {len(runs)} seeds
 
-`python benchmarks/default_run.py`: `{" ".join(["python grpo.py --seed S", *script_options])}`, {runs[0][-1]["step"]}
+`python benchmarks/figures/default_run.py`: `{" ".join(["python grpo.py --seed S", *script_options])}`, {runs[0][-1]["step"]}
 steps, one seed after another. Means of the first 5 steps → means of the last 10; accuracy before training → with the
 final weights.
 

@@ -1,14 +1,14 @@
 """Training runs on a GPU: do they agree with those on a CPU, and how long do their steps take?
 
-    python benchmarks/gpu_runs.py agreement           the first steps of each script, on the CPU and
+    python benchmarks/gpu/gpu_runs.py agreement           the first steps of each script, on the CPU and
     on the GPU
-    python benchmarks/gpu_runs.py default             the first steps of the default run
-    python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see
+    python benchmarks/gpu/gpu_runs.py default             the first steps of the default run
+    python benchmarks/gpu/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see
     smollm2.py
-    python benchmarks/gpu_runs.py attention           sampling with and without cuDNN's attention
-    python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B:
+    python benchmarks/gpu/gpu_runs.py attention           sampling with and without cuDNN's attention
+    python benchmarks/gpu/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B:
     time and memory
-    python benchmarks/gpu_runs.py ranks               SmolLM2 on one GPU, and on two under torchrun
+    python benchmarks/gpu/gpu_runs.py ranks               SmolLM2 on one GPU, and on two under torchrun
 
 `on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each
 writes a table to `results/on_gpu/`, as soon as it has the first row.
@@ -27,11 +27,11 @@ import torch
 import tyro
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once, torchrun
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import as_options, run_once, torchrun
 from common.models import TINY_MODEL, choose_device, end_of_sequence_ids, load_model, load_tokenizer
 from common.runlog import read_metrics
 from common.sampling import Plan
@@ -213,7 +213,7 @@ def train_smollm2(args, directory, task, steps, **more):
     """A run of GRPO on a task of chat_tasks.py; returns its directory."""
     options = {
         "num_steps": args.steps or steps, "device": args.device, "engine": args.engine, "model": args.smollm2,
-        "task": f"benchmarks/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
+        "task": f"benchmarks/models/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
         "max_tokens_per_microbatch": 16384, "eval_size": 128, "eval_interval": 1000, "name": task,
     }  # fmt: skip
     if args.device == "cpu":  # a rehearsal
@@ -274,7 +274,7 @@ def qwen(args, directory):
     on_cpu = args.device == "cpu"
     options = {
         "num_steps": args.steps or 4, "device": args.device, "engine": args.engine, "model": Path(directory) / "model",
-        "task": "benchmarks/turns.py:LongTurns", "learning_rate": 1e-6, "max_response_tokens": 8 if on_cpu else 256,
+        "task": "benchmarks/helpers/turns.py:LongTurns", "learning_rate": 1e-6, "max_response_tokens": 8 if on_cpu else 256,
         "max_tokens_per_microbatch": 32768, "eval_size": 1, "eval_interval": 1000, "name": "qwen",
     }  # fmt: skip
     if on_cpu:

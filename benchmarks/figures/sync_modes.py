@@ -1,8 +1,8 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy,
 three seeds each.
 
-    python benchmarks/sync_modes.py             25 minutes on two otherwise idle cores
-    python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
+    python benchmarks/figures/sync_modes.py             25 minutes on two otherwise idle cores
+    python benchmarks/figures/sync_modes.py --quick     the same in miniature, to see that it works
 
 The start model is built first, in less than a minute: the bundled model, trained on with examples
 most of which state the answer at once, without any work (`common/build_tiny_model.py --hasty`).
@@ -22,7 +22,7 @@ where it was stopped. (A run that was itself stopped has a gap in its time: dele
 first.)
 
 Options it does not know go to the training scripts, so the same command is the recipe for other
-models and data. What a mode would cost with other times: `benchmarks/schedule_replay.py`.
+models and data. What a mode would cost with other times: `benchmarks/speed/schedule_replay.py`.
 """
 
 import json
@@ -34,13 +34,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
 from benchmarks.evaluate import greedy_answers
-from benchmarks.launcher import ROOT, Run, run_all
-from benchmarks.reporting import column, moving_average, plt, table
-from benchmarks.schedule_replay import MODES, replay, times_of_steps
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT, Run, run_all
+from benchmarks.helpers.reporting import column, moving_average, plt, table
+from benchmarks.speed.schedule_replay import MODES, replay, times_of_steps
 from common.models import TINY_MODEL
 
 ONE, TWO, TEN, OFFSET = MODES
@@ -455,7 +455,7 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
 
 ![figure](figure.png)
 
-`python benchmarks/sync_modes.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
+`python benchmarks/figures/sync_modes.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
 {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}, a start model trained with
 {args.hasty:.0%} of answers at once. Lines are means over seeds and bands their range, after a moving average over
 {reporting.SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand scale, with hours

@@ -2,7 +2,7 @@
 as JSON.
 
 For example:
-    python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
+    python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/models/chat_tasks.py:Extraction
 """
 
 import json

@@ -1,6 +1,6 @@
 """What a verified weight sync into vLLM costs on this machine's CPU.
 
-    .venv-vllm/bin/python benchmarks/vllm_sync.py       three minutes on an idle core
+    .venv-vllm/bin/python benchmarks/speed/vllm_sync.py       three minutes on an idle core
 
 Two models: the bundled one, and a randomly initialised one of 125 M parameters (tied embeddings).
 The sync is compared with a plain copy of the same float32 bytes and with the engine's own work on
@@ -21,9 +21,9 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
+from benchmarks.helpers import reporting
 from common.models import TINY_MODEL, load_model, location
 from common.runlog import describe_environment
 from common.sampling.verify import canary, deliver, describe
@@ -140,7 +140,7 @@ def main(args):
         ]
     report = f"""# Weight sync into vLLM
 
-`python benchmarks/vllm_sync.py`, {args.threads} thread(s): the fastest of {args.rounds}, in milliseconds unless the
+`python benchmarks/speed/vllm_sync.py`, {args.threads} thread(s): the fastest of {args.rounds}, in milliseconds unless the
 column says otherwise.
 
 - copy: a plain copy of the float32 bytes; sync: `use_weights`, until the engine can sample with the new weights;

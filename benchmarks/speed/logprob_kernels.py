@@ -6,11 +6,11 @@ plain expression.
     cut-cross-entropy==25.1.1       peers
     pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops     for Liger and
     quack on Hopper
-    python benchmarks/logprob_kernels.py                all that this machine can run; ten minutes
+    python benchmarks/speed/logprob_kernels.py                all that this machine can run; ten minutes
     on two idle cores
-    python benchmarks/logprob_kernels.py --parts gpu --hidden-sizes 2048
+    python benchmarks/speed/logprob_kernels.py --parts gpu --hidden-sizes 2048
     or a part of it
-    python benchmarks/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR   to
+    python benchmarks/speed/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR   to
     try it, in seconds
 
 Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns
@@ -48,7 +48,7 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from common.kernels.cpu import SlicedLogprobs, plain_logprobs_and_entropy
@@ -581,7 +581,7 @@ log-probs alone; "not run" where the machine's free memory is too small for it.
 {results["environment"].strip()}
 ```
 
-Written by `python benchmarks/logprob_kernels.py`; every round is in `results.json`.
+Written by `python benchmarks/speed/logprob_kernels.py`; every round is in `results.json`.
 """
 
 

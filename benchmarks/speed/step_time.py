@@ -1,7 +1,7 @@
 """How long the training steps of the default run take, `grpo.py` against TRL's `GRPOTrainer`.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step_time.py              about 25 minutes on two idle cores
+    python benchmarks/speed/step_time.py              about 25 minutes on two idle cores
 
 A step is: sample G responses to each of P prompts, grade them, make one update. Both sides get the
 same model directory, the same prompts in the same order, the same reward function, group size,
@@ -53,11 +53,11 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import as_options, run_once
 from common.kernels.cpu import use_threads
 from common.models import load_tokenizer, location
 from common.runlog import describe_environment

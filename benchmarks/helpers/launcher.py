@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # `kill -9` leaves the launcher no chance to stop its runs, which would go on and meet those of the
 # next call. So each run asks Linux to be killed when its parent dies (option 1 of prctl), looks

@@ -1,7 +1,7 @@
 """What does each loss make of data from another policy? Three arms, fixed data, the scripts' own
 losses.
 
-    python benchmarks/bandit.py                 half a minute
+    python benchmarks/figures/bandit.py                 half a minute
 
 The data come from a behaviour policy that pulls the arms with probabilities 0.3, 0.6 and 0.1 and
 are never renewed; the arms pay 0, 0.8 and 1. The third arm is best, but the second is in the data
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
 import rec_oneside_nois
 import red_weight
-from benchmarks import reporting
+from benchmarks.helpers import reporting
 from common.runlog import describe_environment
 
 BEHAVIOUR = torch.tensor([0.3, 0.6, 0.1], dtype=torch.float64)
@@ -92,7 +92,7 @@ def main(args):
     ]
     report = f"""# Fixed data from another policy: a bandit with three arms
 
-`python benchmarks/bandit.py`: the policy that each loss ends with after {len(policies["GRPO"]) - 1} gradient steps.
+`python benchmarks/figures/bandit.py`: the policy that each loss ends with after {len(policies["GRPO"]) - 1} gradient steps.
 
 {reporting.table(header, rows)}
 

@@ -12,7 +12,7 @@ import math
 import matplotlib
 import numpy as np
 
-from benchmarks.launcher import ROOT
+from benchmarks.helpers.launcher import ROOT
 from common.runlog import read_metrics
 
 matplotlib.use("Agg")
