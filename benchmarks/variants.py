@@ -1,11 +1,8 @@
 """Ten more algorithms, each of them a few lines in place of `grpo.py`'s.
 
-    python benchmarks/variants.py --write gspo mine.py      write one as a script; run it with:
-    python mine.py
-    python benchmarks/variants.py                           train with each of them; 40 to 55
-    minutes
-    python benchmarks/variants.py --quick                   the same in miniature, to see that it
-    works
+    python benchmarks/variants.py --write gspo mine.py      write one as a script, mine.py
+    python benchmarks/variants.py                           train with each; 40 to 55 minutes
+    python benchmarks/variants.py --quick                   in miniature, to see that it works
 
 A class below is what a variant puts into the four fenced regions of `grpo.py`: docstring, options,
 `advantages` and `per_token_loss`. What it does not define stays as in `grpo.py`, but a loss of its
@@ -37,14 +34,16 @@ from benchmarks.helpers.launcher import ROOT, Run, run_all
 from benchmarks.helpers.reporting import SPREAD, column, table, yes
 
 NOTATION = """
-For each of P prompts x_i, sample a group of G responses y_ij and grade them. r_ij is a response's reward; r̄_i and σ_i
-are the mean and the standard deviation of its group. π_old is the policy that sampled the response, and
+For each of P prompts x_i, sample a group of G responses y_ij and grade them. r_ij is a response's
+reward; r̄_i and σ_i are the mean and the standard deviation of its group. π_old is the policy that
+sampled the response, and
 
     ρ_ijt = π_θ(y_ijt | x_i, y_ij,<t) / π_old(y_ijt | x_i, y_ij,<t)
 
-is a token's ratio to it. N is the number of response tokens in the whole batch, |y_ij| that in one response. Where a
-paper divides by a constant instead, AdamW nearly divides that out; DAPO and CISPO divide by the tokens of each group.
-sg(·) lets no gradient through. Each batch gives one update, and there is no KL penalty.
+is a token's ratio to it. N is the number of response tokens in the whole batch, |y_ij| that in one
+response. Where a paper divides by a constant instead, AdamW nearly divides that out; DAPO and CISPO
+divide by the tokens of each group. sg(·) lets no gradient through. Each batch gives one update, and
+there is no KL penalty.
 """
 
 
@@ -106,8 +105,7 @@ class DAPO:
     """DAPO: GRPO with a higher upper bound (Yu et al., arXiv 2503.14476), as far as it is a loss.
 
         A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)     with ε_high >
-        ε_low
+        loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij),   ε_high > ε_low
 
     A higher bound leaves unlikely tokens room to rise. The paper also lowers the reward of overlong
     responses: left out, since `advantages` does not see lengths. And it samples groups with equal
@@ -115,19 +113,16 @@ class DAPO:
     """
 
     clip_low: float = 0.2
-    """ε_low: a token with a negative advantage gets no gradient once its ratio is below 1 − ε_low
-    """
+    """ε_low: a token with A < 0 gets no gradient once its ratio is below 1 − ε_low"""
     clip_high: float = 0.28
-    """ε_high: a token with a positive advantage gets no gradient once its ratio is above 1 + ε_high
-    """
+    """ε_high: a token with A > 0 gets no gradient once its ratio is above 1 + ε_high"""
 
 
 class GSPO:
     """GSPO: Group Sequence Policy Optimization (Zheng et al., arXiv 2507.18071).
 
         A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        s_ij = exp(1/|y_ij| Σ_t log ρ_ijt)                                  the ratio of the whole
-        response
+        s_ij = exp(1/|y_ij| Σ_t log ρ_ijt)                      the ratio of the whole response
         loss = −1/N Σ_ij min(s_ij A_ij, clip(s_ij, 1−ε_low, 1+ε_high) A_ij)
 
     All tokens of a response are clipped, or none. The paper divides by the number of responses, not
@@ -135,18 +130,12 @@ class GSPO:
     """
 
     clip_low: float = 3e-4
-    """ε_low: a response with a negative advantage gets no gradient once its ratio is below 1 −
-    ε_low
-    """
+    """ε_low: a response with A < 0 gets no gradient once its ratio is below 1 − ε_low"""
     clip_high: float = 4e-4
-    """ε_high: a response with a positive advantage gets no gradient once its ratio is above 1 +
-    ε_high
-    """
+    """ε_high: a response with A > 0 gets no gradient once its ratio is above 1 + ε_high"""
 
     def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−min(s A, clip(s, 1−ε_low, 1+ε_high) A) / |y| of each token: its share of the response's
-        loss.
-        """
+        """−min(s A, clip(s, 1−ε_low, 1+ε_high) A) / |y| of each token: its share of the loss."""
         length_B1 = mask_BT.sum(dim=1, keepdim=True)
         log_ratio_BT = (logprobs_BT - sampler_logprobs_BT) * mask_BT
         ratio_B1 = torch.exp(log_ratio_BT.sum(dim=1, keepdim=True) / length_B1)
@@ -199,8 +188,8 @@ class TIS:
 
 
 class RECTwoSideIS:
-    """REC-TwoSide-IS: REINFORCE, clipped on both sides, with importance sampling (Yao et al., arXiv
-    2509.24203).
+    """REC-TwoSide-IS: REINFORCE, clipped on both sides, with importance sampling (Yao et al.,
+    arXiv 2509.24203).
 
         A_ij = r_ij − r̄_i
         M_ijt = 1 if 1−ε_low ≤ ρ_ijt ≤ 1+ε_high, else 0
@@ -221,19 +210,19 @@ class RECTwoSideIS:
         """−M sg(ρ) A log π of each token."""
         ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT).detach()
         inside_BT = (ratio_BT >= 1 - args.clip_low) & (ratio_BT <= 1 + args.clip_high)
-        weight_BT = ratio_BT.masked_fill(
-            ~inside_BT, 0.0
-        )  # the product of 0 and an infinite ρ would be NaN
+        # Not multiplied by 0: an infinite ρ would give NaN.
+        weight_BT = ratio_BT.masked_fill(~inside_BT, 0.0)
         return -weight_BT * advantages_B1 * logprobs_BT
 
 
 class RECRingNoIS:
-    """REC-Ring-NoIS: REINFORCE, clipped on a ring, without importance sampling (Yao et al., arXiv
-    2509.24203).
+    """REC-Ring-NoIS: REINFORCE, clipped on a ring, without importance sampling (Yao et al.,
+    arXiv 2509.24203).
 
         A_ij = r_ij − r̄_i
-        M = 1 if 1−ε_low ≤ ρ ≤ 1+ε_high, or A ≥ 0 and ρ ≤ 1−ε'_low, or A ≤ 0 and ρ ≥ 1+ε'_high, else
-        0 (indices ijt) loss = −1/N Σ_ijt M_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        M_ijt = 1 if 1−ε_low ≤ ρ_ijt ≤ 1+ε_high,
+                  or A_ij ≥ 0 and ρ_ijt ≤ 1−ε'_low, or A_ij ≤ 0 and ρ_ijt ≥ 1+ε'_high; else 0
+        loss = −1/N Σ_ijt M_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
 
     Tokens learn where ρ is near 1, and again where it has gone far against their advantage.
     """
@@ -243,10 +232,9 @@ class RECRingNoIS:
     clip_high: float = 0.2
     """ε_high: upper end of the inner range of ratios, 1 + ε_high"""
     far_low: float = 0.6
-    """ε'_low: a token with a positive advantage learns again once its ratio is below 1 − ε'_low"""
+    """ε'_low: a token with A > 0 learns again once its ratio is below 1 − ε'_low"""
     far_high: float = 2.0
-    """ε'_high: a token with a negative advantage learns again once its ratio is above 1 + ε'_high
-    """
+    """ε'_high: a token with A < 0 learns again once its ratio is above 1 + ε'_high"""
 
     advantages = Reinforce.advantages
 
@@ -272,8 +260,7 @@ class REDDrop:
     """
 
     def advantages(rewards_PG, args):
-        """A = r − the mean over the responses that are kept, 0 for the others; float64 in and out.
-        """
+        """A = r − the mean of the responses that are kept, 0 for the others; float64 in and out."""
         bad_PG = rewards_PG < rewards_PG.mean(dim=1, keepdim=True)
         kept_PG = ~bad_PG | (bad_PG.cumsum(dim=1) <= (~bad_PG).sum(dim=1, keepdim=True))
         mean_P1 = (rewards_PG * kept_PG).sum(dim=1, keepdim=True) / kept_PG.sum(dim=1, keepdim=True)
@@ -285,8 +272,9 @@ class REDDrop:
 
 
 VARIANTS = {
-    "reinforce": Reinforce, "rloo": RLOO, "dr_grpo": DrGRPO, "dapo": DAPO, "gspo": GSPO, "cispo": CISPO, "tis": TIS,
-    "rec_twoside_is": RECTwoSideIS, "rec_ring_nois": RECRingNoIS, "red_drop": REDDrop,
+    "reinforce": Reinforce, "rloo": RLOO, "dr_grpo": DrGRPO, "dapo": DAPO, "gspo": GSPO,
+    "cispo": CISPO, "tis": TIS, "rec_twoside_is": RECTwoSideIS, "rec_ring_nois": RECRingNoIS,
+    "red_drop": REDDrop,
 }  # fmt: skip
 REGION = re.compile(
     r"(?<=# --- algorithm ---\n).*?(?=^ *# --- end algorithm ---$)", re.DOTALL | re.MULTILINE
@@ -315,8 +303,7 @@ class Args:
 
 
 def script_of(name, file):
-    """The text of a variant's script, to be called `file`: `grpo.py` with the regions of its class.
-    """
+    """The text of a variant's script, called `file`: `grpo.py` with the regions of its class."""
     variant, text = VARIANTS[name], (ROOT / "grpo.py").read_text()
     _, options, *functions = REGION.findall(text)
     title = f'"""{inspect.getdoc(variant)}\n{NOTATION}\nUsage:\n    python {file}\n"""\n'
@@ -331,9 +318,8 @@ def script_of(name, file):
 def write(name, path):
     """Write a variant's script to a new file."""
     if name not in VARIANTS:
-        sys.exit(
-            f"variants.py: error: --write {name}: no such variant; give one of {', '.join(VARIANTS)}."
-        )
+        known = ", ".join(VARIANTS)
+        sys.exit(f"variants.py: error: --write {name}: no such variant; give one of {known}.")
     try:
         with open(path, "x") as file:
             file.write(script_of(name, path.name))
@@ -356,17 +342,12 @@ def main(args):
 
     def run_of(label, interval, seed):
         options = f"--sync-interval {interval} --seed {seed} {SETTING} --eval-interval {args.steps}"
-        return Run(
-            f"{Path(scripts[label]).name}-{interval}-{seed}", scripts[label], options.split()
-        )
+        name = f"{Path(scripts[label]).name}-{interval}-{seed}"
+        return Run(name, scripts[label], options.split())
 
     curves = [(label, interval) for interval in SYNC_INTERVALS for label in scripts]
-    run_all(
-        [run_of(*curve, seed) for seed in args.seeds for curve in curves],
-        args.steps,
-        args.runs,
-        args.jobs,
-    )
+    runs = [run_of(*curve, seed) for seed in args.seeds for curve in curves]
+    run_all(runs, args.steps, args.runs, args.jobs)
     groups = {
         curve: [reporting.read_steps(args.runs / run_of(*curve, seed).name) for seed in args.seeds]
         for curve in curves
@@ -375,29 +356,25 @@ def main(args):
         label: {f"sync_interval {i}": groups[label, i] for i in SYNC_INTERVALS} for label in scripts
     }
     colours = dict(zip(panels["GRPO"], ("tab:blue", "tab:orange"), strict=True))
-    reporting.plot_strip(
-        args.output / "strip.png", panels, "reward/mean", "training reward", colours
-    )
+    what = ("reward/mean", "training reward", colours)
+    reporting.plot_strip(args.output / "strip.png", panels, *what)
     columns = ["step", "reward/mean", "kl/ref_k2"]
     named = {
         f"{label}, sync_interval {interval}": runs for (label, interval), runs in groups.items()
     }
     reporting.write_curves(args.output / "curves.csv", named, args.seeds, columns)
     environment = reporting.environment_of(args.runs / run_of("GRPO", 1, args.seeds[0]).name)
-    reporting.write_report(
-        args.output / "report.md", write_text(groups, scripts, args), environment
-    )
+    report = write_text(groups, scripts, args)
+    reporting.write_report(args.output / "report.md", report, environment)
 
 
 def lines_of_diff(script):
     """Lines that a diff of `grpo.py` and another script removes and adds, without the docstrings at
     the top.
     """
-    texts = [
-        REGION.sub("", path.read_text(), count=1).splitlines()
-        for path in (ROOT / "grpo.py", script)
-    ]
-    kinds = [line[0] for line in difflib.ndiff(*texts)]
+    texts = [path.read_text() for path in (ROOT / "grpo.py", script)]
+    lines = [REGION.sub("", text, count=1).splitlines() for text in texts]
+    kinds = [line[0] for line in difflib.ndiff(*lines)]
     return f"−{kinds.count('-')} +{kinds.count('+')}"
 
 
@@ -411,16 +388,8 @@ def is_stable(runs):
 
 
 def write_text(groups, scripts, args):
-    header = [
-        "algorithm",
-        "script",
-        "lines of diff",
-        "accuracy per seed",
-        "mean",
-        "against GRPO",
-        "KL",
-    ]
-    header += ["clipped", "clipped, weighted", "stable"]
+    header = ["algorithm", "script", "lines of diff", "accuracy per seed", "mean", "against GRPO"]
+    header += ["KL", "clipped", "clipped, weighted", "stable"]
     rows = {interval: [] for interval in SYNC_INTERVALS}
     accuracy = {
         curve: [column(run, "eval/accuracy")[-1] for run in runs] for curve, runs in groups.items()
@@ -429,21 +398,14 @@ def write_text(groups, scripts, args):
         script = (ROOT / scripts[label]).with_suffix(".py")
         paper = re.search(r"arXiv (\d+\.\d+)", script.read_text())[1]
         values, grpos = accuracy[label, interval], accuracy["GRPO", interval]
-        row = [
-            f"[{label}](https://arxiv.org/abs/{paper})",
-            f"`{script.stem}`",
-            lines_of_diff(script),
-        ]
+        row = [f"[{label}](https://arxiv.org/abs/{paper})", f"`{script.stem}`"]
+        row.append(lines_of_diff(script))
         row += [", ".join(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}"]
-        row += ["" if label == "GRPO" else reporting.difference(values, grpos)]
-        row += [
-            f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}",
-            *reporting.clipped(runs),
-        ]
-        rows[interval].append([*row, yes(is_stable(runs))])
-    tables = "\n".join(
-        f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS
-    )
+        row.append("" if label == "GRPO" else reporting.difference(values, grpos))
+        row.append(f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}")
+        rows[interval].append([*row, *reporting.clipped(runs), yes(is_stable(runs))])
+    sections = [f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS]
+    tables = "\n".join(sections)
     return f"""# Variants of the loss
 
 `python benchmarks/variants.py`: {args.steps} steps with `{SETTING}`,
@@ -453,11 +415,13 @@ seeds {", ".join(map(str, args.seeds))}, the bundled model and task.
 
 - Lines of diff: removed from `grpo.py` and added to it, without the docstrings at the top.
 - Accuracy: held-out, greedy, after training. "{SPREAD}": the means differ by no more than the
-  ranges over seeds, the algorithm's and GRPO's, added up. With {len(args.seeds)} seeds, chance alone can exceed that.
+  ranges over seeds, the algorithm's and GRPO's, added up. With {len(args.seeds)} seeds, chance
+  alone can exceed that.
 - KL: to the initial policy, mean of the last tenth of the run.
-- Clipped: response tokens whose gradient was clipped, where the lag is largest; "weighted" counts a token by 1 − p.
-  A loss that clips weights instead of gradients has none.
-- Stable: with all seeds, the last tenth's reward is within 0.1 of the best tenth's, and no update was skipped.
+- Clipped: response tokens whose gradient was clipped, where the lag is largest; "weighted" counts a
+  token by 1 − p. A loss that clips weights instead of gradients has none.
+- Stable: with all seeds, the last tenth's reward is within 0.1 of the best tenth's, and no update
+  was skipped.
 
 {tables}"""
 

@@ -151,8 +151,7 @@ EQUATIONS = {
 
 
 def loss_and_gradient(script, new, old, split):
-    """What the script makes of the responses: the loss, and the gradient of each token's log-prob.
-    """
+    """What the script makes of the responses: the loss, and the gradient of each token's log-prob."""
     advantages = script.advantages(
         torch.tensor(REWARDS, dtype=torch.float64), script.Args()
     ).flatten()
