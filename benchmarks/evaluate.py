@@ -15,9 +15,8 @@ Usage:
     # Before and after a run, with the options of the run; options given here take precedence.
     python benchmarks/evaluate.py --run runs/NAME
     # Any model, on any task.
-    python benchmarks/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k --data
-    openai/gsm8k:main \
-        --eval-size 1319 --max-response-tokens 1024 -n 16
+    python benchmarks/evaluate.py --model Qwen/Qwen2.5-0.5B-Instruct --task gsm8k \
+        --data openai/gsm8k:main --eval-size 1319 --max-response-tokens 1024 -n 16
 """
 
 import json
@@ -32,13 +31,14 @@ import torch
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import grpo
-from benchmarks import reporting
-from benchmarks.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
+from benchmarks.helpers import reporting
+from benchmarks.helpers.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
 from common import commandline
-from common.commandline import BadInput
+from common.environment import describe_environment
+from common.errors import BadInput
 from common.models import (
     check_context,
     choose_device,
@@ -47,11 +47,11 @@ from common.models import (
     load_tokenizer,
 )
 from common.rollouts import make_rollouts
-from common.runlog import describe_environment
 from common.sampling import Plan
 from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler
 from common.sampling.verify import deliver, describe
-from common.tasks import load_problems, load_task, means
+from common.tasks import load_task
+from common.tasks.problems import load_problems, means
 
 
 @dataclass
@@ -59,56 +59,56 @@ class Args:
     model: str = ""
     """directory or hub name of the model to evaluate, or tiny, the bundled one"""
     run: str = ""
-    """instead of a model, directory of a complete run: evaluates its initial model and the one it
-    trained
-    """
+    """instead of a model, directory of a complete run: evaluates the model before and after it"""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 8
     """responses sampled to each prompt"""
     k: tuple[int, ...] = ()
     """values of k for pass@k, none above n; empty for 1, 2, 4, … up to n"""
     output: Path | None = None
-    """JSON file for the results; by default evaluation.json in the run's directory or, for a model,
-    in runs/
-    """
+    """JSON file for the results; by default evaluation.json, in the run's directory or in runs/"""
 
     # The options below are as in the scripts.
-    revision: str = grpo.Args.revision  # of a hub model; empty for its main branch
-    task: str = (
-        grpo.Args.task
-    )  # addition, gsm8k, or path/to/file.py:ClassName for a task of your own
-    data: str = (
-        grpo.Args.data
-    )  # training data, from which some tasks hold problems out; empty for the task's own
-    eval_data: str = grpo.Args.eval_data  # held-out data; empty for the task's own
-    eval_size: int = grpo.Args.eval_size  # number of held-out problems
-    max_prompt_tokens: int = (
-        grpo.Args.max_prompt_tokens
-    )  # problems with longer prompts are left out
-    max_response_tokens: int = grpo.Args.max_response_tokens  # longer responses are cut off here
-    temperature: float = grpo.Args.temperature  # softmax temperature of the sampled responses
-    engine: Literal["transformers", "vllm"] = grpo.Args.engine  # what samples the responses
-    device: str = grpo.Args.device  # auto, cpu, cuda or cuda:N
-    precision: Literal["auto", "float32", "bfloat16"] = grpo.Args.precision  # of matrix products
-    threads: int = grpo.Args.threads  # CPU threads; 0 means 2
-    seed: int = grpo.Args.seed  # seed of sampling
+    revision: str = grpo.Args.revision
+    """of a hub model; empty for its main branch"""
+    task: str = grpo.Args.task
+    """addition, gsm8k, or path/to/file.py:ClassName for a task of your own"""
+    data: str = grpo.Args.data
+    """training data, from which some tasks hold problems out; empty for the task's own"""
+    eval_data: str = grpo.Args.eval_data
+    """held-out data; empty for the task's own"""
+    eval_size: int = grpo.Args.eval_size
+    """number of held-out problems"""
+    max_prompt_tokens: int = grpo.Args.max_prompt_tokens
+    """problems with longer prompts are left out"""
+    max_response_tokens: int = grpo.Args.max_response_tokens
+    """longer responses are cut off here"""
+    temperature: float = grpo.Args.temperature
+    """softmax temperature of the sampled responses"""
+    engine: Literal["transformers", "vllm"] = grpo.Args.engine
+    """what samples the responses"""
+    device: str = grpo.Args.device
+    """auto, cpu, cuda or cuda:N"""
+    precision: Literal["auto", "float32", "bfloat16"] = grpo.Args.precision
+    """of matrix products"""
+    threads: int = grpo.Args.threads
+    """CPU threads; 0 means 2"""
+    seed: int = grpo.Args.seed
+    """seed of sampling"""
 
 
 def with_options_of_run(run):
-    """The command line parsed once more, with the options of a run as defaults. Raises `BadInput`.
-    """
+    """The command line parsed again, with the options of a run as defaults. Raises `BadInput`."""
     path = Path(run) / "args.json"
     try:
         saved = json.loads(path.read_text())
         names = vars(Args()).keys() & vars(grpo.Args()).keys() - {"output"}
         defaults, script = Args(**{name: saved[name] for name in names}), saved["script"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(
-            f"--run {run}: {path} holds no run ({error!r}); give the directory of a run."
-        ) from error
+        message = f"--run {run}: {path} holds no run ({error!r}); give the directory of a run."
+        raise BadInput(message) from error
     if not (Path(run) / "model").exists():
-        raise BadInput(
-            f"--run {run} has no trained model yet: finish it with python {script}.py --resume {run}."
-        )
+        how = f"finish it with python {script}.py --resume {run}"
+        raise BadInput(f"--run {run} has no trained model yet: {how}.")
     return tyro.cli(Args, default=defaults)
 
 
@@ -133,9 +133,8 @@ def answers(sampler, eval_set, group_size, seeds, label):
     else:
         found = sampler.sample_many([(prompts[part], seeds[part]) for part in parts], group_size)
     for part, samples in zip(parts, tqdm(found, label, len(parts), unit="batch"), strict=True):
-        grades, _ = eval_set.grade(
-            np.arange(len(prompts))[part].repeat(group_size), samples.responses
-        )
+        indices = np.arange(len(prompts))[part].repeat(group_size)
+        grades, _ = eval_set.grade(indices, samples.responses)
         for grade, response, cut in zip(grades, samples.responses, samples.truncated, strict=True):
             right = int(grade.get("accuracy", grade["reward"]) == 1)
             lengths = {"response_length": len(response), "response_length/truncated": cut}
@@ -149,18 +148,14 @@ def greedy_answers(models, task, how_many, max_response_tokens, precision="float
 
     Returns the problems, and for each model a list of (text, reward).
     """
-    tokenizer = load_tokenizer(str(models[0]))
-    problems, found = (
-        load_problems(load_task(task, eval_size=how_many), "eval", tokenizer, 1024),
-        [],
-    )
+    tokenizer, found = load_tokenizer(str(models[0])), []
+    problems = load_problems(load_task(task, eval_size=how_many), "eval", tokenizer, 1024)
     for name in models:
         model = load_model(str(name), "", torch.device("cpu"))
         ends = end_of_sequence_ids(model, tokenizer)
-        samples = TransformersSampler(model, ends, max_response_tokens, 1.0, precision).greedy(
-            problems.prompts
-        )
-        grades, texts = problems.grade(range(how_many), samples.responses)
+        sampler = TransformersSampler(model, ends, max_response_tokens, 1.0, precision)
+        responses = sampler.greedy(problems.prompts).responses
+        grades, texts = problems.grade(range(how_many), responses)
         found.append([(text, grade["reward"]) for text, grade in zip(texts, grades, strict=True)])
     return problems.problems, found
 
@@ -172,10 +167,12 @@ def measure(greedy, sampled, n, ks):
     counts = np.reshape([one["accuracy"] for one in sampled], (-1, n)).sum(axis=1).tolist()
     values = {"greedy accuracy": [one["accuracy"] for one in greedy]}
     values |= {f"pass@{k}": [pass_at_k(n, right, k) for right in counts] for k in ks}
-    averages = {f"greedy {key}": mean for key, mean in means(greedy).items() if key != "accuracy"}
-    return values, averages | {
-        f"sampled {key}": mean for key, mean in means(sampled).items() if key != "accuracy"
-    }
+    averages = {}
+    for kind, graded in (("greedy", greedy), ("sampled", sampled)):
+        of_kind = {f"{kind} {key}": mean for key, mean in means(graded).items()}
+        del of_kind[f"{kind} accuracy"]
+        averages |= of_kind
+    return values, averages
 
 
 def summarise(measured):
@@ -217,52 +214,46 @@ def main(args):
     run = args.run and Path(args.run)
     args = with_options_of_run(args.run) if run else args
     name, revision, n = args.model, args.revision, args.n
-    models = (
-        {"before": (name, revision), "after": (str(run / "model"), "")}
-        if run
-        else {name: (name, revision)}
-    )
+    models = {"before" if run else name: (name, revision)}
+    if run:
+        models["after"] = (str(run / "model"), "")
     ks = args.k or [2**i for i in range(max(0, n).bit_length())]
     if not all(1 <= k <= n for k in [n, *ks]):
-        raise BadInput(
-            f"--k {' '.join(map(str, ks))} with --n {n}: give numbers from 1 to n, and an n of at least 1."
-        )
+        given = f"--k {' '.join(map(str, ks))} with --n {n}"
+        raise BadInput(f"{given}: give numbers from 1 to n, and an n of at least 1.")
     device, precision = choose_device(args.device, args.precision, args.engine)
     tokenizer = load_tokenizer(name, revision)
     task = load_task(args.task, args.data, args.eval_data, args.eval_size)
     eval_set = load_problems(task, "eval", tokenizer, args.max_prompt_tokens)
-    check_context(name, revision, eval_set.prompts, args.max_response_tokens)
+    check_context(args, eval_set.prompts)
 
     plan = Plan(eval_set.prompts, len(eval_set), n, 1, 0, args.seed)
-    generation = (args.max_response_tokens, args.temperature, precision)
+    shared = vars(args).keys() & vars(grpo.Args()).keys()
+    options = grpo.Args(**{name: getattr(args, name) for name in shared})
+    options.serial = True  # the sampler in this process
     measured, sampler = {}, None
     for label, name_and_revision in models.items():
         model = load_model(*name_and_revision, device)
-        sampler = sampler or make_rollouts(
-            plan, [], model, tokenizer, *generation, engine=args.engine, serial=True, timeout=0, threads=args.threads,
-            model_name=name, revision=revision,
-        ).sampler  # fmt: skip
+        if sampler is None:
+            rollouts = make_rollouts(options, eval_set, eval_set, model, tokenizer, precision)
+            sampler = rollouts.sampler
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         if args.engine == "vllm":  # which copies the weights, and must show that it uses them
             deliver(sampler, tensors, describe(model, 0, precision))
         else:
             sampler.use_weights(tensors)
         greedy = answers(sampler, eval_set, 1, None, f"{label}, greedy")
-        measured[label] = measure(
-            greedy, answers(sampler, eval_set, n, plan.seeds(1), f"{label}, sampled"), n, ks
-        )
+        sampled = answers(sampler, eval_set, n, plan.seeds(1), f"{label}, sampled")
+        measured[label] = measure(greedy, sampled, n, ks)
         sampler.sleep()
 
     results = summarise(measured)
-    print(
-        f"{len(eval_set)} prompts, {n} sampled responses to each; in brackets, 95 % confidence intervals.\n"
-    )
+    work = f"{len(eval_set)} prompts, {n} sampled responses to each"
+    print(f"{work}; in brackets, 95 % confidence intervals.\n")
     print(table(results))
     output = args.output or (run or reporting.RUNS) / "evaluation.json"
-    described = {
-        "options": vars(args) | {"output": str(output)},
-        "environment": describe_environment().splitlines(),
-    }
+    described = {"options": vars(args) | {"output": str(output)}}
+    described["environment"] = describe_environment().splitlines()
     values = {label: of_prompts for label, (of_prompts, _) in measured.items()}
     reporting.write_json(output, **described, results=results, prompts=values)
     print(f"\nThese numbers, and those of each prompt, are in {output}.")

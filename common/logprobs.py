@@ -10,7 +10,7 @@ from common.kernels import cpu
 
 LARGE_VOCABULARY = 8192
 """from here on the CPU walks in slices; below, the plain expression is faster in float32 (measured,
-see the report of `benchmarks/logprob_kernels.py`)"""
+see the report of `benchmarks/speed/logprob_kernels.py`)"""
 
 
 def autocast(device_type, precision, cache=True):

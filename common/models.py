@@ -166,7 +166,7 @@ def _load(auto_class, name, revision, **options):
                 f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out."
             )
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            how = "give a directory with a saved model (benchmarks/smollm2.py shows how to convert a GGUF file)"
+            how = "give a directory with a saved model (benchmarks/models/smollm2.py shows how to convert a GGUF file)"
             raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
     elif (
         name.startswith((".", "/", "~"))

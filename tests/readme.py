@@ -20,7 +20,7 @@ import textwrap
 from pathlib import Path
 
 import grpo
-from benchmarks.reporting import SPREAD
+from benchmarks.helpers.reporting import SPREAD
 from benchmarks.variants import CISPO
 from common import checkpoints, logprobs, runlog, viewer
 from common.sampling import transformers

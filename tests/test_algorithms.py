@@ -338,7 +338,7 @@ def test_no_clamp_is_hidden_in_the_losses(log_ratio):
 
 
 def bandit(label):
-    from benchmarks.bandit import LOSSES, train
+    from benchmarks.figures.bandit import LOSSES, train
 
     policies = train(*LOSSES[label])
     torch.testing.assert_close(policies.sum(dim=1), torch.ones(len(policies), dtype=torch.float64))

@@ -122,7 +122,7 @@ def test_every_command_parses(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_exists(name):
     known = {field for script in SCRIPTS.values() for field in vars(script.Args())}
-    benchmarks = "\n".join(path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+    benchmarks = "\n".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*.py"))
     for option in re.findall(r"`--(?:no-)?([a-z][a-z0-9-]*)", text(name)):
         field = option.replace("-", "_")
         torchruns = {"shutdown_timeout"}

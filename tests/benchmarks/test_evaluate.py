@@ -14,7 +14,7 @@ import torch
 from helpers import metrics, train, write_task
 
 from benchmarks import evaluate
-from benchmarks.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
+from benchmarks.helpers.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler

@@ -11,7 +11,7 @@ import tyro
 from helpers import REPOSITORY, wait_for
 
 import grpo
-from benchmarks.launcher import as_options, run_once
+from benchmarks.helpers.launcher import as_options, run_once
 
 # A run that would go on for long after the test, and a launcher of two of them.
 SCRIPT = """
@@ -22,7 +22,7 @@ time.sleep(600)
 LAUNCHER = """
 import sys
 from pathlib import Path
-from benchmarks import launcher
+from benchmarks.helpers import launcher
 
 launcher.ROOT = Path(sys.argv[1])
 runs = [launcher.Run(name, "script", []) for name in ("one", "other")]

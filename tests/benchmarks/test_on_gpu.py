@@ -17,7 +17,7 @@ def test_a_part_is_stopped_at_the_limit_and_the_next_one_is_not_run(tmp_path):
         "LIMIT": "12",
         "TMPDIR": str(temporary),
     }
-    command = ["bash", REPOSITORY / "benchmarks" / "on_gpu.sh", "--rehearse", tmp_path]
+    command = ["bash", REPOSITORY / "benchmarks" / "gpu" / "on_gpu.sh", "--rehearse", tmp_path]
     started = time.monotonic()
     # What a shell starts in the background is told to ignore Ctrl-C, and so would be what this test
     # starts.

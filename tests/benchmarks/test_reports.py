@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks import algorithms, reporting, sync_modes
-from benchmarks.schedule_replay import MODES, replay
+from benchmarks.figures import algorithms, sync_modes
+from benchmarks.helpers import reporting
+from benchmarks.speed.schedule_replay import MODES, replay
 
 
 def run_as_published(script):

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.schedule_replay import MODES, replay, shortest_step
+from benchmarks.speed.schedule_replay import MODES, replay, shortest_step
 from common.sampling import version_of_batch
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # `kill -9` leaves the launcher no chance to stop its runs, which would go on and meet those of the
 # next call. So each run asks Linux to be killed when its parent dies (option 1 of prctl), looks
@@ -27,6 +27,7 @@ if sys.platform == "linux":
         sys.exit()
 os.execv(command[0], command)
 """
+LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")
 
 
 @dataclass
@@ -57,16 +58,27 @@ def torchrun(ranks):
     return ["-m", "torch.distributed.run", "--nproc-per-node", ranks] if ranks > 1 else []
 
 
-def run_once(command, **environment):
+def run_once(command, threads=0):
     """Run Python with this command line in the repository's root. If it fails, exits with the end
     of its output.
+
+    `threads`, unless 0, is how many every library gets that has threads of its own.
     """
     command = [sys.executable, *map(str, command)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
-    )
+    limits = dict.fromkeys(LIMITS, str(threads)) if threads else {}
+    environment = os.environ | limits
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+
+
+def train(script, directory, name, ranks=1, threads=0, **options):
+    """Run a training script from start to end, on several ranks under torchrun; returns the
+    directory of its run. `threads` are those of each process; 0 for the script's default.
+    """
+    options |= {"output": directory, "name": name} | ({"threads": threads} if threads else {})
+    run_once([*torchrun(ranks), f"{script}.py", *as_options(options)], threads)
+    return Path(directory) / name
 
 
 def run_all(runs, num_steps, directory, jobs):
@@ -76,8 +88,8 @@ def run_all(runs, num_steps, directory, jobs):
     Shows one progress bar over all steps. When a run fails, stops the others and exits with the end
     of its output.
     """
-    # A plain `kill` ends Python without any `finally`; the runs would go on and meet those of the
-    # next call.
+    # A plain `kill` ends Python without any `finally`; the runs would go on and meet those of
+    # the next call.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("Stopped; the same command continues."))
     directory = directory.resolve()  # the runs start in the repository's root
     directory.mkdir(parents=True, exist_ok=True)
@@ -96,9 +108,8 @@ def run_all(runs, num_steps, directory, jobs):
                     if process.poll() is not None:
                         del active[name]
                     if process.poll():
-                        sys.exit(
-                            f"{name} failed:\n{(directory / f'{name}.log').read_text()[-3000:]}"
-                        )
+                        end = (directory / f"{name}.log").read_text()[-3000:]
+                        sys.exit(f"{name} failed:\n{end}")
             bar.update(bar.total - bar.n)
         finally:
             for process in active.values():
@@ -109,20 +120,15 @@ def _start(run, num_steps, directory):
     command = [sys.executable, "-c", LEAVE_WITH_PARENT, str(os.getpid())]
     command += [sys.executable, f"{run.script}.py", "--num-steps", str(num_steps), *run.options]
     if (directory / run.name / "args.json").exists():
-        command += [
-            "--resume",
-            str(directory / run.name),
-        ]  # which refuses if the options are not those of that run
+        # The script refuses if the options are not those of that run.
+        command += ["--resume", str(directory / run.name)]
     else:
         command += ["--output", str(directory), "--name", run.name]
-    path = os.pathsep.join(
-        filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    )  # scripts elsewhere need common/
-    environment = {**os.environ, "PYTHONPATH": path}
+    # Scripts elsewhere need common/.
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    to_log = {"env": {**os.environ, "PYTHONPATH": path}, "stderr": subprocess.STDOUT}
     with open(directory / f"{run.name}.log", "a") as log:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, **to_log)
 
 
 def _is_finished(run_dir, num_steps):
@@ -131,6 +137,6 @@ def _is_finished(run_dir, num_steps):
 
 def _steps_done(run_dir):
     metrics = run_dir / "metrics.jsonl"
-    return (
-        max(0, metrics.read_bytes().count(b"\n") - 1) if metrics.exists() else 0
-    )  # the first line is step 0
+    if not metrics.exists():
+        return 0
+    return max(0, metrics.read_bytes().count(b"\n") - 1)  # the first line is step 0

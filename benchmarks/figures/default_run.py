@@ -1,6 +1,6 @@
 """What `python grpo.py` promises, measured: three seeds of the default run, one after another.
 
-    python benchmarks/default_run.py            about nine minutes on two otherwise idle cores
+    python benchmarks/figures/default_run.py        about nine minutes on two otherwise idle cores
 
 Writes `report.md`, `default_run.json` with its numbers, and `curves.png` with the values it shows
 in `curves.csv`.
@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import ROOT
-from benchmarks.reporting import PANELS, column, table, yes
-from common.runlog import read_metrics
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT, as_options
+from benchmarks.helpers.reporting import PANELS, arrow, column, table, yes
+from common.curves import read_metrics
 
 
 @dataclass
@@ -38,17 +38,9 @@ def run_seed(seed, directory, script_options):
     """
     metrics = directory / f"seed{seed}" / "metrics.jsonl"
     started, first = time.perf_counter(), None
-    command = [
-        "grpo.py",
-        "--seed",
-        str(seed),
-        "--output",
-        str(directory),
-        "--name",
-        f"seed{seed}",
-        *script_options,
-    ]
-    process = subprocess.Popen([sys.executable, *command], cwd=ROOT)
+    options = as_options({"seed": seed, "output": directory, "name": f"seed{seed}"})
+    command = [sys.executable, "grpo.py", *options, *script_options]
+    process = subprocess.Popen(command, cwd=ROOT)
     while process.poll() is None:
         # Line 1 is the evaluation before training, line 2 the first step.
         if first is None and metrics.exists() and metrics.read_text().count("\n") >= 2:
@@ -62,30 +54,25 @@ def run_seed(seed, directory, script_options):
 def start_and_end(records, key):
     """A curve's first values and its last: means of 5 and of 10 steps, or single evaluations."""
     values = column(records, key)
-    return (
-        (values[0], values[-1])
-        if key.startswith("eval/")
-        else (values[:5].mean(), values[-10:].mean())
-    )
+    if key.startswith("eval/"):
+        return values[0], values[-1]
+    return values[:5].mean(), values[-10:].mean()
 
 
 def main(args, script_options):
     with tempfile.TemporaryDirectory() as directory:
         measured = [run_seed(seed, Path(directory), script_options) for seed in args.seeds]
-        environment = reporting.environment_of(Path(directory) / f"seed{args.seeds[0]}").replace(
-            directory, "DIR"
-        )
+        environment = reporting.environment_of(Path(directory) / f"seed{args.seeds[0]}")
+        environment = environment.replace(directory, "DIR")
     runs = [records for _, _, records in measured]
     first_reward = np.mean([column(records, "reward/mean")[0] for records in runs])
     group = {f"mean and range of {len(runs)} seeds": runs}
     reporting.plot_runs(args.output / "curves.png", group, dict.fromkeys(group, "tab:blue"), PANELS)
-    reporting.write_curves(
-        args.output / "curves.csv", {"grpo.py": runs}, args.seeds, ["step", *PANELS]
-    )
+    columns = ["step", *PANELS]
+    reporting.write_curves(args.output / "curves.csv", {"grpo.py": runs}, args.seeds, columns)
 
-    ends = np.array(
-        [[start_and_end(records, key) for key in PANELS] for records in runs]
-    )  # [seeds, curves, 2]
+    # [seeds, curves, 2]
+    ends = np.array([[start_and_end(records, key) for key in PANELS] for records in runs])
     seconds = np.array([[first, total] for first, total, _ in measured])
 
     results = [
@@ -98,24 +85,22 @@ def main(args, script_options):
     reporting.write_json(args.output / "default_run.json", rows=results)
 
     def cells(label, times, values):
-        return [
-            label,
-            *(f"{t:.0f}" for t in times),
-            *(f"{start:.3f} → {end:.3f}" for start, end in values),
-        ]
+        return [label, *(f"{t:.0f}" for t in times), *(arrow(pair, ".3f") for pair in values)]
 
+    rises = yes((ends[:, 0, 1] > ends[:, 0, 0]).all())
     rows = [cells(*of_seed) for of_seed in zip(args.seeds, seconds, ends, strict=True)]
     rows.append(cells("mean", seconds.mean(axis=0), ends.mean(axis=0)))
+    command = " ".join(["python grpo.py --seed S", *script_options])
     report = f"""# The default run, {len(runs)} seeds
 
-`python benchmarks/default_run.py`: `{" ".join(["python grpo.py --seed S", *script_options])}`, {runs[0][-1]["step"]}
-steps, one seed after another. Means of the first 5 steps → means of the last 10; accuracy before training → with the
-final weights.
+`python benchmarks/figures/default_run.py`: `{command}`, {runs[0][-1]["step"]}
+steps, one seed after another. Means of the first 5 steps → means of the last
+10; accuracy before training → with the final weights.
 
 {table(["seed", "first reward after (s)", "whole run (s)", *PANELS.values()], rows)}
 
 - Mean reward of the very first batches, sampled by the untrained policy: {first_reward:.3f}.
-- The reward ends higher than it starts for every seed: {yes((ends[:, 0, 1] > ends[:, 0, 0]).all())}.
+- The reward ends higher than it starts for every seed: {rises}.
 
 ![curves](curves.png)
 """

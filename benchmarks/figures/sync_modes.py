@@ -1,8 +1,8 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy,
 three seeds each.
 
-    python benchmarks/sync_modes.py             25 minutes on two otherwise idle cores
-    python benchmarks/sync_modes.py --quick     the same in miniature, to see that it works
+    python benchmarks/figures/sync_modes.py             25 minutes on two otherwise idle cores
+    python benchmarks/figures/sync_modes.py --quick     the same in miniature, to see that it works
 
 The start model is built first, in less than a minute: the bundled model, trained on with examples
 most of which state the answer at once, without any work (`common/build_tiny_model.py --hasty`).
@@ -22,11 +22,10 @@ where it was stopped. (A run that was itself stopped has a gap in its time: dele
 first.)
 
 Options it does not know go to the training scripts, so the same command is the recipe for other
-models and data. What a mode would cost with other times: `benchmarks/schedule_replay.py`.
+models and data. What a mode would cost with other times: `benchmarks/speed/schedule_replay.py`.
 """
 
 import json
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +33,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
 from benchmarks.evaluate import greedy_answers
-from benchmarks.launcher import ROOT, Run, run_all
-from benchmarks.reporting import column, moving_average, plt, table
-from benchmarks.schedule_replay import MODES, replay, times_of_steps
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT, Run, as_options, run_all, run_once
+from benchmarks.helpers.reporting import column, moving_average, plt, table
+from benchmarks.speed.schedule_replay import MODES, replay, times_of_steps
 from common.models import TINY_MODEL
 
 ONE, TWO, TEN, OFFSET = MODES
@@ -64,13 +63,9 @@ class Args:
     steps: int = 80
     """training steps of each run"""
     learning_rate: float = 2e-5
-    """of all runs; the scripts' default is for fresh batches, and high for batches up to 9 updates
-    old
-    """
+    """of all runs; the scripts' default is for fresh batches, and high for old ones"""
     hasty: float = 0.55
-    """share of answers at once in what the start model is trained on; 0 for the bundled model
-    itself
-    """
+    """share of answers at once in what the start model learns; 0 for the bundled model itself"""
     prompts_per_step: int = 16
     """P; with groups of 8, 128 rollouts a step"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -87,46 +82,38 @@ class Args:
 
 def main(args, script_options):
     if args.quick:
-        args.steps, args.seeds, args.prompts_per_step, args.long_tail_steps = (
-            14,
-            args.seeds[:1],
-            4,
-            12,
-        )
+        args.steps, args.long_tail_steps = 14, 12
+        args.seeds, args.prompts_per_step = args.seeds[:1], 4
         reporting.use_quick_directories(args, Args.output)
 
-    def run(name, mode, seed, steps, *options):
+    def run(name, mode, seed, steps, **more):
         """One run. It evaluates and saves at its ends only, and little: meanwhile, the sampler
         would get ahead.
         """
         interval, offset = MODES[mode]
-        fixed = {
-            "seed": seed, "sync-interval": interval, "sync-offset": offset, "prompts-per-step": args.prompts_per_step,
-            "learning-rate": args.learning_rate, "eval-interval": steps, "checkpoint-interval": steps, "eval-size": 8,
+        options = {
+            "seed": seed, "sync_interval": interval, "sync_offset": offset,
+            "prompts_per_step": args.prompts_per_step, "learning_rate": args.learning_rate,
+            "eval_interval": steps, "checkpoint_interval": steps, "eval_size": 8, "threads": 1,
         }  # fmt: skip
-        return Run(
-            name,
-            "grpo",
-            [f"--{key}={value}" for key, value in fixed.items()] + [*options, *script_options],
-        )
+        return Run(name, "grpo", as_options(options | more) + script_options)
 
     def name(mode, seed):
         return "sync-{}-{}-{}".format(*MODES[mode], seed)
 
     # Seed by seed, so that a machine that slows down slows all modes.
     model = hasty_model(args.hasty, args.runs) if args.hasty else TINY_MODEL
-    start = f"--model={model}"
     runs = [
-        run(name(mode, seed), mode, seed, args.steps, "--threads=1", start)
+        run(name(mode, seed), mode, seed, args.steps, model=model)
         for seed in args.seeds
         for mode in MODES
     ]
-    runs.append(run("two-threads", ONE, args.seeds[0], args.steps, "--threads=2", start))
+    runs.append(run("two-threads", ONE, args.seeds[0], args.steps, model=model, threads=2))
     # The bundled model rambles: with room for it, a few responses are several times longer than the
     # median. A learning rate of 1e-9 keeps it so, and every step the same work.
-    long_tail = ("--threads=1", "--learning-rate=1e-9", f"--max-response-tokens={LONG_TAIL_TOKENS}")
+    long = {"learning_rate": 1e-9, "max_response_tokens": LONG_TAIL_TOKENS}
     tail_runs = [
-        run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, *long_tail) for mode in MODES
+        run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, **long) for mode in MODES
     ]
     run_all(runs, args.steps, args.runs, jobs=1)
     run_all(tail_runs, args.long_tail_steps, args.runs, jobs=1)
@@ -138,34 +125,29 @@ def main(args, script_options):
     tail = {mode: [read_run(args.runs / f"tail-{name(mode, 1)}")] for mode in MODES}
     plot_options = {"x": "minutes", "x_label": "Time (minutes)", "published": marks(groups)}
     reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, **plot_options)
-    reporting.write_curves(
-        args.output / "curves.csv", groups, args.seeds, ["step", "minutes", *PANELS]
-    )
+    columns = ["step", "minutes", *PANELS]
+    reporting.write_curves(args.output / "curves.csv", groups, args.seeds, columns)
     plot_timing({mode: runs[0] for mode, runs in groups.items()}, args.output)
     trained = args.runs / name(ONE, args.seeds[0]) / "model"
     problems, (before, after) = greedy_answers([model, trained], "addition", 5, 64)
-    examples = [
-        [
-            problem["prompt"].splitlines()[0],
-            *(f"{text.strip()} ({reward:.0f})" for text, reward in answers),
-        ]
-        for problem, *answers in zip(problems, before, after, strict=True)
-    ]
+    examples = []
+    for problem, *answers in zip(problems, before, after, strict=True):
+        cells = [f"{text.strip()} ({reward:.0f})" for text, reward in answers]
+        examples.append([problem["prompt"].splitlines()[0], *cells])
     report = write_text(groups, groups_and_more, tail, examples, args, script_options)
-    reporting.write_report(
-        args.output / "report.md", report, reporting.environment_of(args.runs / runs[0].name)
-    )
+    environment = reporting.environment_of(args.runs / runs[0].name)
+    reporting.write_report(args.output / "report.md", report, environment)
 
 
 def hasty_model(share, runs):
     """A start model that answers at once in that share of cases; built in less than a minute,
     unless it is there.
     """
-    directory = runs / f"hasty-{share:g}-model"
+    directory = runs.resolve() / f"hasty-{share:g}-model"
     if not (directory / "tokenizer_config.json").exists():  # written last
-        command = [sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory]
-        command += f"--hasty {share} --hum 0 --doubt 0 --recheck 0 --steps 150 --learning-rate 3e-4 --start".split()
-        subprocess.run([*command, ROOT / "common" / "tiny_model"], check=True)
+        others = {"hum": 0, "doubt": 0, "recheck": 0, "steps": 150, "learning_rate": 3e-4}
+        options = {"output": directory, "start": ROOT / "common" / "tiny_model", "hasty": share}
+        run_once(["common/build_tiny_model.py", *as_options(options | others)])
     return directory
 
 
@@ -236,9 +218,8 @@ def plot_timing(runs, output, first_step=21, num_steps=12):
     for axis, (mode, records) in zip(axes, runs.items(), strict=True):
         first = min(first_step, max(1, len(records) - num_steps))
         begin = records[first - 1]["time/step_started_at"]
-        ends.append(
-            records[min(len(records), first + num_steps) - 1]["time/step_started_at"] - begin
-        )
+        last = min(len(records), first + num_steps)
+        ends.append(records[last - 1]["time/step_started_at"] - begin)
         for record in records[max(0, first - 4) : first + 2 * num_steps]:
             sampling = record["time/sample_started_at"] - begin
             training = record["time/step_started_at"] + record["time/wait"] - begin
@@ -246,21 +227,15 @@ def plot_timing(runs, output, first_step=21, num_steps=12):
             rows.append([mode, record["step"], record["weights_version"], record["lag"]])
             rows[-1] += [sampling, record["time/sample"], training, work, record["time/sync"]]
             colour = palette[(record["weights_version"] // MODES[mode][0]) % len(palette)]
+            bar = {"facecolor": colour, "edgecolor": "white", "alpha": 0.75}
             centred = {"ha": "center", "fontsize": 9, "clip_on": True}
             for lane, start, width in ((1, sampling, record["time/sample"]), (0, training, work)):
-                axis.broken_barh(
-                    [(start, width)],
-                    (lane + 0.08, 0.84),
-                    facecolor=colour,
-                    edgecolor="white",
-                    alpha=0.75,
-                )
+                axis.broken_barh([(start, width)], (lane + 0.08, 0.84), **bar)
                 axis.text(start + width / 2, lane + 0.5, record["step"], va="center", **centred)
             axis.text(training + work / 2, -0.12, record["lag"], va="top", **centred)
             if record["step"] % MODES[mode][0] == 0:
-                axis.axvline(
-                    training + work + record["time/sync"], color="black", linewidth=1, linestyle=":"
-                )
+                synced = training + work + record["time/sync"]
+                axis.axvline(synced, color="black", linewidth=1, linestyle=":")
         axis.set_yticks([1.5, 0.5, -0.3], ["sampling", "training", "lag"])
         axis.set_ylim(-0.55, 2.1)
         axis.set_title(mode, loc="left", fontsize=11)
@@ -272,8 +247,9 @@ def plot_timing(runs, output, first_step=21, num_steps=12):
     )
     figure.savefig(output / "timing.png", dpi=120)
     plt.close(figure)
-    header = "mode,batch,weights_version,lag,sampling_starts,sampling_takes,training_starts,training_takes,sync_takes"
-    reporting.write_csv(output / "timing.csv", header.split(","), rows)
+    header = ["mode", "batch", "weights_version", "lag", "sampling_starts", "sampling_takes"]
+    header += ["training_starts", "training_takes", "sync_takes"]
+    reporting.write_csv(output / "timing.csv", header, rows)
 
 
 def observations(groups):
@@ -307,10 +283,8 @@ def about_time(groups):
         reached = moving_average(column(records, "reward/mean")) >= np.mean(lowest)
         return min(column(records, "minutes")[reached], default=np.inf)
 
-    duration, halfway = (
-        order(over_seeds(groups, seconds)),
-        order(over_seeds(groups, time_to_halfway)),
-    )
+    duration = order(over_seeds(groups, seconds))
+    halfway = order(over_seeds(groups, time_to_halfway))
     return [
         (f"{ONE} takes the longest", duration[0] == ONE),
         (f"{TWO} takes the second longest", duration[1] == TWO),
@@ -322,41 +296,37 @@ def about_time(groups):
 def about_curves(groups):
     """The other observations."""
 
-    def swing(key):
-        return over_seeds(
-            groups, lambda records: np.abs(np.diff(moving_average(column(records, key), 15))).max()
-        )
+    def largest_change(records, key):
+        return np.abs(np.diff(moving_average(column(records, key), 15))).max()
+
+    def swings_most(key):
+        return order(over_seeds(groups, largest_change, key))[0]
 
     start = {key: over_seeds(groups, first, key) for key in PANELS}
     end = {key: over_seeds(groups, final, key) for key in PANELS}
     rises = {key: [end[key][mode] > start[key][mode] for mode in groups] for key in PANELS}
-    reward, length, norm, kl = (end[key] for key in PANELS)
+    reward, length, norm, kl = PANELS
+    rewards, final_order = end[reward].values(), {key: order(end[key]) for key in PANELS}
     return [
-        ("Reward rises in all modes", all(rises["reward/mean"])),
-        (
-            "Final rewards are alike (within 0.03)",
-            max(reward.values()) - min(reward.values()) <= 0.03,
-        ),
-        ("Response length rises in all modes", all(rises["response_length/mean"])),
+        ("Reward rises in all modes", all(rises[reward])),
+        ("Final rewards are alike (within 0.03)", max(rewards) - min(rewards) <= 0.03),
+        ("Response length rises in all modes", all(rises[length])),
         (
             f"Final response length: {ONE} > {TWO} > {OFFSET} > {TEN}",
-            order(length) == [ONE, TWO, OFFSET, TEN],
+            final_order[length] == [ONE, TWO, OFFSET, TEN],
         ),
-        ("The gradient norm falls in all modes", not any(rises["grad_norm"])),
+        ("The gradient norm falls in all modes", not any(rises[norm])),
         (
             f"Final gradient norm: {OFFSET} > {TEN} > {TWO} > {ONE}",
-            order(norm) == [OFFSET, TEN, TWO, ONE],
+            final_order[norm] == [OFFSET, TEN, TWO, ONE],
         ),
-        ("KL divergence rises in all modes", all(rises["kl/ref_k2"])),
-        (f"Final KL: {ONE} > {TWO} > {OFFSET} > {TEN}", order(kl) == [ONE, TWO, OFFSET, TEN]),
+        ("KL divergence rises in all modes", all(rises[kl])),
+        (f"Final KL: {ONE} > {TWO} > {OFFSET} > {TEN}", final_order[kl] == [ONE, TWO, OFFSET, TEN]),
         (
             f"{ONE} swings most in KL (largest step of the smoothed curve)",
-            order(swing("kl/ref_k2"))[0] == ONE,
+            swings_most(kl) == ONE,
         ),
-        (
-            f"{ONE} swings most in response length (likewise)",
-            order(swing("response_length/mean"))[0] == ONE,
-        ),
+        (f"{ONE} swings most in response length (likewise)", swings_most(length) == ONE),
     ]
 
 
@@ -366,26 +336,16 @@ def cost_of_staleness(groups):
     """
     rows = []
     for mode, runs in groups.items():
+        late = reporting.steps_with_largest_lag(runs)
+        rows.append([mode, late[0]["lag"]])
         rewards = [moving_average(column(records, "reward/mean"), 15) for records in runs]
-        cells = [
-            f"{np.mean([r[int(share * len(r)) - 1] for r in rewards]):.3f}"
-            for share in (0.25, 0.5, 0.75, 1.0)
-        ]
-        lag = max(record["lag"] for record in runs[0])
-        late = [record for records in runs for record in records if record["lag"] == lag]
-        rows.append(
-            [
-                mode,
-                lag,
-                *cells,
-                *reporting.clipped(runs),
-                f"{column(late, 'kl/behaviour_k3').mean():.4f}",
-            ]
-        )
+        for share in (0.25, 0.5, 0.75, 1.0):
+            rows[-1].append(f"{np.mean([r[int(share * len(r)) - 1] for r in rewards]):.3f}")
+        behaviour = column(late, "kl/behaviour_k3").mean()
+        rows[-1] += [*reporting.clipped(runs), f"{behaviour:.4f}"]
     header = ["mode", "largest lag", "reward after 1/4 of the steps", "1/2", "3/4", "all"]
-    return table(
-        [*header, "clipped at that lag", "weighted by 1 − p", "behaviour KL at that lag"], rows
-    )
+    header += ["clipped at that lag", "weighted by 1 − p", "behaviour KL at that lag"]
+    return table(header, rows)
 
 
 def table_of_times(groups):
@@ -393,17 +353,14 @@ def table_of_times(groups):
     rows = []
     for label, runs in groups.items():
         mode = label if label in MODES else ONE
-        sample, train, sync = np.mean(
-            [times_of_steps(records[WARM_UP:]) for records in runs], axis=(0, 2)
-        )
+        times = [times_of_steps(records[WARM_UP:]) for records in runs]
+        sample, train, sync = np.mean(times, axis=(0, 2))
         wait = np.mean([column(records[WARM_UP:], "time/wait") for records in runs])
         measured = np.mean([seconds(records) for records in runs])
         own = np.mean([replayed(records, mode) for records in runs])
         cells = [f"{value:.3f}" for value in (sample, wait, train, sync, measured)]
-        cells += [
-            f"{np.mean(ratios(runs, groups[ONE])):.2f}",
-            f"{own:.3f} ({own / measured - 1:+.1%})",
-        ]
+        cells.append(f"{np.mean(ratios(runs, groups[ONE])):.2f}")
+        cells.append(f"{own:.3f} ({own / measured - 1:+.1%})")
         if label in MODES:
             of_one = np.mean([replayed(records, mode) for records in groups[ONE]])
             cells.append(f"{of_one:.3f} ({of_one / measured - 1:+.1%})")
@@ -414,59 +371,58 @@ def table_of_times(groups):
 def write_text(groups, groups_and_more, tail, examples, args, script_options):
     published = json.loads(PUBLISHED.read_text())["final"]
     observed, sentences = reporting.compare(observations, groups, args.seeds)
-    rate = {
-        mode: np.mean([column(r[WARM_UP:], "response_length/mean") for r in runs])
-        / np.mean([seconds(r) for r in runs])
-        for mode, runs in groups.items()
-    }
+    seconds_of = over_seeds(groups, seconds)
+
+    def tokens_per_second(mode):
+        lengths = [column(records[WARM_UP:], "response_length/mean") for records in groups[mode]]
+        return np.mean(lengths) / seconds_of[mode]
+
     summary, speed = [], []
     for mode, runs in groups.items():
         theirs = published[mode]
         minutes = np.mean([records[-1]["minutes"] for records in runs])
         summary.append([mode, f"{theirs['hours']} h", f"{minutes:.2f} min"])
         for key, digits in zip(PANELS, (2, 1, 3, 3), strict=True):
-            summary[-1] += [
-                f"{theirs[key]:g}",
-                f"{np.mean([final(records, key) for records in runs]):.{digits}f}",
-            ]
+            ours = np.mean([final(records, key) for records in runs])
+            summary[-1] += [f"{theirs[key]:g}", f"{ours:.{digits}f}"]
         speed_up = published[ONE]["hours"] / theirs["hours"]
         shorter = theirs["response_length/mean"] / published[ONE]["response_length/mean"]
-        allowed = np.mean([seconds(r) for r in groups[ONE]]) / np.mean(
-            [replayed(r, mode) for r in groups[ONE]]
-        )
+        allowed = seconds_of[ONE] / np.mean([replayed(records, mode) for records in groups[ONE]])
         per_seed = ratios(runs, groups[ONE])
         ours = f"{np.mean(per_seed):.2f} ({', '.join(f'{ratio:.2f}' for ratio in per_seed)})"
         speed.append([mode, f"{speed_up:.2f}", ours, f"{allowed:.2f}", f"{speed_up * shorter:.2f}"])
-        speed[-1].append(f"{rate[mode] / rate[ONE]:.2f}")
+        speed[-1].append(f"{tokens_per_second(mode) / tokens_per_second(ONE):.2f}")
     columns = ["total time", "reward", "length", "gradient norm", "KL"]
     header = ["mode", *(cell for name in columns for cell in (f"{name}, published", "ours"))]
-    lengths, longest, cut = (
-        column(tail[ONE][0], f"response_length/{key}").mean()
-        for key in ("mean", "max", "truncated")
+    speed_header = ["mode", "published", "ours (per seed)", "the schedule allows"]
+    speed_header += ["per token, published", "ours"]
+    (long,) = tail[ONE]
+    mean, longest, cut = (
+        column(long, f"response_length/{key}").mean() for key in ("mean", "max", "truncated")
     )
-    setting = (
-        f"script options `{' '.join(script_options)}`"
-        if script_options
-        else "the bundled model and task"
-    )
+    setting = "the bundled model and task"
+    if script_options:
+        setting = f"script options `{' '.join(script_options)}`"
+    lengths = [f"{published[mode]['response_length/mean']:,} ({mode})" for mode in MODES]
     return f"""# Four sync modes over time
 
 {sentences}
 
 ![figure](figure.png)
 
-`python benchmarks/sync_modes.py`: seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
-{args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g}, {setting}, a start model trained with
-{args.hasty:.0%} of answers at once. Lines are means over seeds and bands their range, after a moving average over
-{reporting.SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand scale, with hours
-scaled so that {ONE} ends where ours does. Each phase has one thread: {ONE} samples and trains in turns in one process,
-the other modes in two processes that work at the same time as far as the schedule lets them. Time counts from the first
-step on. [scan.md](scan.md) has all settings that were tried.
+`python benchmarks/figures/sync_modes.py`: seeds {", ".join(map(str, args.seeds))},
+{args.steps} steps of {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g},
+{setting}, a start model trained with {args.hasty:.0%} of answers at once. Lines are means over
+seeds and bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are
+start and end of the published curves, on the right-hand scale, with hours scaled so that {ONE} ends
+where ours does. Each phase has one thread: {ONE} samples and trains in turns in one process, the
+other modes in two processes that work at the same time as far as the schedule lets them. Time
+counts from the first step on. [scan.md](scan.md) has all settings that were tried.
 
 ## Does reinforcement teach it to work things out?
 
-Greedy answers to the first five held-out problems, and their rewards, before training and after that of {ONE}, seed
-{args.seeds[0]}:
+Greedy answers to the first five held-out problems, and their rewards, before training and after
+that of {ONE}, seed {args.seeds[0]}:
 
 {table(["problem", "before", "after"], examples)}
 
@@ -480,31 +436,31 @@ Final values are means over the last tenth of the run, then over seeds.
 
 Ratios of the time per step after the first {WARM_UP} steps.
 
-{table(["mode", "published", "ours (per seed)", "the schedule allows", "per token, published", "ours"], speed)}
+{table(speed_header, speed)}
 
-"The schedule allows" replays each mode with the sampling, training and sync times of our {ONE} runs, step by step
-(`schedule_replay.py`). In {ONE} each phase has the machine to itself, so this leaves out that two busy cores slow each
-other.
+"The schedule allows" replays each mode with the sampling, training and sync times of our {ONE}
+runs, step by step (`schedule_replay.py`). In {ONE} each phase has the machine to itself, so this
+leaves out that two busy cores slow each other.
 
 The published modes did not do the same work: the mean response lengths at the end are
-{", ".join(f"{published[mode]['response_length/mean']:,} ({mode})" for mode in MODES)}. So the last two columns compare
-the rates of sampled tokens; the published one takes the final lengths for the whole run.
+{", ".join(lengths)}. So the last two columns compare the rates of sampled tokens; the published one
+takes the final lengths for the whole run.
 
 ## Where the time goes
 
-Seconds per step, means over all runs of a mode and all steps but the first {WARM_UP}. `wait` is what the trainer spent
-waiting for a batch; in {ONE} that is sampling it. The last two columns are what a step takes by `schedule_replay.py`,
-and how far that is from the measured time.
+Seconds per step, means over all runs of a mode and all steps but the first {WARM_UP}. `wait` is
+what the trainer spent waiting for a batch; in {ONE} that is sampling it. The last two columns are
+what a step takes by `schedule_replay.py`, and how far that is from the measured time.
 
 {table_of_times(groups_and_more)}
 
-With one thread, {ONE} leaves a core idle. "{TWO_THREADS}" (seed {args.seeds[0]}) gives two to each phase, as the
-scripts do by default.
+With one thread, {ONE} leaves a core idle. "{TWO_THREADS}" (seed {args.seeds[0]}) gives two to each
+phase, as the scripts do by default.
 
 ## Observations from the published figure, and whether they hold here
 
-An answer is that for the means over seeds if at least four in five seeds agree. The last columns show what one would
-have said had the runs been shorter.
+An answer is that for the means over seeds if at least four in five seeds agree. The last columns
+show what one would have said had the runs been shorter.
 
 {observed}
 
@@ -516,9 +472,10 @@ At equal numbers of steps, smoothed over 15 steps; the rest in the steps with th
 
 ## Long responses
 
-The same with responses of up to {LONG_TAIL_TOKENS} tokens from the bundled model, which rambles (learning rate 1e-9),
-{args.long_tail_steps} steps, one seed: mean length {lengths:.0f}, longest of a batch {longest:.0f}, {cut:.0%} of the
-responses cut at the limit. The sampler waits for the longest response of a batch.
+The same with responses of up to {LONG_TAIL_TOKENS} tokens from the bundled model, which rambles
+(learning rate 1e-9), {args.long_tail_steps} steps, one seed: mean length {mean:.0f}, longest of a
+batch {longest:.0f}, {cut:.0%} of the responses cut at the limit. The sampler waits for the longest
+response of a batch.
 
 {table_of_times(tail)}
 

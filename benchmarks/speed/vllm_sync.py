@@ -1,6 +1,6 @@
 """What a verified weight sync into vLLM costs on this machine's CPU.
 
-    .venv-vllm/bin/python benchmarks/vllm_sync.py       three minutes on an idle core
+    .venv-vllm/bin/python benchmarks/speed/vllm_sync.py       three minutes on an idle core
 
 Two models: the bundled one, and a randomly initialised one of 125 M parameters (tied embeddings).
 The sync is compared with a plain copy of the same float32 bytes and with the engine's own work on
@@ -21,24 +21,16 @@ import torch
 import tyro
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
+from benchmarks.helpers import reporting
+from common.environment import describe_environment
 from common.models import TINY_MODEL, load_model, location
-from common.runlog import describe_environment
 from common.sampling.verify import canary, deliver, describe
 from common.sampling.vllm import KEEP_FREED_MEMORY, VllmSampler
 
-COLUMNS = [
-    "weights",
-    "copy",
-    "sync",
-    "of it repacking",
-    "sync / (2 copies + repacking)",
-    "describe",
-    "verify",
-]
-COLUMNS += ["canary (s)", "GB/s", "log-probs, mean / max"]
+COLUMNS = ["weights", "copy", "sync", "of it repacking", "sync / (2 copies + repacking)"]
+COLUMNS += ["describe", "verify", "canary (s)", "GB/s", "log-probs, mean / max"]
 
 
 @dataclass
@@ -53,15 +45,10 @@ class Args:
 
 def large_model(directory):
     """Save a random model of 125 M parameters; returns its directory."""
-    shape = {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-    }
     config = Qwen2Config(
-        vocab_size=32000, intermediate_size=2560, tie_word_embeddings=True, **shape
-    )
+        vocab_size=32000, hidden_size=768, intermediate_size=2560, num_hidden_layers=12,
+        num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True,
+    )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     return directory
 
@@ -82,14 +69,10 @@ def seconds_of_repacking(sampler, tensors):
     it computes with.
     """
     modules = sampler.llm.apply_model(lambda model: list(model.modules()))[0]
-    methods = {
-        id(module.quant_method): module.quant_method
-        for module in modules
-        if hasattr(module, "quant_method")
-    }
+    methods = [module.quant_method for module in modules if hasattr(module, "quant_method")]
     seconds = []
     with ExitStack() as stack:
-        for method in methods.values():
+        for method in {id(method): method for method in methods}.values():
             repack = method.process_weights_after_loading
 
             def timed_repack(layer, repack=repack):
@@ -105,9 +88,8 @@ def measure(name, directory, precision, rounds):
     model = load_model(directory, "", torch.device("cpu"))
     tensors = {key: value.detach() for key, value in model.named_parameters()}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    sampler = VllmSampler(
-        directory, "", {0}, max_tokens=64, temperature=1.0, precision=precision, longest_prompt=64
-    )
+    limits = {"max_tokens": 64, "longest_prompt": 64}
+    sampler = VllmSampler(directory, "", {0}, temperature=1.0, precision=precision, **limits)
     slot = {key: value.clone() for key, value in tensors.items()}
     copy = best_seconds(lambda: [slot[key].copy_(value) for key, value in tensors.items()], rounds)
     sync = best_seconds(lambda: sampler.use_weights(tensors), rounds)
@@ -116,17 +98,14 @@ def measure(name, directory, precision, rounds):
     manifest = describe(model, 0, precision)
     verifying = min(deliver(sampler, tensors, manifest)["time/sync_verify"] for _ in range(rounds))
     canary_seconds = timed(lambda: canary(sampler, model, precision))
-    gap = (
-        torch.tensor(sampler.score(manifest.probe)).flatten() - torch.tensor(manifest.logprobs)
-    ).abs()
-    copy_ms, sync_ms, *others = (
-        f"{1000 * seconds:.1f}" for seconds in (copy, sync, repacking, describing, verifying)
-    )
-    return [
-        f"{name}, {len(tensors)} tensors, {size / 1e6:.1f} MB, {precision}", copy_ms, sync_ms, others[0],
-        f"{sync / (2 * copy + repacking):.2f}", *others[1:], f"{canary_seconds:.2f}", f"{size / sync / 1e9:.2f}",
-        f"{gap.mean():.1e} / {gap.max():.1e}",
-    ]  # fmt: skip
+    scores = torch.tensor(sampler.score(manifest.probe)).flatten()
+    gap = (scores - torch.tensor(manifest.logprobs)).abs()
+    row = [f"{name}, {len(tensors)} tensors, {size / 1e6:.1f} MB, {precision}"]
+    row += [f"{1000 * seconds:.1f}" for seconds in (copy, sync, repacking)]
+    row.append(f"{sync / (2 * copy + repacking):.2f}")
+    row += [f"{1000 * seconds:.1f}" for seconds in (describing, verifying)]
+    row += [f"{canary_seconds:.2f}", f"{size / sync / 1e9:.2f}"]
+    return [*row, f"{gap.mean():.1e} / {gap.max():.1e}"]
 
 
 def main(args):
@@ -140,13 +119,16 @@ def main(args):
         ]
     report = f"""# Weight sync into vLLM
 
-`python benchmarks/vllm_sync.py`, {args.threads} thread(s): the fastest of {args.rounds}, in milliseconds unless the
-column says otherwise.
+`python benchmarks/speed/vllm_sync.py`, {args.threads} thread(s): the fastest of {args.rounds}, in
+milliseconds unless the column says otherwise.
 
-- copy: a plain copy of the float32 bytes; sync: `use_weights`, until the engine can sample with the new weights;
-  repacking: vLLM's, into the layout that it computes with. The rest of a sync is copying and vLLM's bookkeeping.
-- describe: checksums and probe on the trainer's side; verify: the same on the sampler's; canary: once per start.
-- GB/s: float32 bytes by sync. Log-probs: absolute difference per probe token to the trainer's (nats).
+- copy: a plain copy of the float32 bytes; sync: `use_weights`, until the engine can sample with the
+  new weights; repacking: vLLM's, into the layout that it computes with. The rest of a sync is
+  copying and vLLM's bookkeeping.
+- describe: checksums and probe on the trainer's side; verify: the same on the sampler's; canary:
+  once per start.
+- GB/s: float32 bytes by sync. Log-probs: absolute difference per probe token to the trainer's
+  (nats).
 
 {reporting.table(COLUMNS, rows)}
 """

@@ -1,7 +1,7 @@
 """How long the training steps of the default run take, `grpo.py` against TRL's `GRPOTrainer`.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/step_time.py              about 25 minutes on two idle cores
+    python benchmarks/speed/step_time.py            about 25 minutes on two idle cores
 
 A step is: sample G responses to each of P prompts, grade them, make one update. Both sides get the
 same model directory, the same prompts in the same order, the same reward function, group size,
@@ -53,20 +53,20 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once
-from common.kernels.cpu import use_threads
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, run_all, run_once, train
+from common.environment import describe_environment
+from common.layers import use_threads
 from common.models import load_tokenizer, location
-from common.runlog import describe_environment
 from common.sampling import problems_of_batch
-from common.tasks import load_problems, load_task
+from common.tasks import load_task
+from common.tasks.problems import load_problems
 
-DEFAULTS = (
-    grpo.Args()
-)  # P, G, token limit, temperature, clipping, seed: whatever grpo.py does when left alone
+# P, G, token limit, temperature, clipping, seed: whatever grpo.py does when left alone
+DEFAULTS = grpo.Args()
 WARM_UP = 2  # steps of each run: first allocations, lazy imports
 LEARNING_RATE = 1e-9
 BASELINE = "TRL"
@@ -113,19 +113,9 @@ def make_stages(model, stages, directory):
     model directory}.
     """
     directories = {0: location(model)}
-    options = [
-        "--output",
-        directory,
-        "--name",
-        "default",
-        "--device",
-        "cpu",
-        "--precision",
-        "float32",
-    ]
+    run = Run("default", "grpo", ["--threads=2", "--device=cpu", "--precision=float32"])
     for stage in stages[1:]:
-        run_child(["grpo.py", "--num-steps", str(stage), *options], threads=2)
-        options = ["--resume", f"{directory}/default"]
+        run_all([run], stage, Path(directory), jobs=1)
         directories[stage] = f"{directory}/after_{stage}"
         shutil.copytree(f"{directory}/default/model", directories[stage])
     return directories
@@ -134,19 +124,14 @@ def make_stages(model, stages, directory):
 def run_grpo(work, model, threads, reference, steps, directory, microbatch):
     """Run `grpo.py` for a few steps. Returns a list of `MEASURED` per step, warm-up included."""
     options = work | {
-        "model": model, "threads": threads, "num_steps": steps, "learning_rate": LEARNING_RATE, "eval_size": 1,
-        "eval_interval": steps, "checkpoint_interval": steps, "max_tokens_per_microbatch": microbatch,
-        "output": directory, "name": "run", "reference_kl": reference,
+        "model": model, "num_steps": steps, "learning_rate": LEARNING_RATE, "eval_size": 1,
+        "eval_interval": steps, "checkpoint_interval": steps, "reference_kl": reference,
+        "max_tokens_per_microbatch": microbatch,
     }  # fmt: skip
-    run_child(["grpo.py", *as_options(options)], threads)
-    keys = (
-        "time/step",
-        "response_length/mean",
-        "reward/mean",
-        "reward/zero_std_groups",
-        "memory/peak_gib",
-    )
-    return [[record[key] for key in keys] for record in reporting.read_steps(f"{directory}/run")]
+    run_dir = train("grpo", directory, "run", threads=threads, **options)
+    keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups")
+    keys += ("memory/peak_gib",)
+    return [[record[key] for key in keys] for record in reporting.read_steps(run_dir)]
 
 
 def run_trl(*arguments):
@@ -154,16 +139,8 @@ def run_trl(*arguments):
     included.
     """
     threads, directory = arguments[2], arguments[5]
-    run_child([__file__, "--trl-child", json.dumps(arguments)], threads)
+    run_once([__file__, "--trl-child", json.dumps(arguments)], threads)
     return json.loads(Path(directory, "steps.json").read_text())
-
-
-def run_child(command, threads):
-    """Run a script with that many threads in every library that has its own."""
-    limits = dict.fromkeys(
-        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"), str(threads)
-    )
-    run_once(command, HF_HUB_OFFLINE="1", **limits)
 
 
 def peak_gib(device):
@@ -188,14 +165,9 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
     task = load_task(work["task"])
     problems = load_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens).problems
     P, G = work["prompts_per_step"], DEFAULTS.group_size
-    order = [
-        i
-        for k in range(1, steps + 1)
-        for i in problems_of_batch(k, len(problems), P, DEFAULTS.seed)
-    ]
-    dataset = Dataset.from_list(
-        [{"prompt": problems[index]["prompt"], "problem": index} for index in order]
-    )
+    batches = [problems_of_batch(k + 1, len(problems), P, DEFAULTS.seed) for k in range(steps)]
+    rows = [{"prompt": problems[i]["prompt"], "problem": i} for batch in batches for i in batch]
+    dataset = Dataset.from_list(rows)
     records = []
 
     def reward(completions, completion_ids, problem, **_):
@@ -203,13 +175,8 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
         rewards = task.rewards([problems[index] for index in problem], texts)
         rewards = [reward["reward"] if isinstance(reward, dict) else reward for reward in rewards]
         equal = [len(set(rewards[i : i + G])) == 1 for i in range(0, len(rewards), G)]
-        records.append(
-            [
-                statistics.mean(map(len, completion_ids)),
-                statistics.mean(rewards),
-                statistics.mean(equal),
-            ]
-        )
+        lengths = [len(ids) for ids in completion_ids]
+        records.append([statistics.mean(values) for values in (lengths, rewards, equal)])
         return rewards
 
     class StepTimer(TrainerCallback):
@@ -220,9 +187,8 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
             records[-1].insert(0, time.perf_counter() - self.started)
             records[-1].append(peak_gib(work["device"]))
             # What is timed must contain the sampling and grading of exactly one batch.
-            assert len(records) == self.batches_before + 1, (
-                "TRL generates outside of the timed part of a step"
-            )
+            sampled = len(records) - self.batches_before
+            assert sampled == 1, "TRL generates outside of the timed part of a step"
 
     config = GRPOConfig(
         output_dir=directory,
@@ -231,9 +197,8 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
         gradient_checkpointing=False,
         max_steps=steps,
         per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=P
-        * G
-        // batch_size,  # micro-batches per update; they share one batch
+        # micro-batches per update; they share one batch
+        gradient_accumulation_steps=P * G // batch_size,
         num_generations=G,
         max_completion_length=work["max_response_tokens"],
         temperature=DEFAULTS.temperature,
@@ -253,16 +218,15 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
         report_to="none",
         disable_tqdm=True,
     )
-    GRPOTrainer(
-        model, reward, config, dataset, processing_class=tokenizer, callbacks=[StepTimer()]
-    ).train()
+    others = {"processing_class": tokenizer, "callbacks": [StepTimer()]}
+    GRPOTrainer(model, reward, config, dataset, **others).train()
     Path(directory, "steps.json").write_text(json.dumps(records))
 
 
 def main(args):
-    environment = [
-        line for line in describe_environment().splitlines() if not line.startswith("threads")
-    ]
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for all processes that this one starts
+    lines = describe_environment().splitlines()
+    environment = [line for line in lines if not line.startswith("threads")]
     environment += [f"{name}: {version(name)}" for name in ("trl", "accelerate")]
     load = os.getloadavg()[0]
     settings = [(threads, name) for threads in args.threads for name in VARIANTS]
@@ -281,54 +245,43 @@ def main(args):
                     if is_trl:
                         microbatch = args.trl_batch_size[args.threads.index(threads)]
                     with tempfile.TemporaryDirectory() as directory:
-                        arguments = (
-                            work,
-                            models[stage],
-                            threads,
-                            reference,
-                            args.steps,
-                            directory,
-                            microbatch,
-                        )
-                        measured[threads, name, stage, round] = (run_trl if is_trl else run_grpo)(
-                            *arguments
-                        )
+                        arguments = (work, models[stage], threads, reference, args.steps)
+                        run = run_trl if is_trl else run_grpo
+                        found = run(*arguments, directory, microbatch)
+                    measured[threads, name, stage, round] = found
                     bar.update()
     rows = [
         [*key, k, *values]
         for key, steps in measured.items()
         for k, values in enumerate(steps, start=1)
     ]
-    reporting.write_csv(
-        args.output / "steps.csv", ["threads", "variant", "stage", "round", "step", *MEASURED], rows
-    )
+    columns = ["threads", "variant", "stage", "round", "step", *MEASURED]
+    reporting.write_csv(args.output / "steps.csv", columns, rows)
     report, results = write_text(measured, settings, args, load)
     reporting.write_json(args.output / "step_time.json", summary=results)
     reporting.write_report(args.output / "report.md", report, "\n".join(environment))
 
 
 def write_text(measured, settings, args, load):
-    # [stages, rounds, steps, what is measured] by setting
-    values = {
-        setting: np.array(
-            [[measured[*setting, s, r][WARM_UP:] for r in range(args.rounds)] for s in args.stages]
-        )
-        for setting in settings
-    }
-    policy = np.array([value.mean(axis=(1, 2)) for value in values.values()])[
-        ..., 1:4
-    ]  # [settings, stages, 3]
+    def of_setting(setting):
+        """[stages, rounds, steps, what is measured]"""
+        rounds = range(args.rounds)
+        return [[measured[*setting, s, r][WARM_UP:] for r in rounds] for s in args.stages]
+
+    values = {setting: np.array(of_setting(setting)) for setting in settings}
+    means = np.array([value.mean(axis=(1, 2)) for value in values.values()])
+    policy = means[..., 1:4]  # [settings, stages, 3]
     lengths = policy[..., 0]
     if (lengths.max(axis=0) > 1.05 * lengths.min(axis=0)).any():
         sys.exit(
-            f"No report: mean response lengths differ by more than 5 % ({lengths}), so the work was not the same."
+            f"No report: mean response lengths differ by more than 5 % ({lengths}), "
+            "so the work was not the same."
         )
     seconds = {setting: value[..., 0] for setting, value in values.items()}
 
     def whole_run(per_stage):
-        return (
-            np.trapezoid(per_stage, args.stages, axis=0) if len(args.stages) > 1 else per_stage[0]
-        )
+        several = len(args.stages) > 1
+        return np.trapezoid(per_stage, args.stages, axis=0) if several else per_stage[0]
 
     rows, results = [], []
     for threads, name in settings:
@@ -337,46 +290,40 @@ def write_text(measured, settings, args, load):
         cells = [f"{a:.2f} s ({b / a:.2f} ×)" for a, b in zip(medians, baseline, strict=True)]
         speed = whole_run(baseline) / whole_run(medians)
         by_round = whole_run(np.median(theirs, axis=2)) / whole_run(np.median(ours, axis=2))
-        cells += [
-            f"{whole_run(medians):.3g}",
-            f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})",
-        ]
+        cells.append(f"{whole_run(medians):.3g}")
+        cells.append(f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})")
         rows.append([threads, name, *cells, f"{values[threads, name][..., 4].max():.2f}"])
         results.append({"threads": threads, "variant": name, "speed_relative_to_trl": float(speed)})
-    header = [
-        "threads",
-        "variant",
-        *(f"after {stage}" for stage in args.stages),
-        "in all (s)",
-        "speed (by round)",
-    ]
-    header += ["peak memory (GiB)"]
+    header = ["threads", "variant", *(f"after {stage}" for stage in args.stages)]
+    header += ["in all (s)", "speed (by round)", "peak memory (GiB)"]
+    policy_header = ["policy after step", "response length (tokens)", "reward"]
+    policy_header.append("groups with equal rewards")
     policies = [
         [stage, f"{length:.1f}", f"{reward:.2f}", f"{equal:.0%}"]
         for stage, (length, reward, equal) in zip(args.stages, policy.mean(axis=0), strict=True)
     ]
-    which = (
-        "with the policy as it was after so many steps of the default run"
-        if args.stages[1:]
-        else "of this policy"
-    )
+    which = "of this policy"
+    if args.stages[1:]:
+        which = "with the policy as it was after so many steps of the default run"
     text = f"""# Time of training steps: grpo.py and TRL {version("trl")}
 
 Median seconds of a whole step (sample, grade, update) {which};
-in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL" means that the log-probs
-of a frozen reference are computed too. "In all" and "speed" are for the whole run of {args.stages[-1]} steps,
-interpolated between these policies, or for one step if there is one policy only.
+in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL"
+means that the log-probs of a frozen reference are computed too. "In all" and "speed" are for the
+whole run of {args.stages[-1]} steps, interpolated between these policies, or for one step if there
+is one policy only.
 
 {reporting.table(header, rows)}
 
-What the policies do, means over all variants. For groups with equal rewards, which have no gradient, `grpo.py` makes no
-backward pass, and TRL a full one.
+What the policies do, means over all variants. For groups with equal rewards, which have no
+gradient, `grpo.py` makes no backward pass, and TRL a full one.
 
-{reporting.table(["policy after step", "response length (tokens)", "reward", "groups with equal rewards"], policies)}
+{reporting.table(policy_header, policies)}
 
-{args.rounds} rounds of short runs that took turns, {args.steps - WARM_UP} steps of each after warm-up, at a learning
-rate of {LEARNING_RATE:g}. Model {args.model}, task {args.task}, P = {args.prompts_per_step}, G = {DEFAULTS.group_size},
-at most {args.max_response_tokens} tokens, {args.precision} on {args.device}; TRL in micro-batches of
+{args.rounds} rounds of short runs that took turns, {args.steps - WARM_UP} steps of each after
+warm-up, at a learning rate of {LEARNING_RATE:g}. Model {args.model}, task {args.task},
+P = {args.prompts_per_step}, G = {DEFAULTS.group_size}, at most {args.max_response_tokens} tokens,
+{args.precision} on {args.device}; TRL in micro-batches of
 {" and ".join(map(str, args.trl_batch_size))}.
 Load average when started: {load:.2f} (of other work; 0 is an idle machine).
 """

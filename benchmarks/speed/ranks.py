@@ -1,6 +1,6 @@
 """The overhead of torchrun: one process with two threads, against two ranks with one thread each.
 
-    python benchmarks/ranks.py                  seven minutes on two idle cores
+    python benchmarks/speed/ranks.py                  seven minutes on two idle cores
 
 A random model of 24 million parameters trains on the same batches, at a learning rate of 1e-9, so
 that every step is the same work. Each of the two ranks holds half of the weights, gradients,
@@ -17,15 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once, torchrun
-from benchmarks.reporting import column, table
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import train
+from benchmarks.helpers.random_model import save_random_model
+from benchmarks.helpers.reporting import column, table
 from common.models import TINY_MODEL, load_tokenizer
 
 SIZES = (512, 8), (1152, 15)  # hidden size and layers
@@ -44,31 +43,22 @@ class Args:
 
 
 def make_model(directory, hidden, layers):
-    """A random model with the bundled model's tokenizer; returns its number of parameters."""
+    """Save a random model with the bundled model's tokenizer; returns its number of parameters."""
     tokenizer = load_tokenizer(TINY_MODEL)
     sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    ids = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), **sizes, **heads, **ids))
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return sum(parameter.numel() for parameter in model.parameters())
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return save_random_model(directory, tokenizer, **sizes, **heads, **ids)
 
 
 def run(ranks, model, name, directory, steps, prompts=8, group=4):
     """Train; returns the directory of the run. Memory is that of rank 0, at its peak."""
     options = {
-        "model": model, "num_steps": steps, "prompts_per_step": prompts, "group_size": group, "eval_size": 2,
-        "device": "cpu", "eval_interval": 1000, "checkpoint_interval": 1000, "learning_rate": 1e-9,
-        "threads": 2 // ranks, "task": "benchmarks/turns.py:Turns", "output": directory, "name": name,
+        "model": model, "num_steps": steps, "prompts_per_step": prompts, "group_size": group,
+        "eval_size": 2, "device": "cpu", "eval_interval": 1000, "checkpoint_interval": 1000,
+        "learning_rate": 1e-9, "task": "benchmarks/helpers/turns.py:Turns",
     }  # fmt: skip
-    run_once([*torchrun(ranks), "grpo.py", *as_options(options)], OMP_NUM_THREADS=str(2 // ranks))
-    return Path(directory) / name
+    return train("grpo", directory, name, ranks, threads=2 // ranks, **options)
 
 
 def main(args):
@@ -78,15 +68,12 @@ def main(args):
         models = {make_model(path, *sizes): path for path, sizes in zip(paths, SIZES, strict=True)}
         for round_ in range(args.rounds):
             for ranks, runs in times.items():
-                runs.append(
-                    run(ranks, models[min(models)], f"{ranks}-{round_}", directory, args.steps)
-                )
+                name = f"{ranks}-{round_}"
+                runs.append(run(ranks, models[min(models)], name, directory, args.steps))
         for ranks, found in peaks.items():
             for parameters, model in models.items():
-                steps = reporting.read_steps(
-                    run(ranks, model, f"{ranks}-{parameters}", directory, 2, 2, 2)
-                )
-                found.append(column(steps, "memory/peak_gib").max())
+                run_dir = run(ranks, model, f"{ranks}-{parameters}", directory, 2, 2, 2)
+                found.append(column(reporting.read_steps(run_dir), "memory/peak_gib").max())
         records = {
             ranks: [r for path in runs for r in reporting.read_steps(path)[1:]]
             for ranks, runs in times.items()
@@ -100,22 +87,23 @@ def main(args):
     memory_rows = []
     for ranks, found in peaks.items():
         held = BYTES[ranks] * (large - small) / 2**30
-        memory_rows.append(
-            [ranks, *(f"{peak:.2f}" for peak in (*found, found[1] - found[0], held))]
-        )
+        numbers = (*found, found[1] - found[0], held)
+        memory_rows.append([ranks, *(f"{number:.2f}" for number in numbers)])
     one, two = (np.median(column(records[ranks], "time/step")) for ranks in (1, 2))
+    millions = [f"{number / 1e6:.0f} million" for number in models]
     report = f"""# Two ranks on two cores, against one process with two threads
 
-`python benchmarks/ranks.py`: a random model of {small / 1e6:.0f} million parameters, 8 × 4 responses a step,
-medians over {args.rounds} runs of each. Two ranks take **{two / one:.2f}** times as long.
+`python benchmarks/speed/ranks.py`: a random model of {millions[0]} parameters, 8 × 4 responses a
+step, medians over {args.rounds} runs of each. Two ranks take **{two / one:.2f}** times as long.
 
 {table(["ranks", *(f"{name} (s)" for name in KEYS.values())], time_rows)}
 
-Peak memory of rank 0 in GiB, with 2 × 2 responses a step. What the larger model takes more is mostly its state:
-weights, gradients, two moments and the reference, 20 bytes per parameter. Of two ranks, each holds half, and all
-weights while it samples: 14 bytes. The rest of a peak is Python with its libraries, and activations.
+Peak memory of rank 0 in GiB, with 2 × 2 responses a step. What the larger model takes more is
+mostly its state: weights, gradients, two moments and the reference, 20 bytes per parameter. Of two
+ranks, each holds half, and all weights while it samples: 14 bytes. The rest of a peak is Python
+with its libraries, and activations.
 
-{table(["ranks", f"{small / 1e6:.0f} million", f"{large / 1e6:.0f} million", "difference", "computed"], memory_rows)}
+{table(["ranks", *millions, "difference", "computed"], memory_rows)}
 """
     reporting.write_report(args.output / "ranks.md", report, environment)
 

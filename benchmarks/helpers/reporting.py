@@ -12,8 +12,8 @@ import math
 import matplotlib
 import numpy as np
 
-from benchmarks.launcher import ROOT
-from common.runlog import read_metrics
+from benchmarks.helpers.launcher import ROOT
+from common.curves import read_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -39,15 +39,22 @@ def column(records, key):
     return np.array([record[key] for record in records if key in record], dtype=float)
 
 
-def clipped(runs):
-    """Clipped tokens in the steps with the largest lag, just before a sync: plain, and weighted by
-    1 − p.
-    """
+def steps_with_largest_lag(runs):
+    """The records of these steps, of all runs; they are just before a sync."""
     largest = max(record["lag"] for record in runs[0])
-    late = [record for records in runs for record in records if record["lag"] == largest]
-    return [
-        f"{column(late, f'ratio/clip_fraction{kind}').mean():.2%}" for kind in ("", "_weighted")
-    ]
+    return [record for records in runs for record in records if record["lag"] == largest]
+
+
+def clipped(runs):
+    """Clipped tokens in the steps with the largest lag: plain, and weighted by 1 − p."""
+    late = steps_with_largest_lag(runs)
+    keys = ("ratio/clip_fraction", "ratio/clip_fraction_weighted")
+    return [f"{column(late, key).mean():.2%}" for key in keys]
+
+
+def arrow(values, form):
+    """From the first of some values to the last one, as text."""
+    return f"{values[0]:{form}} → {values[-1]:{form}}"
 
 
 def moving_average(values, width=SMOOTHING):
@@ -115,21 +122,14 @@ def new_figure(labels, x_label, **options):
 
 
 def plot_band(axis, runs, key, x, label, colour):
-    """One curve, the mean over runs, and their range; smoothed if there is a value for every step.
-    """
+    """One curve, the mean of the runs, and their range; smoothed if every step has a value."""
     values = [column(records, key) for records in runs]
     if len(values[0]) > 2 * SMOOTHING:
         values = [moving_average(one) for one in values]
     places = np.mean([column([r for r in records if key in r], x) for records in runs], axis=0)
     axis.plot(places, np.mean(values, axis=0), color=colour, label=label, linewidth=1.6)
-    axis.fill_between(
-        places,
-        np.min(values, axis=0),
-        np.max(values, axis=0),
-        color=colour,
-        alpha=0.18,
-        linewidth=0,
-    )
+    low, high = np.min(values, axis=0), np.max(values, axis=0)
+    axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
 
 
 def mark_published(axis, points, colours):
@@ -138,14 +138,8 @@ def mark_published(axis, points, colours):
     """
     theirs = axis.twinx()
     for label, places in points.items():
-        theirs.plot(
-            *zip(*places, strict=True),
-            "^",
-            color=colours[label],
-            markersize=9,
-            fillstyle="none",
-            clip_on=False,
-        )
+        style = {"color": colours[label], "markersize": 9, "fillstyle": "none", "clip_on": False}
+        theirs.plot(*zip(*places, strict=True), "^", **style)
     theirs.set_ylabel("published (triangles)", color="gray")
     theirs.tick_params(colors="gray")
     theirs.margins(y=0.15)
@@ -153,9 +147,8 @@ def mark_published(axis, points, colours):
 
 def save_figure(figure, axis, path):
     """With one legend below, of the labels in `axis`."""
-    figure.legend(
-        *axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False
-    )
+    lines_and_labels = axis.get_legend_handles_labels()
+    figure.legend(*lines_and_labels, loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -181,9 +174,8 @@ def plot_runs(
         for label, runs in groups.items():
             plot_band(axis, runs, key, x, label, colours[label])
         if key in logarithmic:
-            axis.set(
-                yscale="log", ylim=(max(axis.get_ylim()[0], 1e-4), None)
-            )  # the first step's KL is 0
+            # The first step's KL is 0.
+            axis.set(yscale="log", ylim=(max(axis.get_ylim()[0], 1e-4), None))
         if published:
             mark_published(axis, published[key], colours)
     save_figure(figure, axes[0], path)
@@ -218,14 +210,12 @@ def write_csv(path, header, rows):
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
-        writer.writerows(
-            [f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row] for row in rows
-        )
+        for row in rows:
+            writer.writerow(f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row)
 
 
 def write_curves(path, groups, seeds, keys):
-    """What `plot_runs` plots, before smoothing: one row per run and step, with the columns `keys`.
-    """
+    """What `plot_runs` plots, before smoothing: one row per run and step, with columns `keys`."""
     rows = [
         [label, seed, *(record.get(key) for key in keys)]
         for label, runs in groups.items()
@@ -255,8 +245,8 @@ SPREAD = "within the seeds' spread"
 
 
 def difference(values, others):
-    """ "above" or "below": by how the means of two lists differ; `SPREAD` if by no more than both
-    ranges added up.
+    """How the mean of a list lies to that of another one: "above" or "below", or `SPREAD` if they
+    differ by no more than both ranges added up.
     """
     gap = np.mean(values) - np.mean(others)
     if abs(gap) <= np.ptp(values) + np.ptp(others):
@@ -274,13 +264,11 @@ def compare(observations, runs, seeds):
     `SPREAD`. Returns a table, and a summary of it.
     """
     columns = [observations(runs)]
-    columns += [
-        observations({label: [group[i]] for label, group in runs.items()})
-        for i in range(len(seeds))
-    ]
+    for i in range(len(seeds)):
+        columns.append(observations({label: [group[i]] for label, group in runs.items()}))
     for share in (0.5, 0.75):
         shorter = {
-            label: [run[: int(share * len(run))] for run in group] for label, group in runs.items()
+            label: [r[: int(share * len(r))] for r in group] for label, group in runs.items()
         }
         columns.append(observations(shorter))
     statements = {yes(True): [], yes(False): [], SPREAD: []}
@@ -293,17 +281,13 @@ def compare(observations, runs, seeds):
         rows.append([statement, answer, *map(yes, others)])
     count = ["**number of yes**", f"**{len(statements['yes'])} of {len(rows)}**"]
     count += [f"**{sum(holds for _, holds in one)} of {len(one)}**" for one in columns[1:]]
-    header = [
-        "observation",
-        "answer",
-        *(f"seed {seed}" for seed in seeds),
-        "after half of the steps",
-        "three quarters",
-    ]
+    header = ["observation", "answer", *(f"seed {seed}" for seed in seeds)]
+    header += ["after half of the steps", "three quarters"]
     listed = {answer: "; ".join(found) or "nothing" for answer, found in statements.items()}
-    summary = f"""Of {len(rows)} observations about the published figure, {len(statements["yes"])} hold here,
-{len(statements["no"])} do not, and {len(statements[SPREAD])} are within the seeds' spread: fewer than four in five
-seeds agree with the mean.
+    hold, fail, unclear = (len(found) for found in statements.values())
+    summary = f"""Of {len(rows)} observations about the published figure, {hold} hold here, {fail}
+do not, and {unclear} are within the seeds' spread: fewer than four in five seeds agree with the
+mean.
 
 - **Reproduced:** {listed["yes"]}.
 - **Not reproduced:** {listed["no"]}.
@@ -317,9 +301,8 @@ def environment_of(run_dir):
 
     With paths as seen from the repository, wherever that lies.
     """
-    return (
-        (run_dir / "environment.txt").read_text().split("\n\n")[0].strip().replace(f"{ROOT}/", "")
-    )
+    first, *_ = (run_dir / "environment.txt").read_text().split("\n\n")
+    return first.strip().replace(f"{ROOT}/", "")
 
 
 def write_report(path, text, environment):

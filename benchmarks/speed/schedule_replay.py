@@ -1,10 +1,10 @@
 """What a schedule costs: replays sampler and trainer from how long sampling, training and a sync
 take.
 
-    python benchmarks/schedule_replay.py --sample 2.0 --train 1.0 --sync 0.1
-    python benchmarks/schedule_replay.py --sample 60 --train 45 --sync 3 --slow-share 0.2
-    --slow-factor 4
-    python benchmarks/schedule_replay.py --run runs/NAME          the times of a run's own steps
+    python benchmarks/speed/schedule_replay.py --sample 2.0 --train 1.0 --sync 0.1
+    python benchmarks/speed/schedule_replay.py --sample 60 --train 45 --sync 3 \
+        --slow-share 0.2 --slow-factor 4
+    python benchmarks/speed/schedule_replay.py --run runs/NAME      the times of a run's own steps
 
 Assumptions, all of them:
 - One sampler and one trainer, which do not slow each other down. The sampler works on one batch at
@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.reporting import column, read_steps, table
+from benchmarks.helpers.reporting import column, read_steps, table
 from common.sampling import version_of_batch
 
 MODES = {  # label: (sync_interval, sync_offset)
@@ -57,11 +57,8 @@ class Replay:
 
     def idle(self, *work):
         """The share of the whole time in which none of these, e.g. `replay.sampling`, goes on."""
-        return (
-            1
-            - sum(min(end, self.seconds) - start for intervals in work for start, end in intervals)
-            / self.seconds
-        )
+        spans = [span for intervals in work for span in intervals]
+        return 1 - sum(min(end, self.seconds) - start for start, end in spans) / self.seconds
 
 
 def replay(sample, train, sync, sync_interval, sync_offset):
@@ -71,9 +68,8 @@ def replay(sample, train, sync, sync_interval, sync_offset):
     version_ready = {0: 0.0}  # when the sampler has each version of the weights
     sampling, training, syncing = [], [], []
     sampler_free = trainer_free = 0.0
-    for k, (sample_seconds, train_seconds, sync_seconds) in enumerate(
-        zip(sample, train, sync, strict=True), start=1
-    ):
+    batches = zip(sample, train, sync, strict=True)
+    for k, (sample_seconds, train_seconds, sync_seconds) in enumerate(batches, start=1):
         # Batch k needs no update after k − 1, so that whatever it waits for has been replayed by
         # now.
         start = max(sampler_free, version_ready[version_of_batch(k, sync_interval, sync_offset)])
@@ -87,9 +83,8 @@ def replay(sample, train, sync, sync_interval, sync_offset):
             syncing.append((trainer_free, trainer_free + sync_seconds))
             trainer_free += sync_seconds
             version_ready[k] = trainer_free
-    lag = [
-        k - 1 - version_of_batch(k, sync_interval, sync_offset) for k in range(1, len(training) + 1)
-    ]
+    steps = range(1, len(training) + 1)
+    lag = [k - 1 - version_of_batch(k, sync_interval, sync_offset) for k in steps]
     return Replay(sampling, training, syncing, lag, seconds=trainer_free)
 
 
@@ -101,9 +96,8 @@ def shortest_step(sample, train, sync_interval, sync_offset):
     busy, and at its end the other one is waited for once, for one batch. max(S, T) for (1, 1).
     """
     steps = 100 * sync_interval
-    finished = replay(
-        [sample] * 2 * steps, [train] * 2 * steps, [0.0] * 2 * steps, sync_interval, sync_offset
-    )
+    times = ([seconds] * 2 * steps for seconds in (sample, train, 0.0))
+    finished = replay(*times, sync_interval, sync_offset)
     return (finished.training[-1][1] - finished.training[steps - 1][1]) / steps
 
 
@@ -124,9 +118,7 @@ class Args:
     sync: float = 0.0
     """seconds to hand over the weights"""
     slow_share: float = 0.0
-    """share of the batches with a response that takes the sampler longer; chosen at random, the
-    same for every mode
-    """
+    """share of the batches with a response that takes longer; random, the same for every mode"""
     slow_factor: float = 3.0
     """how much longer such a batch takes to sample"""
     steps: int = 1000
@@ -146,24 +138,15 @@ def main(args):
         sample = [args.sample * (args.slow_factor if is_slow else 1.0) for is_slow in slow]
         train, sync = [args.train] * args.steps, [args.sync] * args.steps
     results = {label: replay(sample, train, sync, *mode) for label, mode in MODES.items()}
-    rows = [
-        [
-            label, f"{result.seconds / len(sample):.3f}", f"{results['Sync (1)'].seconds / result.seconds:.2f}",
-            f"{result.idle(result.sampling):.0%}", f"{result.idle(result.training, result.syncing):.0%}",
-            f"{np.mean(result.lag):.2f}", max(result.lag),
-        ]
-        for label, result in results.items()
-    ]  # fmt: skip
-    header = [
-        "mode",
-        "seconds per step",
-        "speed-up",
-        "sampler idle",
-        "trainer idle",
-        "mean lag",
-        "largest lag",
-    ]
-    print(table(header, rows))
+    rows = []
+    for label, result in results.items():
+        speed_up = results["Sync (1)"].seconds / result.seconds
+        rows.append([label, f"{result.seconds / len(sample):.3f}", f"{speed_up:.2f}"])
+        idle = result.idle(result.sampling), result.idle(result.training, result.syncing)
+        rows[-1] += [*(f"{share:.0%}" for share in idle), f"{np.mean(result.lag):.2f}"]
+        rows[-1].append(max(result.lag))
+    header = ["mode", "seconds per step", "speed-up", "sampler idle", "trainer idle"]
+    print(table([*header, "mean lag", "largest lag"], rows))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
 """Training runs on a GPU: do they agree with those on a CPU, and how long do their steps take?
 
-    python benchmarks/gpu_runs.py agreement           the first steps of each script, on the CPU and
-    on the GPU
-    python benchmarks/gpu_runs.py default             the first steps of the default run
-    python benchmarks/gpu_runs.py smollm2             SmolLM2-135M-Instruct learns two tasks; see
-    smollm2.py
-    python benchmarks/gpu_runs.py attention           sampling with and without cuDNN's attention
-    python benchmarks/gpu_runs.py qwen                a random model of the size of Qwen2.5-0.5B:
-    time and memory
-    python benchmarks/gpu_runs.py ranks               SmolLM2 on one GPU, and on two under torchrun
+    python benchmarks/gpu/gpu_runs.py agreement     the first steps of each script, on CPU and GPU
+    python benchmarks/gpu/gpu_runs.py default       the first steps of the default run
+    python benchmarks/gpu/gpu_runs.py smollm2       SmolLM2-135M-Instruct learns two tasks
+    python benchmarks/gpu/gpu_runs.py attention     sampling with and without cuDNN's attention
+    python benchmarks/gpu/gpu_runs.py qwen          time and memory of Qwen2.5-0.5B's size
+    python benchmarks/gpu/gpu_runs.py ranks         SmolLM2 on one GPU, and on two under torchrun
 
 `on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each
 writes a table to `results/on_gpu/`, as soon as it has the first row.
@@ -20,32 +17,32 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import tyro
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from benchmarks import reporting
-from benchmarks.launcher import as_options, run_once, torchrun
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import train
+from benchmarks.helpers.random_model import save_random_model
+from common.curves import read_metrics
 from common.models import TINY_MODEL, choose_device, end_of_sequence_ids, load_model, load_tokenizer
-from common.runlog import read_metrics
 from common.sampling import Plan
 from common.sampling.transformers import TransformersSampler
-from common.tasks import load_problems, load_task
+from common.tasks import load_task
+from common.tasks.problems import load_problems
 
 SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
 
 @dataclass
 class Args:
-    part: Annotated[
-        Literal["agreement", "default", "attention", "smollm2", "qwen", "ranks"],
-        tyro.conf.Positional,
+    part: tyro.conf.Positional[
+        Literal["agreement", "default", "attention", "smollm2", "qwen", "ranks"]
     ]
     """what to run"""
     device: str = "cuda"
@@ -60,12 +57,6 @@ class Args:
     """where the reports go"""
 
 
-def train(script, directory, ranks=1, **options):
-    """Run a script in `directory`; returns the directory of its run."""
-    run_once([*torchrun(ranks), f"{script}.py", *as_options(options | {"output": directory})])
-    return Path(directory) / options["name"]
-
-
 def agreement(args, directory):
     """First steps of each script: the CPU in float32, the device in float32 and in bfloat16."""
     steps, settings = args.steps or 2, [("cpu", "float32"), (args.device, "bfloat16")]
@@ -75,38 +66,32 @@ def agreement(args, directory):
 
     def run(script, device, precision):
         name = f"{script}-{device}-{precision}".replace(":", "")
-        return train(script, directory, device=device, precision=precision, name=name, **options)
+        return train(script, directory, name, device=device, precision=precision, **options)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # nothing is timed
         found = dict(zip(runs, pool.map(lambda run_: run(*run_), runs), strict=True))
+    keys = ("reward/mean", "loss", "grad_norm", "entropy")
+    keys += ("sampler_mismatch/mean", "sampler_mismatch/max")
     rows = []
     for (script, device, precision), run_dir in found.items():
         record = reporting.read_steps(run_dir)[0]
-        keys = (
-            "reward/mean",
-            "loss",
-            "grad_norm",
-            "entropy",
-            "sampler_mismatch/mean",
-            "sampler_mismatch/max",
-        )
         rows.append([script, device, precision, *(f"{record[key]:.4g}" for key in keys)])
         rows[-1].append(f"{read_metrics(run_dir)[0]['eval/accuracy']:.3f}")
     header = ["script", "device", "precision", "reward", "loss", "gradient norm", "entropy"]
     header += ["mean mismatch (nats)", "largest", "accuracy before training"]
     batches = {setting: first_batches(*setting)(grpo.Args.seed) for setting in settings}
-    shares = [
-        [*setting, *compare_batches(batches["cpu", "float32"], batch)]
-        for setting, batch in batches.items()
-    ]
+    truth = batches["cpu", "float32"]
+    shares = [[*setting, *compare_batches(truth, batch)] for setting, batch in batches.items()]
+    columns = ["device", "precision", "responses as on the CPU"]
+    columns.append("largest difference of their log-probs")
     text = f"""# The first step on a GPU and on a CPU
 
 {reporting.table(header, rows)}
 
-The first batch, 256 responses, sampled with the same random numbers on both. Where such a number falls close to the
-bound between two tokens, rounding decides, and the rest of the response differs.
+The first batch, 256 responses, sampled with the same random numbers on both. Where such a number
+falls close to the bound between two tokens, rounding decides, and the rest of the response differs.
 
-{reporting.table(["device", "precision", "responses as on the CPU", "largest difference of their log-probs"], shares)}
+{reporting.table(columns, shares)}
 """
     yield text, run_dir
 
@@ -116,16 +101,10 @@ def first_batches(device, precision):
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
     device, precision = choose_device(device, precision, "transformers")
     model = load_model(TINY_MODEL, "", device)
-    prompts = load_problems(
-        load_task(defaults.task), "train", tokenizer, defaults.max_prompt_tokens
-    ).prompts
-    generation = (
-        end_of_sequence_ids(model, tokenizer),
-        defaults.max_response_tokens,
-        1.0,
-        precision,
-    )
-    sampler = TransformersSampler(model, *generation)
+    task, longest = load_task(defaults.task), defaults.max_prompt_tokens
+    prompts = load_problems(task, "train", tokenizer, longest).prompts
+    ends = end_of_sequence_ids(model, tokenizer)
+    sampler = TransformersSampler(model, ends, defaults.max_response_tokens, 1.0, precision)
 
     def first_batch(seed):
         plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, seed)
@@ -147,32 +126,19 @@ def timings(label, run_dir):
     rest = records[1:] or records
     keys = ("time/step", "time/sample", "time/train", "throughput/sampled_tokens_per_second")
     cells = [f"{np.median(reporting.column(rest, key)):,.3g}" for key in keys]
-    ends = [np.mean(reporting.column(part, "reward/mean")) for part in (records[:1], records[-3:])]
+    cells.append(f"{reporting.column(rest, 'response_length/mean').mean():.1f}")
+    cells.append(f"{records[-1]['memory/peak_gib']:.2f}")
+    for part in (records[:1], records[-3:]):
+        cells.append(f"{reporting.column(part, 'reward/mean').mean():.2f}")
     accuracy = reporting.column(read_metrics(run_dir), "eval/accuracy")
-    return [
-        label, len(records), *cells, f"{np.mean(reporting.column(rest, 'response_length/mean')):.1f}",
-        f"{records[-1]['memory/peak_gib']:.2f}", *(f"{end:.2f}" for end in ends),
-        f"{accuracy[0]:.2f} → {accuracy[-1]:.2f}", f"{records[-1].get('kl/ref_k2', 0):.3g}",
-    ]  # fmt: skip
+    cells += [reporting.arrow(accuracy, ".2f"), f"{records[-1].get('kl/ref_k2', 0):.3g}"]
+    return [label, len(records), *cells]
 
 
 def timing_table(rows):
-    header = [
-        "run",
-        "steps",
-        "s per step",
-        "sampling",
-        "training",
-        "sampled tokens/s",
-        "tokens per response",
-    ]
-    header += [
-        "peak memory (GiB)",
-        "first reward",
-        "last 3 rewards",
-        "held-out accuracy",
-        "KL at the end",
-    ]
+    header = ["run", "steps", "s per step", "sampling", "training", "sampled tokens/s"]
+    header += ["tokens per response", "peak memory (GiB)", "first reward", "last 3 rewards"]
+    header += ["held-out accuracy", "KL at the end"]
     return reporting.table(header, rows)
 
 
@@ -180,9 +146,7 @@ def attention(args, directory):
     """Seconds to sample a batch of the default run with new random numbers each time, so that
     shapes are new, too.
     """
-    run_dir = train(
-        "grpo", directory, num_steps=1, device=args.device, name="run"
-    )  # for its environment
+    run_dir = train("grpo", directory, "run", num_steps=1, device=args.device)  # its environment
     first_batch, seconds = first_batches(args.device, "auto"), {True: [], False: []}
     for k in range(1, 2 * (args.steps or 6) + 1):
         for cudnn, times in seconds.items():
@@ -192,99 +156,83 @@ def attention(args, directory):
         ["with" if cudnn else "without", ", ".join(f"{t:.2f}" for t in times)]
         for cudnn, times in seconds.items()
     ]
-    yield (
-        f"# Sampling with and without cuDNN's attention\n\n{reporting.table(['cuDNN', 'seconds'], rows)}\n",
-        run_dir,
-    )
+    table = reporting.table(["cuDNN", "seconds"], rows)
+    yield f"# Sampling with and without cuDNN's attention\n\n{table}\n", run_dir
 
 
 def default(args, directory):
-    """The default run's first 40 steps, in which the reward rises from 0.3 to about 0.9 on a CPU.
-    """
-    options = {"num_steps": args.steps or 40, "device": args.device, "name": "default"}
-    run_dir = train("grpo", directory, **options)
-    yield (
-        f"# The default run on a GPU\n\n{timing_table([timings('`python grpo.py`', run_dir)])}\n",
-        run_dir,
-    )
+    """The default run's first 40 steps, in which the reward rises from 0.3 to 0.9 on a CPU."""
+    steps = args.steps or 40
+    run_dir = train("grpo", directory, "default", num_steps=steps, device=args.device)
+    table = timing_table([timings("`python grpo.py`", run_dir)])
+    yield f"# The default run on a GPU\n\n{table}\n", run_dir
 
 
-def train_smollm2(args, directory, task, steps, **more):
+def train_smollm2(args, directory, name, task, steps, ranks=1):
     """A run of GRPO on a task of chat_tasks.py; returns its directory."""
     options = {
-        "num_steps": args.steps or steps, "device": args.device, "engine": args.engine, "model": args.smollm2,
-        "task": f"benchmarks/chat_tasks.py:{task}", "learning_rate": 1e-5, "max_response_tokens": 48,
-        "max_tokens_per_microbatch": 16384, "eval_size": 128, "eval_interval": 1000, "name": task,
+        "num_steps": args.steps or steps, "device": args.device, "engine": args.engine,
+        "model": args.smollm2, "task": f"benchmarks/models/chat_tasks.py:{task}",
+        "learning_rate": 1e-5, "max_response_tokens": 48, "max_tokens_per_microbatch": 16384,
+        "eval_size": 128, "eval_interval": 1000,
     }  # fmt: skip
     if args.device == "cpu":  # a rehearsal
         options |= {"prompts_per_step": 2, "group_size": 2, "eval_size": 2}
-    return train("grpo", directory, **options | more)
+    return train("grpo", directory, name, ranks, **options)
 
 
 def smollm2(args, directory):
     """Two tasks that the pretrained model learns in a few steps."""
     rows = []
     for task in ("Sentiment", "Extraction"):
-        run_dir = train_smollm2(args, directory, task, 12)
+        run_dir = train_smollm2(args, directory, task, task, 12)
         rows.append(timings(f"{task}, {args.engine}", run_dir))
-        yield (
-            f"# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO\n\n{timing_table(rows)}\n",
-            run_dir,
-        )
+        title = "# SmolLM2-135M-Instruct on a GPU, 32 × 8 responses a step, GRPO"
+        yield f"{title}\n\n{timing_table(rows)}\n", run_dir
 
 
 def ranks(args, directory):
     """The same steps on one GPU and on two, which sample and train half of each batch."""
     rows, rewards = [], []
     for n in (1, 2):
-        run_dir = train_smollm2(args, directory, "Extraction", 6, ranks=n, name=f"{n}-ranks")
+        run_dir = train_smollm2(args, directory, f"{n}-ranks", "Extraction", 6, ranks=n)
         rows.append(timings(f"ranks: {n}", run_dir))
         of_steps = reporting.column(reporting.read_steps(run_dir), "reward/mean")
         rewards.append([n, *(f"{reward:.4f}" for reward in of_steps)])
-        by_step = reporting.table(
-            ["ranks", *(f"step {step}" for step in range(1, len(rewards[0])))], rewards
-        )
-        yield (
-            "# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step\n\n"
-            f"{timing_table(rows)}\n\nRewards by step; equal, but for rounding that changes a sample:\n\n{by_step}\n",
-            run_dir,
-        )
+        steps = [f"step {step}" for step in range(1, len(rewards[0]))]
+        text = f"""# One GPU and two: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step
+
+{timing_table(rows)}
+
+Rewards by step; equal, but for rounding that changes a sample:
+
+{reporting.table(["ranks", *steps], rewards)}
+"""
+        yield text, run_dir
 
 
 def qwen(args, directory):
     """Random weights in the shape of Qwen2.5-0.5B: nothing is learned, but every response is as
     long as it may be.
     """
-    tokenizer = load_tokenizer(TINY_MODEL)
-    sizes = {
-        "hidden_size": 896,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    }
-    if args.device == "cpu":
-        sizes["num_hidden_layers"] = 2
-    ids = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    config = Qwen2Config(
-        vocab_size=151_936, intermediate_size=4864, tie_word_embeddings=True, **sizes, **ids
-    )
-    torch.manual_seed(0)
-    Qwen2ForCausalLM(config).save_pretrained(Path(directory) / "model")
-    tokenizer.save_pretrained(Path(directory) / "model")
-    on_cpu = args.device == "cpu"
+    on_cpu, model = args.device == "cpu", Path(directory) / "model"
+    save_random_model(
+        model, load_tokenizer(TINY_MODEL), vocab_size=151_936, hidden_size=896,
+        intermediate_size=4864, num_hidden_layers=2 if on_cpu else 24, num_attention_heads=14,
+        num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
     options = {
-        "num_steps": args.steps or 4, "device": args.device, "engine": args.engine, "model": Path(directory) / "model",
-        "task": "benchmarks/turns.py:LongTurns", "learning_rate": 1e-6, "max_response_tokens": 8 if on_cpu else 256,
-        "max_tokens_per_microbatch": 32768, "eval_size": 1, "eval_interval": 1000, "name": "qwen",
+        "num_steps": args.steps or 4, "device": args.device, "engine": args.engine, "model": model,
+        "task": "benchmarks/helpers/turns.py:LongTurns", "learning_rate": 1e-6, "eval_size": 1,
+        "max_response_tokens": 8 if on_cpu else 256, "max_tokens_per_microbatch": 32768,
+        "eval_interval": 1000,
     }  # fmt: skip
     if on_cpu:
         options |= {"prompts_per_step": 2, "group_size": 2}
-    run_dir = train("grpo", directory, **options)
-    row = timings(f"Qwen2.5-0.5B's size, {args.engine}", run_dir)
-    yield (
-        f"# A random model of Qwen2.5-0.5B's size on a GPU, 32 × 8 responses a step\n\n{timing_table([row])}\n",
-        run_dir,
-    )
+    run_dir = train("grpo", directory, "qwen", **options)
+    table = timing_table([timings(f"Qwen2.5-0.5B's size, {args.engine}", run_dir)])
+    title = "# A random model of Qwen2.5-0.5B's size on a GPU, 32 × 8 responses a step"
+    yield f"{title}\n\n{table}\n", run_dir
 
 
 def main(args):

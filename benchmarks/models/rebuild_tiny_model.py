@@ -1,6 +1,6 @@
 """Is the bundled model what its script builds?
 
-    python benchmarks/rebuild_tiny_model.py     as long as the build, some ten minutes on one core
+    python benchmarks/models/rebuild_tiny_model.py     ten minutes on one core
 
 Rebuilds `common/tiny_model/` elsewhere and compares. On the machine and versions named in the
 report the weights are the same bit for bit; on others last bits may differ, and the report says by
@@ -16,11 +16,11 @@ from pathlib import Path
 import tyro
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import reporting
-from benchmarks.launcher import ROOT
-from common.runlog import describe_environment
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import ROOT
+from common.environment import describe_environment
 
 
 @dataclass
@@ -32,28 +32,19 @@ class Args:
 def main(args):
     kept = ROOT / "common" / "tiny_model"
     with tempfile.TemporaryDirectory() as directory:
-        subprocess.run(
-            [sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory],
-            check=True,
-        )
+        command = [sys.executable, ROOT / "common" / "build_tiny_model.py", "--output", directory]
+        subprocess.run(command, check=True)  # which shows how far it is
         rebuilt = Path(directory)
-        rows = [
-            [
-                f"`{path.name}`",
-                "the same"
-                if path.read_bytes() == (rebuilt / path.name).read_bytes()
-                else "different",
-            ]
-            for path in sorted(kept.iterdir())
-        ]
-        ours, theirs = (
-            load_file(kept / "model.safetensors"),
-            load_file(rebuilt / "model.safetensors"),
-        )
+        rows = []
+        for path in sorted(kept.iterdir()):
+            same = path.read_bytes() == (rebuilt / path.name).read_bytes()
+            rows.append([f"`{path.name}`", "the same" if same else "different"])
+        ours, theirs = (load_file(where / "model.safetensors") for where in (kept, rebuilt))
         difference = max((ours[name] - theirs[name]).abs().max().item() for name in ours)
     report = f"""# The bundled model, rebuilt
 
-`python benchmarks/rebuild_tiny_model.py` built `common/tiny_model/` again and compared the files.
+`python benchmarks/models/rebuild_tiny_model.py` built `common/tiny_model/` again and compared the
+files.
 
 {reporting.table(["file", "bytes"], rows)}
 

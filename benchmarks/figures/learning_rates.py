@@ -1,6 +1,6 @@
 """How much does the learning rate matter, and what are clipping and weighting good for?
 
-    python benchmarks/learning_rates.py         ten minutes on two otherwise idle cores
+    python benchmarks/figures/learning_rates.py         ten minutes on two otherwise idle cores
 
 Three learning rates × four losses (GRPO, REC-OneSide-NoIS, RED-Weight, and plain REINFORCE with the
 group's mean as baseline) at `sync_interval = 20`: one seed, 150 steps of 64 rollouts, task and
@@ -17,15 +17,16 @@ from pathlib import Path
 
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks import algorithms, reporting
-from benchmarks.launcher import Run, run_all
-from benchmarks.reporting import column, table
+from benchmarks.figures import algorithms
+from benchmarks.helpers import reporting
+from benchmarks.helpers.launcher import Run, as_options, run_all
+from benchmarks.helpers.reporting import column, table
 
 PLAIN = "REINFORCE (ε = ∞)"
-LOSSES = {label: (script, ()) for label, script in algorithms.SCRIPTS.items()}
-LOSSES[PLAIN] = ("rec_oneside_nois", ("--clip-low", "inf", "--clip-high", "inf"))
+LOSSES = {label: (script, {}) for label, script in algorithms.SCRIPTS.items()}
+LOSSES[PLAIN] = ("rec_oneside_nois", {"clip_low": "inf", "clip_high": "inf"})
 COLOURS = {**algorithms.COLOURS, PLAIN: "tab:gray"}
 
 
@@ -46,29 +47,25 @@ class Args:
 
 
 def main(args):
-    common = (
-        f"--seed {args.seed} --sync-interval 20 --threads 1 --serial --prompts-per-step 8".split()
-    )
-    common += ["--temperature", str(algorithms.Args.temperature), "--task", algorithms.TASK]
-    runs = {
-        (label, rate): Run(
-            f"{label}-{rate:g}", script, [*common, "--learning-rate", str(rate), *options]
-        )
-        for rate in args.learning_rates
-        for label, (script, options) in LOSSES.items()
-    }
+    shared = {
+        "seed": args.seed, "sync_interval": 20, "threads": 1, "serial": True, "prompts_per_step": 8,
+        "temperature": algorithms.Args.temperature, "task": algorithms.TASK,
+    }  # fmt: skip
+    runs = {}
+    for rate in args.learning_rates:
+        for label, (script, own) in LOSSES.items():
+            options = as_options(shared | {"learning_rate": rate} | own)
+            runs[label, rate] = Run(f"{label}-{rate:g}", script, options)
     run_all(list(runs.values()), args.steps, args.runs, args.jobs)
     records = {key: reporting.read_steps(args.runs / run.name) for key, run in runs.items()}
 
-    figure, axes = reporting.new_figure(
-        ["Training Reward"] * len(args.learning_rates), "Training Steps", sharey=True
-    )
+    labels = ["Training Reward"] * len(args.learning_rates)
+    figure, axes = reporting.new_figure(labels, "Training Steps", sharey=True)
     for axis, rate in zip(axes, args.learning_rates, strict=True):
         axis.set_title(f"learning rate {rate:g}")
         for label in LOSSES:
-            reporting.plot_band(
-                axis, [records[label, rate]], "reward/mean", "step", label, COLOURS[label]
-            )
+            run = [records[label, rate]]
+            reporting.plot_band(axis, run, "reward/mean", "step", label, COLOURS[label])
     reporting.save_figure(figure, axes[0], args.output / "strip.png")
     groups = {f"{label}, {rate:g}": [one] for (label, rate), one in records.items()}
     reporting.write_curves(args.output / "curves.csv", groups, [args.seed], ["step", "reward/mean"])
@@ -80,10 +77,10 @@ def main(args):
     rows = [[label, *(accuracy(label, rate) for rate in args.learning_rates)] for label in LOSSES]
     report = f"""# Learning rates, and plain REINFORCE, at `sync_interval = 20`
 
-`python benchmarks/learning_rates.py`: held-out accuracy (greedy) after {args.steps} steps of 64 rollouts, seed
-{args.seed}; in brackets the best of the evaluations on the way. As in `algorithms.py`, a right answer earns
-{algorithms.RIGHT}, and the temperature is {algorithms.Args.temperature}. With a single seed, differences of a few
-hundredths mean nothing.
+`python benchmarks/figures/learning_rates.py`: held-out accuracy (greedy) after {args.steps} steps
+of 64 rollouts, seed {args.seed}; in brackets the best of the evaluations on the way. As in
+`algorithms.py`, a right answer earns {algorithms.RIGHT}, and the temperature is
+{algorithms.Args.temperature}. With a single seed, differences of a few hundredths mean nothing.
 
 {table(["loss", *(f"learning rate {rate:g}" for rate in args.learning_rates)], rows)}
 

@@ -2,7 +2,8 @@
 as JSON.
 
 For example:
-    python grpo.py --model DIRECTORY --learning-rate 1e-5 --task benchmarks/chat_tasks.py:Extraction
+    python grpo.py --model DIRECTORY --learning-rate 1e-5 \
+        --task benchmarks/models/chat_tasks.py:Extraction
 """
 
 import json
@@ -12,10 +13,14 @@ import zlib
 from common.tasks import Task
 
 WORDS = {
-    "name": "Aisha Bruno Carla Dmitri Elif Farid Greta Hana Igor Jonas Keiko Lucia Mateo Nadia Oscar Priya Rosa Tariq",
-    "job": "baker carpenter chemist cook dentist farmer lawyer nurse painter pilot plumber teacher writer",
-    "city": "Ankara Bergen Cordoba Dakar Eindhoven Florence Geneva Hanoi Izmir Jaipur Kyoto Leeds Malmo Naples Porto",
-    "positive": "brilliant charming comfortable delightful excellent friendly lovely perfect superb wonderful",
+    "name": "Aisha Bruno Carla Dmitri Elif Farid Greta Hana Igor Jonas Keiko Lucia Mateo Nadia "
+    "Oscar Priya Rosa Tariq",
+    "job": "baker carpenter chemist cook dentist farmer lawyer nurse painter pilot plumber teacher "
+    "writer",
+    "city": "Ankara Bergen Cordoba Dakar Eindhoven Florence Geneva Hanoi Izmir Jaipur Kyoto Leeds "
+    "Malmo Naples Porto",
+    "positive": "brilliant charming comfortable delightful excellent friendly lovely perfect "
+    "superb wonderful",
     "negative": "awful boring broken dirty disappointing horrible noisy rude terrible useless",
     "thing": "book concert film guide hotel laptop lecture meal museum phone room train",
 }
@@ -53,10 +58,8 @@ class Sentiment(Templated):
             f"What a {one} {thing}! And the {place}: simply {other}.",
             f"A {one} {thing}; the {place} that came with it was just as {other}.",
         ])  # fmt: skip
-        return (
-            f"Review: {review}\nIs this review positive or negative? Answer with one word.",
-            answer,
-        )
+        question = "Is this review positive or negative? Answer with one word."
+        return f"Review: {review}\n{question}", answer
 
     def reward(self, problem, response):
         return float(response.strip().rstrip(".").lower() == problem["answer"])
@@ -76,14 +79,14 @@ class Extraction(Templated):
     keys = ("name", "age", "city")
 
     def make_problem(self, rng):
-        person = {"age": rng.randint(18, 79)} | {
-            kind: rng.choice(WORDS[kind].split()) for kind in self.keys if kind != "age"
-        }
+        person = {"age": rng.randint(18, 79)}
+        for kind in self.keys:
+            if kind != "age":
+                person[kind] = rng.choice(WORDS[kind].split())
         *most, last = (f'"{key}"' for key in self.keys)
-        order = f"Write this as a JSON object with the keys {', '.join(most)} and {last}. Answer with the JSON only."
-        return f"{rng.choice(self.sentences).format(**person)}\n{order}", {
-            key: person[key] for key in self.keys
-        }
+        order = f"Write this as a JSON object with the keys {', '.join(most)} and {last}."
+        text = f"{rng.choice(self.sentences).format(**person)}\n{order} Answer with the JSON only."
+        return text, {key: person[key] for key in self.keys}
 
     def reward(self, problem, response):
         found = json_object(response)
@@ -112,11 +115,12 @@ class FourKeys(Extraction):
         exact, found = super().reward(problem, response), as_text(json_object(response) or {})
         right = sum(found.get(key) == value for key, value in as_text(problem["answer"]).items())
         keys = sum(key in found for key in self.keys)
-        share = {
+        return {
+            "accuracy": exact["reward"],
+            "parses": exact["parses"],
             "reward": right / max(len(self.keys), len(found)),
             "keys_present": keys / len(self.keys),
         }
-        return {"accuracy": exact["reward"], "parses": exact["parses"], **share}
 
 
 def json_object(text):
