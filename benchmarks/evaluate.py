@@ -46,6 +46,7 @@ from common.models import (
     load_model,
     load_tokenizer,
 )
+from common.options import option
 from common.rollouts import make_rollouts
 from common.sampling import Plan
 from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler
@@ -76,13 +77,13 @@ class Args:
     """training data, from which some tasks hold problems out; empty for the task's own"""
     eval_data: str = grpo.Args.eval_data
     """held-out data; empty for the task's own"""
-    eval_size: int = grpo.Args.eval_size
+    eval_size: int = option(grpo.Args.eval_size, at_least=1)
     """number of held-out problems"""
-    max_prompt_tokens: int = grpo.Args.max_prompt_tokens
+    max_prompt_tokens: int = option(grpo.Args.max_prompt_tokens, at_least=1)
     """problems with longer prompts are left out"""
-    max_response_tokens: int = grpo.Args.max_response_tokens
+    max_response_tokens: int = option(grpo.Args.max_response_tokens, at_least=1)
     """longer responses are cut off here"""
-    temperature: float = grpo.Args.temperature
+    temperature: float = option(grpo.Args.temperature, above=0)
     """softmax temperature of the sampled responses"""
     engine: Literal["transformers", "vllm"] = grpo.Args.engine
     """what samples the responses"""
@@ -90,9 +91,9 @@ class Args:
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = grpo.Args.precision
     """of matrix products"""
-    threads: int = grpo.Args.threads
+    threads: int = option(grpo.Args.threads, at_least=0)
     """CPU threads; 0 means 2"""
-    seed: int = grpo.Args.seed
+    seed: int = option(grpo.Args.seed, at_least=0)
     """seed of sampling"""
 
 

@@ -18,7 +18,7 @@ import copy
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,7 +75,7 @@ def main(args):
         "`TransformersSampler`, with log-probs": TransformersSampler(model, eos_ids, *generation)
     }
     if find_spec("vllm"):
-        options = dataclasses.replace(
+        options = replace(
             DEFAULTS,
             model=args.model,
             engine="vllm",
@@ -84,7 +84,7 @@ def main(args):
             prompts_per_step=P,
             max_response_tokens=max_tokens,
         )
-        few = dataclasses.replace(problems, prompts=prompts)
+        few = replace(problems, prompts=prompts)
         engine = make_rollouts(options, few, few, model, tokenizer, args.precision).sampler
         tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
         deliver(engine, tensors, describe(model, 0, args.precision))
