@@ -296,9 +296,9 @@ class VllmSampler(Sampler):
 def _packed_head(model):
     """The packed copy of the output head's weights that vLLM computes with on a CPU; else None.
 
-    It is made after loading. A head tied to the embeddings owns no weights, so that reloading passes
-    it over, and its packed copy silently stays the old one. So the head is packed again wherever a
-    reload has left the very same copy in place.
+    It is made after loading. A head tied to the embeddings owns no weights, so that reloading
+    passes it over, and its packed copy silently stays the old one. So the head is packed again
+    wherever a reload has left the very same copy in place.
     """
     return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
 
