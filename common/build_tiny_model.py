@@ -1,5 +1,6 @@
-"""Build the tiny language model that the scripts train by default: `python
-common/build_tiny_model.py`.
+"""Build the tiny language model that the scripts train by default.
+
+    python common/build_tiny_model.py
 
 Reinforcement fine-tuning needs a policy that already succeeds now and then. This script makes one
 small enough to be trained on any laptop: a 0.4 M-parameter Qwen3, warm-started by supervised
@@ -35,9 +36,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-sys.path.insert(
-    0, str(Path(__file__).resolve().parent.parent)
-)  # run as a script, `common` is not yet importable
+# Run as a script, `common` is not yet importable.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.tasks.addition import addition_problem, is_held_out
 
@@ -114,8 +114,9 @@ def training_example(rng, args):
 
 
 def build_tokenizer(rng, args):
-    """Byte-level BPE over the training text: digits stay single, frequent words become one token,
-    any text encodes.
+    """Byte-level BPE over the training text.
+
+    Digits stay single, frequent words become one token, and any text can be encoded.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -141,14 +142,7 @@ def build_tokenizer(rng, args):
     )
 
 
-def main(args):
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    rng = random.Random(args.seed)
-
-    tokenizer = (
-        AutoTokenizer.from_pretrained(args.start) if args.start else build_tokenizer(rng, args)
-    )
+def build_model(tokenizer):
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=96,
@@ -163,28 +157,51 @@ def main(args):
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
     )
-    model = Qwen3ForCausalLM.from_pretrained(args.start) if args.start else Qwen3ForCausalLM(config)
-    print(sum(p.numel() for p in model.parameters()), len(tokenizer))
+    return Qwen3ForCausalLM(config)
+
+
+def training_batch(tokenizer, rng, args):
+    """Tokens and labels [B, T] of one step; a label of −100 is not learnt."""
+    rows = []
+    for _ in range(args.batch_size):
+        prompt, solution = training_example(rng, args)
+        prompt_ids = tokenizer.encode(prompt)
+        solution_ids = [*tokenizer.encode(solution), tokenizer.eos_token_id]
+        rows.append((prompt_ids + solution_ids[: args.max_solution_tokens], len(prompt_ids)))
+
+    width = max(len(tokens) for tokens, _ in rows)
+    padded = [tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows]
+    tokens_BT = torch.tensor(padded)
+    labels_BT = tokens_BT.clone()
+    for row, (tokens, prompt_length) in enumerate(rows):
+        labels_BT[row, :prompt_length] = -100
+        labels_BT[row, len(tokens) :] = -100
+    return tokens_BT, labels_BT
+
+
+def main(args):
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+
+    if args.start:
+        tokenizer = AutoTokenizer.from_pretrained(args.start)
+        model = Qwen3ForCausalLM.from_pretrained(args.start)
+    else:
+        tokenizer = build_tokenizer(rng, args)
+        model = build_model(tokenizer)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(num_parameters, len(tokenizer))
+
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=args.learning_rate, weight_decay=0.0, betas=(0.9, 0.99)
     )
-    for step in (bar := tqdm(range(args.steps), desc="warm start")):
-        rows = []
-        for _ in range(args.batch_size):
-            prompt, solution = training_example(rng, args)
-            prompt_ids = tokenizer.encode(prompt)
-            solution_ids = [*tokenizer.encode(solution), tokenizer.eos_token_id]
-            rows.append((prompt_ids + solution_ids[: args.max_solution_tokens], len(prompt_ids)))
-        width = max(len(tokens) for tokens, _ in rows)
-        tokens_BT = torch.tensor(
-            [tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows]
-        )
-        labels_BT = tokens_BT.clone()
-        for row, (tokens, prompt_length) in enumerate(rows):
-            labels_BT[row, :prompt_length] = -100
-            labels_BT[row, len(tokens) :] = -100
-        decay = min(1.0, (step + 1) / 50) * (1.0 - step / args.steps)
-        optimizer.param_groups[0]["lr"] = args.learning_rate * decay
+    bar = tqdm(range(args.steps), desc="warm start")
+    for step in bar:
+        tokens_BT, labels_BT = training_batch(tokenizer, rng, args)
+        warm_up = min(1.0, (step + 1) / 50)
+        decay = 1.0 - step / args.steps
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (warm_up * decay)
         logits_BTV = model(input_ids=tokens_BT[:, :-1]).logits
         loss = F.cross_entropy(
             logits_BTV.flatten(0, 1), labels_BT[:, 1:].flatten(), ignore_index=-100

@@ -1,21 +1,23 @@
-"""What rollouts.jsonl records: some responses token by token, as the page of rollouts shows them."""
+"""What rollouts.jsonl records: some responses token by token, for the page of rollouts."""
 
 import math
 
-# Of a recorded step: the first groups of its batch, so that runs with the same seed show the same
-# prompts, and an equal share of so many tokens for each response
+# Recorded of a step: the first groups of its batch, so that runs with the same seed show the same
+# prompts
 GROUPS = 2
+# Tokens recorded of a step; each of its responses gets an equal share.
 MOST_TOKENS = 16_384
-HELD_OUT = 4  # held-out problems whose answers are recorded at each evaluation
+# Held-out problems whose answers are recorded at each evaluation
+HELD_OUT = 4
 
 
 def token_values(micro, rows):
     """Values of the response tokens of a micro-batch: {row: {name: list}}, for those among `rows`.
 
-    Call it after the backward pass. With L the loss, `push` is −∂L/∂log π of a token over its weight
-    in the loss: in which direction, and how strongly, the update pushes the token's log-prob. It is
-    0 where the loss clipped the token. It is missing where there was no backward pass, as
-    `to_reference` is without a reference.
+    Call it after the backward pass. With L the loss, `push` is −∂L/∂log π of a token over its
+    weight in the loss: in which direction, and how strongly, the update pushes the token's
+    log-prob. It is 0 where the loss clipped the token. It is missing where there was no backward
+    pass, as `to_reference` is without a reference.
     """
     lp_BT = micro.logprobs_BT.detach().double()
     values = {
@@ -30,7 +32,8 @@ def token_values(micro, rows):
     found = {}
     for place, row in enumerate(micro.rows):
         if row in rows:
-            tokens = micro.mask_BT[place].nonzero().squeeze(1)[: MOST_TOKENS // len(rows)]
+            tokens = micro.mask_BT[place].nonzero().squeeze(1)
+            tokens = tokens[: MOST_TOKENS // len(rows)]
             found[row] = {name: all_BT[place, tokens].tolist() for name, all_BT in values.items()}
     return found
 
@@ -79,23 +82,27 @@ def token_texts(tokenizer, ids):
     Of tokens that share a character, as bytes of an emoji do, the last has it and the others are
     empty.
     """
-    texts, start, read = (
-        [],
-        0,
-        0,
-    )  # ids[start:read] are decoded again, since a token's space depends on the one before
+    texts = []
+    # ids[start:read] are decoded again, since a token's space depends on the token before it.
+    start = 0
+    read = 0
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end])
         if text.endswith("\ufffd") and end < len(ids):
             texts.append("")
         else:
-            texts.append(text[len(tokenizer.decode(ids[start:read])) :])
+            known = tokenizer.decode(ids[start:read])
+            texts.append(text[len(known) :])
             start, read = read, end
     return texts
 
 
 def rounded(value):
     """A number, or each of a list, to three significant digits; None for what is not finite."""
-    if value is None or isinstance(value, list):
-        return value and [rounded(one) for one in value]
-    return float(f"{value:.3g}") + 0.0 if math.isfinite(value) else None  # (no −0)
+    if value is None:
+        return None
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    if not math.isfinite(value):
+        return None
+    return float(f"{value:.3g}") + 0.0  # the sum, because −0.0 + 0.0 is 0.0

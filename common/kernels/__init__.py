@@ -1,8 +1,7 @@
-"""Fast ways from hidden states to log-probs and entropies: `triton.py` on a GPU, `cpu.py` on a CPU;
-here, what both do.
+"""Fast ways from hidden states to log-probs and entropies.
 
-With hidden states h [N, H], output head W [V, H] and target tokens y [N], the logits are z = W h, p
-= softmax(z), and
+`triton.py` computes them on a GPU, `cpu.py` on a CPU; here is what both do. With hidden states
+h [N, H], output head W [V, H] and target tokens y [N], the logits are z = W h, p = softmax(z), and
 
     logprob = z_y − logsumexp(z)                         ∂ logprob / ∂z_v = 1[v = y] − p_v
     entropy = −Σ_v p_v log p_v                           ∂ entropy / ∂z_v = −p_v (log p_v + entropy)
@@ -23,14 +22,18 @@ import math
 import torch
 from torch.nn.functional import logsigmoid
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+LOG2_E = math.log2(math.e)
+LN_2 = math.log(2)
 
 
 def target_against_others(odds_N, entropy_of_others_N):
-    """Log-prob of the target and entropy: of whether it is the target, and if not, of which of the
-    others it is.
+    """Log-prob of the target, and entropy, from the target's log-odds.
+
+    The entropy is that of whether the token is the target, and if not, of which of the others it
+    is.
     """
-    p_target_N, p_others_N = odds_N.sigmoid(), (-odds_N).sigmoid()
+    p_target_N = odds_N.sigmoid()
+    p_others_N = (-odds_N).sigmoid()
     entropy_N = (
         torch.special.entr(p_target_N)
         + torch.special.entr(p_others_N)
@@ -40,13 +43,15 @@ def target_against_others(odds_N, entropy_of_others_N):
 
 
 def gradient_at_target(odds_N, entropy_N, a_N, b_N):
-    """The target's entry of a (1[v = y] − p) − b p (log p + entropy), for upstream gradients a and
-    b.
+    """The target's entry of the gradient with respect to the logits.
+
+    That is a (1 − p) − b p (log p + entropy), for upstream gradients a of the log-prob and b of the
+    entropy.
     """
     p_target_N = odds_N.sigmoid()
-    return a_N * (-odds_N).sigmoid() - b_N * (
-        p_target_N * entropy_N - torch.special.entr(p_target_N)
-    )
+    p_others_N = (-odds_N).sigmoid()
+    by_entropy_N = p_target_N * entropy_N - torch.special.entr(p_target_N)
+    return a_N * p_others_N - b_N * by_entropy_N
 
 
 def live_rows(dlogprobs_N, dentropy_N, *tensors):
@@ -56,6 +61,6 @@ def live_rows(dlogprobs_N, dentropy_N, *tensors):
     products.
     """
     live = ((dlogprobs_N != 0) | (dentropy_N != 0)).nonzero().squeeze(1)
-    return live, *(
-        tensors if len(live) == len(dlogprobs_N) else (tensor[live] for tensor in tensors)
-    )
+    if len(live) == len(dlogprobs_N):  # all of them: nothing to copy
+        return live, *tensors
+    return live, *(tensor[live] for tensor in tensors)

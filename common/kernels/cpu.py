@@ -7,50 +7,53 @@ from torch.nn.functional import logsigmoid
 from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
 from common.layers import linear
 
+# Vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last-level cache
+# between passes.
 SLICE = 4096
-"""vocabulary entries in a slice; with 512 rows its 8 MB of float32 stay in a CPU's last cache
-between passes
-"""
 
 
 def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
-    """The plain expression, which holds several N × V tensors. See `logprobs.logprobs_and_entropy`."""
-    # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Its products are exact in
-    # float32.
+    """The plain expression, which holds several N × V tensors.
+
+    Arguments and results are those of `logprobs.logprobs_and_entropy`.
+    """
+    # bf16 has 8 bits: a logit of 20 rounded to it is off by up to 0.06. Products of bf16 numbers
+    # are exact in float32.
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
-    logits_NV = linear(hidden_NH.to(dtype), weight_VH.to(hidden_NH.dtype).to(dtype))
+    rounded_VH = weight_VH.to(hidden_NH.dtype)
+    logits_NV = linear(hidden_NH.to(dtype), rounded_VH.to(dtype))
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     logprobs_N = logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     # p log p → 0 as p → 0, also where a masked vocabulary entry has log p = −inf.
-    entropy_N = -(logprobs_NV.exp() * logprobs_NV.clamp(min=torch.finfo(dtype).min)).sum(dim=-1)
+    finite_NV = logprobs_NV.clamp(min=torch.finfo(dtype).min)
+    entropy_N = -(logprobs_NV.exp() * finite_NV).sum(dim=-1)
     return logprobs_N, entropy_N
 
 
 class SlicedLogprobs(torch.autograd.Function):
-    """`logprobs.logprobs_and_entropy` in slices of V: one pass for the sums, and one backward, for
-    the gradients.
+    """`logprobs.logprobs_and_entropy` in slices of V.
 
-    Walking over V with all rows at once, rather than over N, makes each slice of dW one product,
-    written once.
+    There is one pass over V for the sums, and one in the backward pass for the gradients. Walking
+    over V with all rows at once, rather than over N, makes each slice of dW one product, written
+    once.
 
     PyTorch on a CPU returns a bf16 product rounded to bf16, which is too coarse for a logit of 20.
     But what a softmax needs are *differences* of logits, and those that matter are small: among the
     others, entry v has the share exp(z_v − log s), which is largest where z_v − log s is nearest to
     0. So a centre c close to the largest logits of the others is subtracted inside of the product
-      (which rounds once, at its end), and rounding then costs a share q no
-    more than 2⁻⁸ |log q| of itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the
-    gradient. The target's logit, the one number that shows by itself, is computed in float32.
+    (which rounds once, at its end), and rounding then costs a share q no more than 2⁻⁸ |log q| of
+    itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the gradient. The target's
+    logit, the one number that shows by itself, is computed in float32.
     """
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N):
-        targeted_N = (hidden_NH.float() * weight_VH[targets_N].to(hidden_NH.dtype).float()).sum(
-            dim=1
-        )
+        target_weight_NH = weight_VH[targets_N].to(hidden_NH.dtype)
+        targeted_N = (hidden_NH.float() * target_weight_NH.float()).sum(dim=1)
         centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
-        # In bits (base 2, which is the fastest exponential): x = (z − c) log₂e; these are Σ 2^x and
-        # Σ 2^x x.
-        sum_N, weighted_N = torch.zeros_like(targeted_N), torch.zeros_like(targeted_N)
+        # In bits (base 2, which is the fastest exponential), with x = (z − c) log₂e
+        sum_N = torch.zeros_like(targeted_N)  # Σ 2^x
+        weighted_N = torch.zeros_like(targeted_N)  # Σ 2^x x
         # How far the largest logit may be above the centre. In bf16, 1 costs log-probs 2e-4 on
         # average and 1e-3 at most. In float32 2^x must stay in range.
         limit = 1.0 if hidden_NH.dtype == torch.bfloat16 else 16.0
@@ -63,10 +66,8 @@ class SlicedLogprobs(torch.autograd.Function):
             peak_N = logits_vN.amax(dim=0).float()
             # Rows that meet larger logits than before get a centre up there, and their slice of
             # logits once more. The first centre, the target's logit, may be too high as well.
-            too_low_N, too_high_N = (
-                peak_N > limit,
-                (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0),
-            )
+            too_low_N = peak_N > limit
+            too_high_N = (peak_N < -limit) & peak_N.isfinite() & (sum_N == 0)
             rows = (too_low_N | too_high_N).nonzero().squeeze(1)
             if len(rows):
                 centre = (centre_N[rows].float() + peak_N[rows]).to(hidden_NH.dtype)
@@ -76,8 +77,8 @@ class SlicedLogprobs(torch.autograd.Function):
                 centre_N[rows] = centre
                 logits_vN[:, rows] = linear(weight_vH, hidden_NH[rows], -centre)
                 logits_vN[target_places] = -torch.inf
-            # 2^−1000 is 0 in float32; the −inf of targets and masked entries would make NaN of 2^x
-            # x.
+            # 2^−1000 is 0 in float32; with the −inf of targets and masked entries, 2^x x would be
+            # NaN.
             x_vN = logits_vN.float().mul_(LOG2_E).clamp_(min=-1000.0)
             powers_vN = x_vN.exp2()
             sum_N += powers_vN.sum(dim=0)
@@ -86,9 +87,11 @@ class SlicedLogprobs(torch.autograd.Function):
         sum_N.clamp_(min=torch.finfo(torch.float32).tiny)  # where nothing but the target is allowed
         log_sum_N = sum_N.log()
         odds_N = (targeted_N - centre_N.float()) - log_sum_N
-        logprobs_N, entropy_N = target_against_others(odds_N, log_sum_N - LN_2 * weighted_N / sum_N)
-        # For the backward pass: the centre that is nearest to log s, and what log p_v is below z_v
-        # − centre.
+        entropy_of_others_N = log_sum_N - LN_2 * weighted_N / sum_N
+        logprobs_N, entropy_N = target_against_others(odds_N, entropy_of_others_N)
+
+        # For the backward pass: the centre that is nearest to log s, and by how much log p_v is
+        # below z_v − centre.
         near_N = (centre_N.float() + log_sum_N).to(hidden_NH.dtype)
         rest_N = log_sum_N + (centre_N.float() - near_N.float()) - logsigmoid(-odds_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
@@ -102,15 +105,16 @@ class SlicedLogprobs(torch.autograd.Function):
             a_N, b_N, hidden_NH, *per_row, a_N, b_N
         )
         at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
-        # Of log p + entropy, the difference of two nearly equal numbers where p is flat, bf16 would
-        # leave nothing.
+        # log p + entropy is the difference of two nearly equal numbers where p is flat: in bf16
+        # nothing would be left of it.
         has_entropy = bool((b_n != 0).any())
         dtype = torch.float32 if has_entropy else hidden_NH.dtype
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from
         # the others.
-        dhidden_nH = at_target_n.unsqueeze(1) * weight_VH[targets_n].to(hidden_NH.dtype).float()
+        target_weight_nH = weight_VH[targets_n].to(hidden_NH.dtype)
+        dhidden_nH = at_target_n.unsqueeze(1) * target_weight_nH.float()
         dweight_VH = None
         if wants_weight:
             dweight_VH = torch.empty_like(weight_VH) if len(live) else torch.zeros_like(weight_VH)
@@ -139,14 +143,15 @@ class SlicedLogprobs(torch.autograd.Function):
                 grad_vn[places] = 0.0
                 dhidden_nH += torch.autograd.grad(logits_vn, factor_nH, grad_vn)[0]
 
-        return (
-            torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)),
-            dweight_VH,
-            None,
-        )
+        dhidden_NH = torch.zeros_like(hidden_NH)
+        dhidden_NH.index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
+        return dhidden_NH, dweight_VH, None
 
 
 def _targets_within(targets_N, start, width):
-    """Places of the targets in the slice of `width` entries from `start`, [v, N]: entries and rows."""
+    """Places of the targets in the slice of `width` entries from `start`.
+
+    Two indices of a slice [v, N]: entries and rows.
+    """
     rows = ((targets_N >= start) & (targets_N < start + width)).nonzero().squeeze(1)
     return targets_N[rows] - start, rows

@@ -1,16 +1,19 @@
-"""Log-probs and entropies in Triton kernels, for GPUs; `__init__.py` beside this file says what
-they compute.
+"""Log-probs and entropies in Triton kernels, for GPUs.
 
-Inside, everything is in bits, base 2, since a GPU's exponential is 2^x: x = log₂e · h Wᵀ, and over
-all entries but the target m = max_v x_v, s = Σ_v 2^(x_v − m). So p_v = 2^((x_v − m) − r) with r =
-log₂ s − log₂(1 − p_y). (m + r is not formed: next to an m of 1,000 it would lose r its last three
-digits.) Products are taken in the dtype of h and W, bf16 as a rule, and summed in float32, and x
-never leaves float32 registers: rounding a logit of 20 to bf16 would shift its log-prob by up to
-0.06.
+`__init__.py` beside this file says what they compute. Inside, everything is in bits, base 2, since
+a GPU's exponential is 2^x. With x = log₂e · h Wᵀ, and over all entries but the target,
 
-    forward     one pass over V: Σ 2^x, Σ 2^x x and x_y per row                  2·N·H·V operations
-    backward    x again, slice by slice of V, gradients as they go by           +6·N·H·V, for N rows
-    with a gradient
+    m = max_v x_v        s = Σ_v 2^(x_v − m)        r = log₂ s − log₂(1 − p_y)
+
+    p_v = 2^((x_v − m) − r)
+
+(m + r is not formed: next to an m of 1,000, r would lose its last three digits.) Products are taken
+in the dtype of h and W, bf16 as a rule, and summed in float32, and x never leaves float32
+registers: rounding a logit of 20 to bf16 would shift its log-prob by up to 0.06.
+
+    forward     one pass over V: Σ 2^x, Σ 2^x x and x_y per row           2·N·H·V operations
+    backward    x again, slice by slice of V, gradients as they go by     6·N·H·V operations,
+                                                                          for N rows with a gradient
 
 Products whose factors both exist in memory (dW = Gᵀ h, dh = G W, for a slice G of the logits'
 gradient) are left to cuBLAS. Triton does the products that must not be written out: those that make
@@ -28,14 +31,13 @@ from torch.nn.functional import logsigmoid
 
 from common.kernels import LN_2, LOG2_E, gradient_at_target, live_rows, target_against_others
 
+# Vocabulary entries that one program of the forward kernel walks over at most
 SPLIT = 8192
-"""vocabulary entries that one program of the forward kernel walks over at most"""
+# Size of a slice of the logits' gradient; for every slice all of dh is read and written.
 SLICE_BYTES = 2**28
-"""size of a slice of the logits' gradient; for every slice all of dh is read and written"""
+# Row blocks that neighbouring programs share, so that 16 blocks of h and 8 of W stay in the level-2
+# cache
 GROUP = 16
-"""row blocks that neighbouring programs share, so that 16 blocks of h and 8 of W stay in the
-level-2 cache
-"""
 
 
 def _blocks(hidden_NH):
@@ -49,29 +51,29 @@ def _blocks(hidden_NH):
     """
     if hidden_NH.dtype != torch.bfloat16:
         return {"BLOCK_N": 64, "BLOCK_V": 64, "BLOCK_H": 32, "num_warps": 4, "num_stages": 2}
-    properties = torch.cuda.get_device_properties(hidden_NH.device) if hidden_NH.is_cuda else None
-    if properties is None or properties.shared_memory_per_block_optin > 200 * 1024:
-        return {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
+    large = {"BLOCK_N": 128, "BLOCK_V": 256, "BLOCK_H": 64, "num_warps": 8, "num_stages": 3}
+    small = {"BLOCK_N": 128, "BLOCK_V": 128, "BLOCK_H": 32, "num_warps": 8, "num_stages": 3}
+    if not hidden_NH.is_cuda:  # Triton's interpreter
+        return large
+    properties = torch.cuda.get_device_properties(hidden_NH.device)
+    return large if properties.shared_memory_per_block_optin > 200 * 1024 else small
 
 
 def _split(N, V, blocks, device):
-    """Vocabulary entries per program of the forward kernel: as many programs as fill the GPU a
-    whole number of times.
+    """Vocabulary entries per program of the forward kernel.
 
-    For example, 768 rows are 6 blocks of 128. Splits of 8,192 of V = 151,936 would make 114
-    programs, and 18 of a Hopper's 132 multiprocessors would idle; with 22 splits of 6,912 none
-    does.
+    They are chosen for as many programs as fill the GPU a whole number of times. For example, 768
+    rows are 6 blocks of 128. Splits of 8,192 of V = 151,936 would make 114 programs, and 18 of a
+    Hopper's 132 multiprocessors would idle; with 22 splits of 6,912 none does.
     """
-    multiprocessors = (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 132
-    )
+    multiprocessors = 132
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     row_blocks = max(1, triton.cdiv(N, blocks["BLOCK_N"]))
     times = triton.cdiv(row_blocks * triton.cdiv(V, SPLIT), multiprocessors)
     num_splits = max(1, times * multiprocessors // row_blocks)
-    return triton.cdiv(triton.cdiv(V, num_splits), blocks["BLOCK_V"]) * blocks["BLOCK_V"]
+    entries = triton.cdiv(V, num_splits)
+    return triton.cdiv(entries, blocks["BLOCK_V"]) * blocks["BLOCK_V"]
 
 
 @triton.jit
@@ -79,8 +81,9 @@ def _bits_tile(
     hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_N, BLOCK_V] of x = log₂e · h Wᵀ, summed in float32 along H; 0 outside of the
-    matrices.
+    """One tile [BLOCK_N, BLOCK_V] of x = log₂e · h Wᵀ, summed in float32 along H.
+
+    It is 0 outside of the matrices.
     """
     features = tl.arange(0, BLOCK_H)
     hidden_rows = hidden + rows[:, None].to(tl.int64) * hidden_n
@@ -104,19 +107,21 @@ def _bits_tile(
 
 @triton.jit
 def _block_and_place(num_row_blocks, GROUP: tl.constexpr):
-    """Which row block and which place along the vocabulary this program has: `GROUP` row blocks go
-    first, then on.
+    """Which row block and which place along the vocabulary this program has.
+
+    The first `GROUP` row blocks are done at all places before the next ones begin.
     """
-    program, group_programs = tl.program_id(0), GROUP * (tl.num_programs(0) // num_row_blocks)
+    program = tl.program_id(0)
+    group_programs = GROUP * (tl.num_programs(0) // num_row_blocks)
     first = program // group_programs * GROUP
     height = tl.minimum(num_row_blocks - first, GROUP)
     within = program % group_programs
     return first + within % height, within // height
 
 
-@triton.jit(
-    do_not_specialize=["N"]
-)  # micro-batches have any number of rows, and would be compiled for each kind
+# Triton would compile the kernels once for each kind of N (1, a multiple of 16, any other), and
+# micro-batches have any number of rows.
+@triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     hidden, weight, targets, largest, sums, weighted, targeted,
     N, V, H, hidden_n, hidden_h, weight_v, weight_h, SPLIT,
@@ -138,9 +143,9 @@ def _forward_kernel(
     block, split = _block_and_place(tl.cdiv(N, BLOCK_N), GROUP)
     rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
     target = tl.load(targets + rows, mask=rows < N, other=-1).to(tl.int32)
-    # −1e30 stands for −∞, of masked entries and of a maximum over nothing: 2^−1e30 = 0, and 0 ·
-    # −1e30 is no NaN. If a whole tile is masked its powers are 2⁰, but the first real maximum, here
-    # or in another split, scales them to 0.
+    # −1e30 stands for −∞, of masked entries and of a maximum over nothing: 2^−1e30 = 0, and
+    # 0 · −1e30 is no NaN. If a whole tile is masked its powers are 2⁰, but the first real maximum,
+    # here or in another split, scales them to 0.
     m = tl.full((BLOCK_N,), -1e30, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
@@ -165,9 +170,8 @@ def _forward_kernel(
     tl.store(largest + split * N + rows, m, mask=rows < N)
     tl.store(sums + split * N + rows, s, mask=rows < N)
     tl.store(weighted + split * N + rows, t, mask=rows < N)
-    here = (
-        (rows < N) & (target >= split * SPLIT) & (target < (split + 1) * SPLIT)
-    )  # one split has a row's target
+    # One split has a row's target.
+    here = (rows < N) & (target >= split * SPLIT) & (target < (split + 1) * SPLIT)
     tl.store(targeted + rows, x_target, mask=here)
 
 
@@ -181,8 +185,9 @@ def _gradient_kernel(
 
     Equation, with upstream gradients a and b of log-prob and entropy:
 
-        p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy), and at the target what was
-        computed beforehand
+        p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy)
+
+    and at the target, what was computed beforehand.
 
     Tile walk: one tile of G per program, those of a `GROUP` of row blocks together. `weight` points
     at the slice, whose first entry is `first_column` of the vocabulary; V is the slice's width.
@@ -201,19 +206,14 @@ def _gradient_kernel(
     log2_p = x - tl.load(largest + rows, mask=exists, other=0.0)[:, None]
     log2_p -= tl.load(rest + rows, mask=exists, other=0.0)[:, None]
     log2_p = tl.where(log2_p < -1e30, -1e30, log2_p)
-    surprise = (
-        0.6931471805599453 * log2_p + tl.load(entropy + rows, mask=exists, other=0.0)[:, None]
-    )
+    row_entropy = tl.load(entropy + rows, mask=exists, other=0.0)
+    surprise = 0.6931471805599453 * log2_p + row_entropy[:, None]
     g = -tl.exp2(log2_p) * (a[:, None] + b[:, None] * surprise)
-    g = tl.where(
-        columns[None, :] == target[:, None],
-        tl.load(at_target + rows, mask=exists, other=0.0)[:, None],
-        g,
-    )
+    g_target = tl.load(at_target + rows, mask=exists, other=0.0)
+    g = tl.where(columns[None, :] == target[:, None], g_target[:, None], g)
     places = rows[:, None].to(tl.int64) * V + columns[None, :]
-    tl.store(
-        grad + places, g.to(grad.dtype.element_ty), mask=exists[:, None] & (columns[None, :] < V)
-    )
+    within = exists[:, None] & (columns[None, :] < V)
+    tl.store(grad + places, g.to(grad.dtype.element_ty), mask=within)
 
 
 def _statistics(hidden_NH, weight_VH, targets_N):
@@ -221,21 +221,20 @@ def _statistics(hidden_NH, weight_VH, targets_N):
 
     Returns float32 [N]: log-prob, entropy, log-odds of the target, m, r.
     """
-    (N, H), V, device, blocks = (
-        hidden_NH.shape,
-        len(weight_VH),
-        hidden_NH.device,
-        _blocks(hidden_NH),
-    )
+    N, H = hidden_NH.shape
+    V = len(weight_VH)
+    device = hidden_NH.device
+    blocks = _blocks(hidden_NH)
     split = _split(N, V, blocks, device)
     num_splits = triton.cdiv(V, split)
-    m_SN, s_SN, t_SN = (
-        torch.empty(num_splits, N, dtype=torch.float32, device=device) for _ in range(3)
-    )
+    m_SN = torch.empty(num_splits, N, dtype=torch.float32, device=device)
+    s_SN = torch.empty_like(m_SN)
+    t_SN = torch.empty_like(m_SN)
     x_target_N = torch.empty(N, dtype=torch.float32, device=device)
     if N:
+        num_programs = triton.cdiv(N, blocks["BLOCK_N"]) * num_splits
         with torch.cuda.device_of(hidden_NH):
-            _forward_kernel[(triton.cdiv(N, blocks["BLOCK_N"]) * num_splits,)](
+            _forward_kernel[(num_programs,)](
                 hidden_NH, weight_VH, targets_N, m_SN, s_SN, t_SN, x_target_N,
                 N, V, H, *hidden_NH.stride(), *weight_VH.stride(), split, GROUP=GROUP, **blocks,
             )  # fmt: skip
@@ -246,29 +245,31 @@ def _statistics(hidden_NH, weight_VH, targets_N):
     log2_s_N = s_N.log2()
     # Differences first: x_y − m is small where x_y itself may be in the thousands.
     odds_N = LN_2 * ((x_target_N - m_N) - log2_s_N)
-    logprobs_N, entropy_N = target_against_others(odds_N, LN_2 * (log2_s_N - t_N / s_N))
-    return logprobs_N, entropy_N, odds_N, m_N, log2_s_N - LOG2_E * logsigmoid(-odds_N)
+    entropy_of_others_N = LN_2 * (log2_s_N - t_N / s_N)
+    logprobs_N, entropy_N = target_against_others(odds_N, entropy_of_others_N)
+    r_N = log2_s_N - LOG2_E * logsigmoid(-odds_N)
+    return logprobs_N, entropy_N, odds_N, m_N, r_N
 
 
 def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
-    """Log-prob of each target and entropy. See `logprobs.logprobs_and_entropy`, which checks the
-    arguments.
+    """Log-prob of each target, and entropy.
+
+    See `logprobs.logprobs_and_entropy`, which checks the arguments.
     """
     return _LogprobsAndEntropy.apply(hidden_NH, weight_VH, targets_N)
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
-    """Walks over V in the backward pass, all live rows at once: a slice of dW is one product, and
-    only dh is a sum.
+    """The backward pass walks over V, with all live rows at once.
+
+    So a slice of dW is one product, and only dh is a sum.
     """
 
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, targets_N):
-        ctx.weight_dtype, weight_VH, targets_N = (
-            weight_VH.dtype,
-            weight_VH.to(hidden_NH.dtype),
-            targets_N.contiguous(),
-        )
+        ctx.weight_dtype = weight_VH.dtype
+        weight_VH = weight_VH.to(hidden_NH.dtype)
+        targets_N = targets_N.contiguous()
         logprobs_N, entropy_N, *rest = _statistics(hidden_NH, weight_VH, targets_N)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, entropy_N, *rest)
         return logprobs_N, entropy_N
@@ -283,36 +284,39 @@ class _LogprobsAndEntropy(torch.autograd.Function):
         at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        (n, H), V, blocks = live_nH.shape, len(weight_VH), _blocks(hidden_NH)
+        n, H = live_nH.shape
+        V = len(weight_VH)
+        blocks = _blocks(hidden_NH)
         dhidden_nH = torch.zeros(n, H, dtype=torch.float32, device=hidden_NH.device)
         dweight_VH = None
         if wants_weight:
-            dweight_VH = (torch.empty_like if n else torch.zeros_like)(
-                weight_VH, dtype=ctx.weight_dtype
-            )
+            dweight_VH = torch.empty_like(weight_VH, dtype=ctx.weight_dtype)
+            if n == 0:
+                dweight_VH.zero_()
         # As many entries of V as fit into SLICE_BYTES, in whole blocks, and at least one block.
-        width = (
-            max(1, SLICE_BYTES // (hidden_NH.element_size() * max(1, n)) // blocks["BLOCK_V"])
-            * blocks["BLOCK_V"]
-        )
+        bytes_per_entry = hidden_NH.element_size() * max(1, n)
+        num_blocks = max(1, SLICE_BYTES // bytes_per_entry // blocks["BLOCK_V"])
+        width = num_blocks * blocks["BLOCK_V"]
+        row_blocks = triton.cdiv(n, blocks["BLOCK_N"])
         for start in range(0, V if n else 0, width):
             weight_vH = weight_VH[start : start + width]
+            v = len(weight_vH)
+            num_programs = row_blocks * triton.cdiv(v, blocks["BLOCK_V"])
             grad_nv = None  # the last slice goes before the next one comes
-            grad_nv = torch.empty(n, len(weight_vH), dtype=hidden_NH.dtype, device=hidden_NH.device)
+            grad_nv = torch.empty(n, v, dtype=hidden_NH.dtype, device=hidden_NH.device)
             with torch.cuda.device_of(hidden_NH):
-                _gradient_kernel[(triton.cdiv(n, blocks["BLOCK_N"]) * triton.cdiv(len(weight_vH), blocks["BLOCK_V"]),)](
-                    live_nH, weight_vH, targets_n, m_n, rest_n, entropy_n, a_n, b_n, at_target_n, grad_nv,
-                    n, len(weight_vH), H, start, *live_nH.stride(), *weight_vH.stride(), GROUP=GROUP, **blocks,
+                _gradient_kernel[(num_programs,)](
+                    live_nH, weight_vH, targets_n, m_n, rest_n, entropy_n, a_n, b_n,
+                    at_target_n, grad_nv, n, v, H, start, *live_nH.stride(), *weight_vH.stride(),
+                    GROUP=GROUP, **blocks,
                 )  # fmt: skip
             if wants_weight:
                 _write_product(dweight_VH[start : start + width], grad_nv.T, live_nH)
             if wants_hidden:
                 _add_product(dhidden_nH, grad_nv, weight_vH)
-        return (
-            torch.zeros_like(hidden_NH).index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype)),
-            dweight_VH,
-            None,
-        )
+        dhidden_NH = torch.zeros_like(hidden_NH)
+        dhidden_NH.index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
+        return dhidden_NH, dweight_VH, None
 
 
 def _write_product(place, a, b):

@@ -1,5 +1,6 @@
-"""Sampling with the Hugging Face model itself: slower than a serving engine on a large model, exact
-and simple.
+"""Sampling with the Hugging Face model itself: simple and exact.
+
+On a large model it is slower than a serving engine.
 """
 
 import itertools
@@ -15,17 +16,15 @@ from common.logprobs import autocast
 from common.progress import progress
 from common.sampling import Sampler, Samples
 
-MOST_SEQUENCES = (
-    256  # decoded at a time, to bound the cache: 256 × 1,170 tokens of a 3B model take 11 GB
-)
+# Decoded at a time, to bound the cache: 256 × 1,170 tokens of a 3B model take 11 GB.
+MOST_SEQUENCES = 256
 
 
 def inverse_cdf(logprobs_BV, uniform_B1):
-    """Sample one id per row from exp(logprobs_BV), with one uniform number in [0, 1), float64,
-    each: int64 [B, 1].
+    """Sample one id per row from exp(logprobs_BV): int64 [B, 1].
 
-    An id's share of [0, 1) is its probability. Faster than `torch.multinomial`, which needs one
-    number per id and row.
+    Each row has one uniform number in [0, 1), float64, of which an id's share is its probability.
+    Faster than `torch.multinomial`, which needs one number per id and row.
     """
     cumulative_BV = logprobs_BV.exp().cumsum(dim=-1, dtype=torch.float64)
     total_B1 = cumulative_BV[:, -1:].contiguous()  # 1, but for rounding
@@ -39,21 +38,18 @@ def inverse_cdf(logprobs_BV, uniform_B1):
 
 
 class TransformersSampler(Sampler):
-    """Batched decoding with a key-value cache. `model` is not copied: its weights during a call are
-    the policy.
+    """Batched decoding with a key-value cache.
 
-    `eos_ids` end a response; one without EOS after `max_tokens` tokens is `truncated`, and no EOS
-    is appended. `temperature` divides the logits; `precision` is "float32" or "bfloat16"
-    (autocast).
+    `model` is not copied: its weights during a call are the policy. `eos_ids` end a response; one
+    without EOS after `max_tokens` tokens is `truncated`, and no EOS is appended. `temperature`
+    divides the logits; `precision` is "float32" or "bfloat16" (autocast).
     """
 
     def __init__(self, model, eos_ids, max_tokens, temperature, precision="float32"):
-        self.model, self.max_tokens, self.temperature, self.precision = (
-            model,
-            max_tokens,
-            temperature,
-            precision,
-        )
+        self.model = model
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.precision = precision
         self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
 
@@ -73,54 +69,31 @@ class TransformersSampler(Sampler):
         return self._decode_all(prompts, 1, None)
 
     def _decode_all(self, prompts, group_size, seeds):
+        """`Samples` of all prompts, decoded one batch of prompts after another."""
         samples = Samples([], [], [])
+        prompts_at_a_time = max(1, MOST_SEQUENCES // group_size)
         was_training = self.model.training
-        # gradient checkpointing, active in training mode only, would switch the cache off
+        # Gradient checkpointing, active in training mode only, would switch the cache off.
         self.model.eval()
-        width = max(1, MOST_SEQUENCES // group_size)
-        with (
-            gathered(self.model),
-            torch.no_grad(),
-        ):  # in inference mode, autocast would cast all weights for each token
-            for start in range(0, len(prompts), width):
-                part = slice(start, start + width)
+        # Not inference mode, in which autocast would cast all weights again for each token.
+        with gathered(self.model), torch.no_grad():
+            for start in range(0, len(prompts), prompts_at_a_time):
+                part = slice(start, start + prompts_at_a_time)
+                part_seeds = None if seeds is None else seeds[part]
                 # One autocast context for all tokens: it keeps the weights that it has cast to
                 # bf16.
                 with autocast(self.model.device.type, self.precision):
-                    decoded = self._decode(
-                        prompts[part], group_size, None if seeds is None else seeds[part]
-                    )
-                for everything, new in zip(vars(samples).values(), decoded, strict=True):
-                    everything += new
+                    decoded = self._decode(prompts[part], group_size, part_seeds)
+                samples.responses += decoded.responses
+                samples.logprobs += decoded.logprobs
+                samples.truncated += decoded.truncated
         self.model.train(was_training)
         return samples
 
     def _decode(self, prompts, group_size, seeds):
-        """Responses, log-probs and what is truncated of one batch; greedy if `seeds` is None."""
+        """`Samples` of one batch of prompts; greedy if `seeds` is None."""
         device = self.model.device
-        # Prompts are padded on the left, so that the next token of every sequence goes into the
-        # same column.
-        width = max(len(prompt) for prompt in prompts)
-        inputs_PT = torch.tensor(
-            [[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device
-        )
-        attention_PT = torch.tensor(
-            [[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device
-        )
-        positions_PT = (attention_PT.cumsum(dim=1) - 1).clamp(min=0)
-
-        # Each prompt is read once; its cache is then repeated for the G responses of the group.
-        cache = DynamicCache(config=self.model.config)
-        logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
-        prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-        cache.reorder_cache(
-            prompt_B
-        )  # as every kind of layer can: attention, sliding windows, recurrent states
-        logits_BV, attention_BT, positions_B1 = (
-            logits_PV[prompt_B],
-            attention_PT[prompt_B],
-            positions_PT[prompt_B, -1:],
-        )
+        cache, logits_BV, attention_BT, positions_B1 = self._read_prompts(prompts, group_size)
 
         B = len(prompts) * group_size
         tokens_BT = torch.zeros(B, self.max_tokens, dtype=torch.int64, device=device)
@@ -128,15 +101,8 @@ class TransformersSampler(Sampler):
         lengths_B = torch.zeros(B, dtype=torch.int64, device=device)
         ended_B = torch.zeros(B, dtype=torch.bool, device=device)
         rows = torch.arange(B, device=device)  # the sequence that each row of the cache belongs to
-        if (
-            seeds is not None
-            # one stream per prompt, so that what is sampled does not depend on how prompts are
-            # split
-        ):
-            streams = [
-                np.random.default_rng(seed).random((group_size, self.max_tokens)) for seed in seeds
-            ]
-            uniforms_BT = torch.from_numpy(np.concatenate(streams)).to(device)
+        if seeds is not None:
+            uniforms_BT = self._uniform_numbers(seeds, group_size)
 
         for t in progress(range(self.max_tokens), "tokens sampled, at most"):
             step_logprobs_BV = torch.log_softmax(logits_BV.float() / self.temperature, dim=-1)
@@ -153,31 +119,74 @@ class TransformersSampler(Sampler):
             self.heartbeat += 1
             if num_open == 0 or t == self.max_tokens - 1:
                 break
+
             # Finished sequences leave the batch. Leaving copies the whole cache, so it waits until
             # an eighth can go.
             if num_open <= 0.875 * len(rows):
                 keep = open_B.nonzero().squeeze(1)
                 cache.reorder_cache(keep)
-                rows, token_B1 = rows[keep], token_B1[keep]
-                attention_BT, positions_B1 = attention_BT[keep], positions_B1[keep]
+                rows = rows[keep]
+                token_B1 = token_B1[keep]
+                attention_BT = attention_BT[keep]
+                positions_B1 = positions_B1[keep]
+
             attention_BT = torch.cat([attention_BT, attention_BT.new_ones(len(rows), 1)], dim=1)
             positions_B1 = positions_B1 + 1
             logits_BV = self._next_logits(token_B1, attention_BT, positions_B1, cache)
 
         lengths = lengths_B.tolist()
-        responses = [row[:n] for row, n in zip(tokens_BT.tolist(), lengths, strict=True)]
-        logprobs = [row[:n] for row, n in zip(logprobs_BT.tolist(), lengths, strict=True)]
-        return responses, logprobs, (~ended_B).tolist()
+        return Samples(
+            responses=[row[:n] for row, n in zip(tokens_BT.tolist(), lengths, strict=True)],
+            logprobs=[row[:n] for row, n in zip(logprobs_BT.tolist(), lengths, strict=True)],
+            truncated=(~ended_B).tolist(),
+        )
+
+    def _read_prompts(self, prompts, group_size):
+        """Read each prompt once, and repeat what came of it for the G responses of its group.
+
+        Returns the cache and, one row per response, the logits of its first token, the attention
+        mask and the position of the prompt's last token.
+        """
+        device = self.model.device
+        # Prompts are padded on the left, so that the next token of every sequence goes into the
+        # same column.
+        width = max(len(prompt) for prompt in prompts)
+        padded = [[0] * (width - len(prompt)) + prompt for prompt in prompts]
+        attended = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        inputs_PT = torch.tensor(padded, device=device)
+        attention_PT = torch.tensor(attended, device=device)
+        positions_PT = (attention_PT.cumsum(dim=1) - 1).clamp(min=0)
+
+        cache = DynamicCache(config=self.model.config)
+        logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
+
+        prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+        # Of a cache's ways to repeat rows, the one that every kind of layer has: attention, sliding
+        # windows, recurrent states.
+        cache.reorder_cache(prompt_B)
+        return cache, logits_PV[prompt_B], attention_PT[prompt_B], positions_PT[prompt_B, -1:]
+
+    def _uniform_numbers(self, seeds, group_size):
+        """Numbers in [0, 1) to sample with, one per sequence and token: float64 [B, T].
+
+        Each prompt has a random stream of its own, so that what is sampled does not depend on how
+        prompts are split into batches.
+        """
+        shape = (group_size, self.max_tokens)
+        streams = [np.random.default_rng(seed).random(shape) for seed in seeds]
+        return torch.from_numpy(np.concatenate(streams)).to(self.model.device)
 
     def _next_logits(self, inputs_BT, attention_BT, positions_BT, cache):
-        """Logits of the token after the last column, for every row; the cache grows by the columns
-        read.
+        """Logits of the token after the last column, for every row.
+
+        The cache grows by the columns that are read.
         """
-        columns = {
-            "input_ids": inputs_BT,
-            "attention_mask": attention_BT,
-            "position_ids": positions_BT,
-        }
-        return self.model(
-            **columns, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits[:, -1]
+        output = self.model(
+            input_ids=inputs_BT,
+            attention_mask=attention_BT,
+            position_ids=positions_BT,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]

@@ -1,5 +1,4 @@
-"""Is the sampler using the weights that the trainer sent? A sync that is not verified is not a
-sync.
+"""Is the sampler using the weights that the trainer sent?
 
 Three checks of an engine (`use_weights(tensors)`, `score(sequences)`) that copies the weights:
 checksums and probes at every sync, a canary at start-up. common/README.md ("Handing over weights")
@@ -17,10 +16,10 @@ from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import token_logprobs
 from common.weights import checksum, perturbed
 
+# The largest mean difference, in nats per probe token, that is taken for rounding. Equal weights of
+# small models are 3e-6 apart in float32 and 0.1 in bfloat16. A missing matrix adds 0.04 to 2, a
+# missing bias 0.01: float32 reveals every tensor, bfloat16 only gross failures.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25}
-"""largest mean difference (nats per probe token) with equal weights. Small models: 3e-6 in float32,
-0.1 in bfloat16. A missing matrix adds 0.04 to 2, a missing bias 0.01: float32 reveals every tensor,
-bfloat16 only gross failures"""
 
 
 @dataclass
@@ -30,16 +29,15 @@ class Manifest:
     version: int
     checksums: dict[str, int]  # by parameter name
     probe: list[list[int]]  # sequences of token ids
-    logprobs: list[
-        float
-    ]  # of all their tokens but the first ones, by the trainer's own forward pass
+    logprobs: list[float]  # of their tokens but the first ones, by the trainer's own forward pass
     tolerance: float
     seconds: float  # time it took the trainer to compute this
 
 
 def describe(model, version, precision):
-    """The `Manifest` of the model's present weights, called `version`. Raises `RunStopped` if they
-    are not finite.
+    """The `Manifest` of the model's present weights, which are called `version`.
+
+    Raises `RunStopped` if they are not finite.
     """
     started = time.perf_counter()
     # Random tokens, which touch more of the embeddings than real text would
@@ -62,7 +60,10 @@ def describe(model, version, precision):
 
 @torch.no_grad()
 def logprobs_of(model, sequences, precision):
-    """The trainer's log-probs, at temperature 1, of all tokens but each sequence's first, joined."""
+    """The trainer's log-probs, at temperature 1, of all tokens but each sequence's first.
+
+    One tensor [N] for all sequences.
+    """
     prompts = [tokens[:1] for tokens in sequences]
     responses = [tokens[1:] for tokens in sequences]
     zeros = [[0.0] * len(response) for response in responses]
@@ -88,12 +89,11 @@ def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
 
 
 def deliver(sampler, tensors, manifest):
-    """Give `tensors`, a dict by parameter name, to the sampler and verify them; called in the
-    sampler's process.
+    """Give `tensors`, a dict by parameter name, to the sampler and verify them.
 
-    Unless the tensors match the manifest and the sampler computes with them, raises `RunStopped`,
-    which names the version and, if known, the tensors. Returns metrics: seconds to describe, load
-    and verify, and GB/s of loading.
+    Called in the sampler's process. Unless the tensors match the manifest and the sampler computes
+    with them, raises `RunStopped`, which names the version and, if known, the tensors. Returns
+    metrics: seconds to describe, load and verify, and GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
@@ -103,29 +103,33 @@ def deliver(sampler, tensors, manifest):
     if missing or changed:
         which = _listed("missing", missing) + _listed("changed", changed) + "the rest arrived"
         raise RunStopped(
-            f"Weights of version {manifest.version} did not reach the sampler ({which}): use --resume."
+            f"Weights of version {manifest.version} did not reach the sampler ({which}): "
+            "use --resume."
         )
     checked = time.perf_counter()
     sampler.use_weights(tensors)
     loaded = time.perf_counter()
     gap = _gap(sampler, manifest)
     if not gap <= manifest.tolerance:  # so that NaN fails as well
-        off = f"its log-probs are {gap:.3g} nats per token off the trainer's, of {manifest.tolerance:g} allowed"
-        what = f"The sampler does not compute with weights {manifest.version} although it received them ({off})"
-        raise RunStopped(f"{what}: continue with --resume, or use --engine transformers.")
+        raise RunStopped(
+            f"The sampler does not compute with weights {manifest.version} although it received "
+            f"them (its log-probs are {gap:.3g} nats per token off the trainer's, of "
+            f"{manifest.tolerance:g} allowed): continue with --resume, or use "
+            "--engine transformers."
+        )
+    gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
     return {
         "time/sync_describe": manifest.seconds,
         "time/sync_load": loaded - checked,
         "time/sync_verify": time.perf_counter() - loaded + checked - started,
-        "throughput/sync_gb_per_second": sum(tensor.nbytes for tensor in tensors.values())
-        / 1e9
-        / (loaded - checked),
+        "throughput/sync_gb_per_second": gigabytes / (loaded - checked),
     }
 
 
 def canary(sampler, model, precision):
-    """Sync perturbed weights, compare log-probs, sync the true ones back; `RunStopped` names what
-    is stale.
+    """Sync perturbed weights, compare log-probs, and sync the true ones back.
+
+    Raises `RunStopped`, which names the weights that are stale.
     """
     names = [name for name, _ in model.named_parameters()]
     # Noise adds up over layers, until rounding looks like stale weights: 1.3 nats with 0.5 in
@@ -139,12 +143,10 @@ def canary(sampler, model, precision):
             return _gap(sampler, manifest) <= manifest.tolerance
 
     if not follows(names):
-        stale = [
-            name for name in names if not follows([name])
-        ]  # one by one, only now, to name them
-        off = f"{_listed('not followed', stale)}tolerance {TOLERANCE[precision]:g} nats per token"
+        stale = [name for name in names if not follows([name])]  # one by one, only to name them
         raise RunStopped(
-            f"The sampler's log-probs do not follow its weights ({off}): use --engine transformers."
+            f"The sampler's log-probs do not follow its weights ({_listed('not followed', stale)}"
+            f"tolerance {TOLERANCE[precision]:g} nats per token): use --engine transformers."
         )
     if not follows([]):
         raise RunStopped(
@@ -155,10 +157,16 @@ def canary(sampler, model, precision):
 def _gap(sampler, manifest):
     """Mean absolute difference of the sampler's log-probs of the probe from the trainer's."""
     found = torch.tensor(sampler.score(manifest.probe), dtype=torch.float64).flatten()
-    return (found - torch.tensor(manifest.logprobs, dtype=torch.float64)).abs().mean().item()
+    expected = torch.tensor(manifest.logprobs, dtype=torch.float64)
+    return (found - expected).abs().mean().item()
 
 
 def _listed(word, names):
+    # Of many names, the first three will do.
+    if not names:
+        return ""
     names = sorted(names)
-    shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{word}: {shown}; " if names else ""
+    shown = ", ".join(names[:3])
+    if len(names) > 3:
+        shown += f" and {len(names) - 3} more"
+    return f"{word}: {shown}; "

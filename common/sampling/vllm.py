@@ -1,5 +1,6 @@
-"""Sampling with vLLM, whose weights follow the trainer's. The engine runs inside the process that
-samples.
+"""Sampling with vLLM, whose weights follow the trainer's.
+
+The engine runs inside the process that samples.
 """
 
 import os
@@ -22,8 +23,9 @@ KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**4
 
 
 def make_vllm_sampler(model, revision, threads, *options, beside=None):
-    """A `VllmSampler` that `verify.canary` has tested; `BadInput` if it cannot start, `RunStopped`
-    if it fails.
+    """A `VllmSampler` that `verify.canary` has tested.
+
+    Raises `BadInput` if it cannot start, `RunStopped` if it fails the test.
     """
     use_threads(threads)  # vLLM uses the thread count that PyTorch has at this point
     sampler = VllmSampler(location(model), revision, *options, beside=beside)
@@ -35,16 +37,42 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None):
 
 
 def share_of_gpu(free, total, parameter_bytes):
-    """The share of a GPU's memory (sizes in bytes) that an awake engine may fill beside a trainer,
-    else `BadInput`.
+    """The share of a GPU's memory that an awake engine may fill beside a trainer; sizes in bytes.
+
+    Raises `BadInput` if nothing is left.
     """
-    needed = (
-        3 * parameter_bytes + 2**30
-    )  # still to come: gradients, AdamW's two moments; libraries and probes
+    # Still to come are the gradients and AdamW's two moments, and a GiB for libraries and probes.
+    needed = 3 * parameter_bytes + 2**30
     if free <= needed:
-        sizes = f"{free / 2**30:.1f} GiB of the GPU free, and the trainer will need {needed / 2**30:.1f} GiB more"
-        raise BadInput(f"--engine vllm finds {sizes}: give a smaller model or --no-reference-kl.")
+        raise BadInput(
+            f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free, "
+            f"and the trainer will need {needed / 2**30:.1f} GiB more: "
+            "give a smaller model or --no-reference-kl."
+        )
     return (free - needed) / total
+
+
+def _share_beside(model):
+    """`share_of_gpu` beside this model of the trainer's, as its GPU's memory is filled now."""
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(model.device)
+    parameter_bytes = 0
+    for parameter in model.parameters():
+        # Of a sharded parameter, this GPU holds the rank's part.
+        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        parameter_bytes += held.nbytes
+    return share_of_gpu(free, total, parameter_bytes)
+
+
+def _set_environment():
+    """What vLLM reads from the environment when it is imported and started."""
+    # The engine in this process: weights need not be pickled
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    # GiB of keys and values; vLLM would take most of the memory
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # Nothing leaves the machine unasked.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 
 class VllmSampler(Sampler):
@@ -70,82 +98,85 @@ class VllmSampler(Sampler):
         longest_prompt,
         beside=None,
     ):
-        self.eos_ids, self.max_tokens = set(eos_ids), max_tokens
-        self.temperature, self.precision = temperature, precision
-        self.can_sleep, self.asleep = beside is not None and beside.device.type == "cuda", False
+        self.eos_ids = set(eos_ids)
+        self.max_tokens = max_tokens
+        self.temperature = temperature
+        self.precision = precision
+        self.can_sleep = beside is not None and beside.device.type == "cuda"
+        self.asleep = False
         self.room = max(longest_prompt + max_tokens, 64)  # `verify`'s probe needs some in any case
-        self.heartbeat = torch.zeros(
-            1, dtype=torch.int64
-        )  # one up per engine step and per tensor loaded
+        self.heartbeat = torch.zeros(1, dtype=torch.int64)  # grows per engine step, tensor loaded
 
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = (
-            "0"  # the engine in this process: weights need not be pickled
-        )
-        os.environ.setdefault(
-            "VLLM_CPU_KVCACHE_SPACE", "1"
-        )  # GiB of keys and values, else most of the memory
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # nothing leaves the machine unasked
-        sharing = {}
-        if self.can_sleep:
-            torch.cuda.empty_cache()
-            held = [
-                p.to_local() if isinstance(p, DTensor) else p for p in beside.parameters()
-            ]  # of shards, the rank's
-            share = share_of_gpu(
-                *torch.cuda.mem_get_info(beside.device), sum(part.nbytes for part in held)
-            )
-            sharing = {"enable_sleep_mode": True, "gpu_memory_utilization": share}
-        if (
-            beside is not None and size() > 1
-        ):  # several engines, one per rank, that share the ranks' process group
-            sharing["distributed_executor_backend"] = "external_launcher"
+        _set_environment()
+        options = self._options_beside(beside)
         try:
-            from vllm import LLM
-            from vllm.platforms import current_platform
-
-            self.llm = LLM(
-                model=model,
-                revision=revision or None,
-                skip_tokenizer_init=True,
-                dtype=precision,
-                max_model_len=self.room,
-                use_tqdm_on_load=False,
-                # not the checkpoint's, which may switch on top-p or penalties
-                generation_config="vllm",
-                logprobs_mode="processed_logprobs",  # after the temperature
-                # (no CPU engine does) no step is under way when its weights are exchanged
-                async_scheduling=False,
-                # compiling costs 30 s there, and saves a tenth
-                enforce_eager=current_platform.is_cpu(),
-                # Where a step ends within a prompt, a request's random generator is turned back,
-                # which a CPU's cannot.
-                enable_chunked_prefill=not current_platform.is_cpu(),
-                **sharing,
-            )
+            self.llm = self._start(model, revision, options)
             self.score([[0, 0]])  # some failures show only with the first request
         except Exception as error:  # as varied as models, memories and machines
-            how = "give one that vLLM supports and that fits (VLLM_CPU_KVCACHE_SPACE on a CPU), or leave --engine out"
+            how = (
+                "give one that vLLM supports and that fits (VLLM_CPU_KVCACHE_SPACE on a CPU), "
+                "or leave --engine out"
+            )
             raise BadInput(
                 f"--engine vllm cannot start with this model ({_reason(error)}): {how}."
             ) from error
+
+    def _options_beside(self, beside):
+        """Options of an engine that shares its process with a trainer's model, if not None."""
+        options = {}
+        if self.can_sleep:
+            options["enable_sleep_mode"] = True
+            options["gpu_memory_utilization"] = _share_beside(beside)
+        if beside is not None and size() > 1:
+            # Several engines, one per rank, that share the ranks' process group
+            options["distributed_executor_backend"] = "external_launcher"
+        return options
+
+    def _start(self, model, revision, options):
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        on_cpu = current_platform.is_cpu()
+        return LLM(
+            model=model,
+            revision=revision or None,
+            skip_tokenizer_init=True,
+            dtype=self.precision,
+            max_model_len=self.room,
+            use_tqdm_on_load=False,
+            # Not the checkpoint's, which may switch on top-p or penalties
+            generation_config="vllm",
+            # After the temperature
+            logprobs_mode="processed_logprobs",
+            # Or a step may be under way when weights are exchanged. (No CPU engine does this.)
+            async_scheduling=False,
+            # On a CPU compiling costs 30 s, and saves a tenth of the time.
+            enforce_eager=on_cpu,
+            # Where a step ends within a prompt, the state of a request's random generator is set
+            # back, which a CPU's generator does not allow.
+            enable_chunked_prefill=not on_cpu,
+            **options,
+        )
 
     def sample(self, prompts, group_size, seeds):
         (samples,) = self.sample_many([(prompts, seeds)], group_size)
         return samples
 
     def greedy(self, prompts):
-        """As in `Sampler`, but log-probs are at temperature 1: vLLM's greedy decoding reports no
-        others.
+        """As in `Sampler`, but log-probs are at temperature 1.
+
+        vLLM's greedy decoding reports no others.
         """
         outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
         return self._samples([outputs[p] for p in range(len(prompts))])
 
     def sample_many(self, requests, group_size):
-        """All requests at once: the engine fills the tail of one batch with the next. To be read to
-        the end.
+        """All requests at once: the engine fills the tail of one batch with the next.
+
+        To be read to the end.
         """
-        everything, parts = [], []  # parts: the places of each request in everything
+        everything = []
+        parts = []  # the places of each request in `everything`
         for prompts, seeds in requests:
             parts.append(range(len(everything), len(everything) + len(prompts)))
             params = [self._params(group_size, self.temperature, seed) for seed in seeds]
@@ -157,9 +188,7 @@ class VllmSampler(Sampler):
                 yield self._samples([done.pop(i) for i in parts.pop(0)])
 
     def score(self, sequences):
-        """Log-probs, at temperature 1, of every token of each sequence but the first: a list of
-        lists.
-        """
+        """Log-probs, at temperature 1, of all tokens but each sequence's first: a list of lists."""
         from vllm import SamplingParams
 
         params = SamplingParams(
@@ -169,8 +198,9 @@ class VllmSampler(Sampler):
         return [list(outputs[i].prompt_logprobs.logprobs) for i in range(len(sequences))]
 
     def use_weights(self, tensors):
-        """Copy new weights, by parameter name, and forget what was computed with old ones; wakes a
-        sleeping engine.
+        """Copy new weights, by parameter name, and forget what was computed with old ones.
+
+        A sleeping engine wakes up.
         """
 
         def stream():
@@ -180,11 +210,10 @@ class VllmSampler(Sampler):
 
         unread = stream()
         with _or_stop("did not take new weights"):
-            if (
-                self.asleep
-            ):  # weights first: room for keys and values only when loading has freed its own
-                # PyTorch keeps memory of freed tensors, which the engine cannot have
+            if self.asleep:
+                # PyTorch keeps the memory of freed tensors, which the engine could not have.
                 torch.cuda.empty_cache()
+                # Weights only: there is room for keys and values once loading has freed its own.
                 self.llm.wake_up(["weights"])
             heads = self.llm.apply_model(_packed_head)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
@@ -192,18 +221,22 @@ class VllmSampler(Sampler):
             if self.asleep:
                 self.llm.wake_up(["kv_cache"])
         self.asleep = False
-        if left := [name for name, _ in unread]:
+        left = [name for name, _ in unread]
+        if left:
             raise RunStopped(
-                f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: use another --engine."
+                f"The vLLM engine left {len(left)} tensors unread, {left[0]} first: "
+                "use another --engine."
             )
         if not self.llm.reset_prefix_cache():
             raise RunStopped(
-                "The vLLM engine could not forget keys and values of old weights: requests are running."
+                "The vLLM engine could not forget keys and values of old weights: "
+                "requests are running."
             )
 
     def sleep(self):
-        """Discards weights, keys and values, without a backup: `use_weights` must come before
-        anything else.
+        """Discard weights, keys and values, without a backup.
+
+        `use_weights` must come before anything else.
         """
         if self.can_sleep:
             with _or_stop("did not fall asleep"):
@@ -214,14 +247,13 @@ class VllmSampler(Sampler):
         from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         vocab_size = self.llm.llm_engine.model_config.get_vocab_size()
+        known_eos_ids = [token for token in sorted(self.eos_ids) if token < vocab_size]
         return SamplingParams(
             n=group_size,
             temperature=temperature,
             seed=seed,  # the group's i-th response gets seed + i
             max_tokens=self.max_tokens,
-            stop_token_ids=[
-                i for i in sorted(self.eos_ids) if i < vocab_size
-            ],  # vLLM refuses unknown ids
+            stop_token_ids=known_eos_ids,  # vLLM refuses others
             ignore_eos=True,  # the ids above are all there are
             logprobs=0,  # of the sampled token, and of no others: a flat list of them
             flat_logprobs=True,
@@ -230,15 +262,15 @@ class VllmSampler(Sampler):
         )
 
     def _run(self, requests):
-        """Put (prompt, parameters) into the engine; yields (position in `requests`, output), the
-        first done first.
+        """Put requests, pairs (prompt, parameters), into the engine.
+
+        Yields pairs (position in `requests`, output), the first done first.
         """
         engine = self.llm.llm_engine
         with _or_stop("refused a prompt"):
             for number, (prompt, params) in enumerate(requests):
-                if (
-                    len(prompt) + params.max_tokens > self.room
-                ):  # vLLM would cut the response short without a word
+                # vLLM would cut the response short without a word.
+                if len(prompt) + params.max_tokens > self.room:
                     raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
                 engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
         with progress(None, "prompts answered", len(requests)) as bar:
@@ -252,23 +284,21 @@ class VllmSampler(Sampler):
 
     def _samples(self, outputs):
         """`Samples` of one batch from the engine's outputs, one per prompt."""
-        sampled = [
-            one for output in outputs for one in sorted(output.outputs, key=lambda one: one.index)
-        ]
+        sampled = []
+        for output in outputs:
+            sampled += sorted(output.outputs, key=lambda one: one.index)
         responses = [list(one.token_ids) for one in sampled]
         logprobs = [list(one.logprobs.logprobs) for one in sampled]
-        return Samples(
-            responses, logprobs, [response[-1] not in self.eos_ids for response in responses]
-        )
+        truncated = [response[-1] not in self.eos_ids for response in responses]
+        return Samples(responses, logprobs, truncated)
 
 
 def _packed_head(model):
-    """The packed copy of the output head's weights that vLLM computes with on a CPU, made after
-    loading; else None.
+    """The packed copy of the output head's weights that vLLM computes with on a CPU; else None.
 
-    A head tied to the embeddings owns no weights, so that reloading passes it over, and its packed
-    copy silently stays the old one. So the head is packed again wherever a reload has left the very
-    same copy in place.
+    It is made after loading. A head tied to the embeddings owns no weights, so that reloading
+    passes it over, and its packed copy silently stays the old one. So the head is packed again
+    wherever a reload has left the very same copy in place.
     """
     return getattr(getattr(model, "lm_head", None), "cpu_linear", None)
 
@@ -290,9 +320,11 @@ def _or_stop(what):
 
 
 def _reason(error):
-    """The first cause, shortened: vLLM wraps exceptions several times, and quotes whole
-    configurations.
+    """The first cause, shortened.
+
+    vLLM wraps exceptions several times, and quotes whole configurations.
     """
     while cause := error.__cause__ or error.__context__:
         error = cause
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    on_one_line = " ".join(str(error).split())
+    return f"{type(error).__name__}: {on_one_line[:300]}"

@@ -1,5 +1,6 @@
-"""Tasks: problems to pose, and rewards that a program can compute. Your own: a `Task` with two
-methods, in any file.
+"""Tasks: problems to pose, and rewards that a program can compute.
+
+A task of your own is a class derived from `Task`, with two methods, in any file.
 """
 
 import importlib.util
@@ -14,15 +15,19 @@ BUILT_IN = {"addition": "Addition", "gsm8k": "GSM8K"}
 
 
 class Task:
-    """Base class. `data` and `eval_data` are the options of the same names; a task is free to
-    ignore them.
+    """Base class.
+
+    `data`, `eval_data` and `eval_size` are the options of the same names; a task is free to ignore
+    them.
     """
 
-    # of the chat template; Qwen3, for example, knows {"enable_thinking": False}
+    # Arguments of the chat template; Qwen3's, for example, knows {"enable_thinking": False}.
     template_arguments: ClassVar = {}
 
     def __init__(self, data="", eval_data="", eval_size=256):
-        self.data, self.eval_data, self.eval_size = data, eval_data, eval_size
+        self.data = data
+        self.eval_data = eval_data
+        self.eval_size = eval_size
 
     def problems(self, split):
         """The problems of `split`, "train" or "eval": a list of dicts.
@@ -42,42 +47,49 @@ class Task:
         raise NotImplementedError
 
     def rewards(self, problems, responses):
-        """Rewards of many responses at once; override it where that is faster than one after
-        another.
+        """Rewards of many responses at once.
+
+        Override it where that is faster than one after another.
         """
         results = []
         for problem, response in zip(problems, responses, strict=True):
             try:
                 results.append(self.reward(problem, response))
             except Exception as error:
-                what = f"{type(self).__name__}.reward raised {error!r}"
-                raise RunStopped(f"{what} on the response {response!r} to {problem!r}.") from error
+                raise RunStopped(
+                    f"{type(self).__name__}.reward raised {error!r} "
+                    f"on the response {response!r} to {problem!r}."
+                ) from error
         return results
 
 
 def load_task(name, data="", eval_data="", eval_size=256):
-    """The task called `name`: "addition", "gsm8k", or "path/to/file.py:ClassName". Raises
-    `BadInput`.
+    """The task called `name`: "addition", "gsm8k", or "path/to/file.py:ClassName".
+
+    Raises `BadInput` where there is no such task, or where it does not accept the other arguments.
     """
     if name in BUILT_IN:
-        module = importlib.import_module(
-            f"common.tasks.{name}"
-        )  # (only now: they import this module)
-        return getattr(module, BUILT_IN[name])(data, eval_data, eval_size)
+        # Only now: the built-in tasks' modules import this one.
+        module = importlib.import_module(f"common.tasks.{name}")
+        task_class = getattr(module, BUILT_IN[name])
+        return task_class(data, eval_data, eval_size)
+
     path, _, class_name = name.rpartition(":")
     if not path.endswith(".py"):
         raise BadInput(
-            f"--task {name} is unknown: give addition, gsm8k, or path/to/file.py:ClassName for your own."
+            f"--task {name} is unknown: "
+            "give addition, gsm8k, or path/to/file.py:ClassName for your own."
         )
-    sys.path.append(os.path.dirname(os.path.abspath(path)))  # a task may import its neighbours
+    # A task may import the modules beside it.
+    sys.path.append(os.path.dirname(os.path.abspath(path)))
     spec = importlib.util.spec_from_file_location(f"task_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = (
-        module  # as an import would: dataclasses, among others, look their module up there
-    )
+    # As an import would: dataclasses, among others, look their module up there.
+    sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-        task = getattr(module, class_name)(data, eval_data, eval_size)
+        task_class = getattr(module, class_name)
+        task = task_class(data, eval_data, eval_size)
     except BadInput:
         raise
     except Exception as error:

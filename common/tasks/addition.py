@@ -9,8 +9,9 @@ from common.tasks import Task
 
 
 class Addition(Task):
-    """Chained additions: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146."; the reward is 1 for a
-    right end, else 0.
+    """Chained additions: "Q: 47+8+91" → " 47+8=55 55+91=146 answer 146.".
+
+    The reward is 1 if the response ends with the right answer, else 0.
     """
 
     def __init__(self, data="", eval_data="", eval_size=256):
@@ -18,7 +19,8 @@ class Addition(Task):
         if data or eval_data:
             option = f"--data {data}" if data else f"--eval-data {eval_data}"
             raise BadInput(
-                f"{option}: the task addition makes its own problems; give --task gsm8k, or leave it out."
+                f"{option}: the task addition makes its own problems; "
+                "give --task gsm8k, or leave it out."
             )
 
     def problems(self, split):
@@ -32,20 +34,18 @@ class Addition(Task):
         return list(found.values())
 
     def reward(self, problem, response):
-        last_word = re.search(
-            r"answer 0*(\d+)\.\Z", response
-        )  # one that goes on rambling has not answered yet
-        return float(last_word is not None and last_word.group(1) == str(problem["answer"]))
+        # A response that goes on rambling has not answered yet.
+        last_words = re.search(r"answer 0*(\d+)\.\Z", response)
+        return float(last_words is not None and last_words.group(1) == str(problem["answer"]))
 
 
 def addition_problem(rng):
     """A random problem: its terms, and the prompt that poses it."""
     terms = [rng.randint(1, 99) for _ in range(rng.randint(3, 4))]
-    return terms, f"Q: {'+'.join(map(str, terms))}\nA:"
+    sum_text = "+".join(map(str, terms))
+    return terms, f"Q: {sum_text}\nA:"
 
 
 def is_held_out(prompt):
-    """Whether a problem belongs to the held-out set: one in eight, never seen by warm start or
-    training.
-    """
+    """Whether a problem is held out, as one in eight is: warm start and training never see it."""
     return zlib.crc32(prompt.encode()) % 8 == 0

@@ -10,18 +10,21 @@ from common.tasks.grading import LONGEST_PART, MathGrader
 from common.tasks.rows import read_rows
 
 GSM8K_SAMPLE = Path(__file__).parent.parent / "data" / "gsm8k_sample.jsonl"
-# in the user's message: some chat templates refuse system messages, and small models pass over them
-INSTRUCTION = "Solve the problem. Work step by step, write your working out, and put the final number, alone, in \\boxed{}.\n\n"
+# In the user's message: some chat templates refuse system messages, and small models ignore them.
+INSTRUCTION = (
+    "Solve the problem. Work step by step, write your working out, "
+    "and put the final number, alone, in \\boxed{}.\n\n"
+)
 
 
 class GSM8K(Task):
-    """Grade-school word problems (Cobbe et al., arXiv 2110.14168), answered in free form, graded by
-    math-verify.
+    """Grade-school word problems, answered in free form and graded by math-verify.
 
-    `data` has columns `question` and `answer`, whose last line is `#### <number>`; see `read_rows`.
-    Held out are `eval_data`, else the dataset's test split, else the last `eval_size` rows of
-    `data` (of the sample: at most 64). The reward is 1 for a right answer and 0 otherwise. `format`
-    (did the response box its answer?) is logged only.
+    The dataset is that of Cobbe et al., arXiv 2110.14168. `data` has columns `question` and
+    `answer`, whose last line is `#### <number>`; see `read_rows`. Held out are `eval_data`, else
+    the dataset's test split, else the last `eval_size` rows of `data` (of the sample: at most 64).
+    The reward is 1 for a right answer and 0 otherwise. `format` (did the response box its answer?)
+    is logged only.
     """
 
     def __init__(self, data="", eval_data="", eval_size=256):
@@ -31,7 +34,8 @@ class GSM8K(Task):
         source = f"the test split of --data {data}"
         if eval_data:
             rows, test_split = _read(eval_data, "--eval-data")
-            test, source = test_split or rows, f"--eval-data {eval_data}"
+            test = test_split or rows
+            source = f"--eval-data {eval_data}"
         elif not data and eval_size > 64:
             print(
                 f"Of the sample's {len(train)} rows, 64 are held out, not {eval_size}.",
@@ -40,11 +44,9 @@ class GSM8K(Task):
             eval_size = 64
         if not test:
             first = max(1, len(train) - eval_size)
-            train, test, source = (
-                train[:first],
-                train[first:],
-                f"--data {data} that training can spare",
-            )
+            test = train[first:]
+            train = train[:first]
+            source = f"--data {data} that training can spare"
         if len(test) < eval_size:
             raise BadInput(
                 f"--eval-size {eval_size} is more than the {len(test)} rows of {source}: lower it."
@@ -63,13 +65,14 @@ class GSM8K(Task):
     def rewards(self, problems, responses):
         before = self.grader.timeouts
         correct = self.grader.grade([problem["answer"] for problem in problems], responses)
+        # Of the whole batch; these answers count as wrong.
+        timeouts = self.grader.timeouts - before
         return [
             {
                 "reward": float(right),
                 "accuracy": float(right),
                 "format": float("\\boxed{" in response),
-                "grade/timeouts": self.grader.timeouts
-                - before,  # of the whole batch; these answers count as wrong
+                "grade/timeouts": timeouts,
             }
             for right, response in zip(correct, responses, strict=True)
         ]
@@ -80,13 +83,12 @@ def _read(source, option):
     for rows in splits:
         for number, row in enumerate(rows, start=1):
             gold = _final_answer(row)
-            prose = re.match(
-                r"[A-Za-z]+(:| [A-Za-z]+ ).*\d", gold
-            )  # no response would match "The answer is 4"
+            # No response would match "The answer is 4".
+            prose = re.match(r"[A-Za-z]+(:| [A-Za-z]+ ).*\d", gold)
             if prose or not 0 < len(gold) <= LONGEST_PART:
-                what = f"{option} {source}, row {number}: {gold[:100]!r}"
                 raise BadInput(
-                    f"{what} is no final answer: give a number or formula, after #### if there is more."
+                    f"{option} {source}, row {number}: {gold[:100]!r} is no final answer: "
+                    "give a number or formula, after #### if there is more."
                 )
     return splits
 

@@ -1,6 +1,4 @@
-"""Rows of data from a JSON, JSONL or Parquet file, a directory, or a dataset of the Hugging Face
-hub.
-"""
+"""Rows of data from a JSON, JSONL or Parquet file, a directory, or the Hugging Face hub."""
 
 import glob
 import json
@@ -26,23 +24,30 @@ def read_rows(source, option, columns):
     try:
         splits = _load(source)
     except Exception as error:
-        # what `datasets` raises is as varied as the ways to fail: no network, no such name, …
+        # What `datasets` raises is as varied as the ways to fail: no network, no such name, …
         reason = " ".join(str(e) for e in (error, error.__cause__) if e) or "the file is empty"
-        how = "give a .jsonl or .parquet file, or a hub dataset, as in openai/gsm8k:main"
-        raise BadInput(f"{option} {source} cannot be loaded ({reason[:300]}): {how}.") from error
-    rows, test_rows = (list(splits.get(name, [])) for name in ("train", "test"))
+        raise BadInput(
+            f"{option} {source} cannot be loaded ({reason[:300]}): give a .jsonl or .parquet file, "
+            "or a hub dataset, as in openai/gsm8k:main."
+        ) from error
+
+    rows = list(splits.get("train", []))
+    test_rows = list(splits.get("test", []))
     if not rows:
         raise BadInput(
-            f"{option} {source} has no rows in a split called train; its splits: {', '.join(splits)}."
+            f"{option} {source} has no rows in a split called train; "
+            f"its splits: {', '.join(splits)}."
         )
     for number, row in [*enumerate(rows, start=1), *enumerate(test_rows, start=1)]:
         for column in columns:
             value = row.get(column) if isinstance(row, dict) else None
             if type(value) in (int, float):
-                row[column] = value = str(value)
+                value = str(value)
+                row[column] = value
             if not isinstance(value, str) or not value.strip():
                 raise BadInput(
-                    f"{option} {source}, row {number} has no text in {column!r}: every row needs some."
+                    f"{option} {source}, row {number} has no text in {column!r}: "
+                    "every row needs some."
                 )
     return rows, test_rows
 
@@ -53,6 +58,7 @@ def _load(source):
         # By hand: pyarrow turns dates into timestamps, reports no row numbers, and crashes on null
         # lines.
         return {"train": _json_rows(Path(source).read_text(encoding="utf-8-sig"))}
+
     import datasets  # takes over a second, and few runs need it
 
     datasets.disable_progress_bars()
@@ -64,9 +70,8 @@ def _load(source):
         if os.path.isfile(source):
             return {"train": datasets.Dataset.from_parquet(glob.escape(source), **local)}
         name, _, configuration = source.partition(":")
-        return datasets.load_dataset(
-            name, configuration or None, **(local if os.path.isdir(name) else {})
-        )
+        options = local if os.path.isdir(name) else {}
+        return datasets.load_dataset(name, configuration or None, **options)
 
 
 def _json_rows(text):
@@ -75,8 +80,10 @@ def _json_rows(text):
         return json.loads(text)
     rows = []
     for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
-            rows += [json.loads(line)] if line.strip() else []
+            rows.append(json.loads(line))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"row {number}: {error}") from error
     return rows
