@@ -49,9 +49,9 @@ class Checkpoints:
     def save(self):
         """Write a checkpoint of the step that the log has recorded last; keep the newest `KEEP`.
 
-        Rank 0 writes the file, with whole tensors; where weights and moments would take more than
-        `ONE_FILE` bytes, each rank writes its own part of them into a directory. Raises `RunStopped`
-        where that fails.
+        Rank 0 writes the file, with whole tensors. Where weights and moments would take more than
+        `ONE_FILE` bytes, each rank writes its own part of them into a directory. Raises
+        `RunStopped` where that fails.
         """
         directory = broadcast(self.log.dir) / "checkpoints"  # rank 0 has named the run
         # AdamW has two moments of each parameter.
@@ -115,8 +115,8 @@ class Checkpoints:
             }
             set_state_dict(self.policy, self.optimizer, **states)
         else:
-            self.policy.load_state_dict(_as_held_by(self.policy, state["model"]))
-            self.optimizer.load_state_dict(_as_held_by(self.optimizer, state["optimizer"]))
+            self.policy.load_state_dict(_weights_for(self.policy, state["model"]))
+            self.optimizer.load_state_dict(_moments_for(self.optimizer, state["optimizer"]))
         self.rollouts.load_state_dict(state["rollouts"], self.policy)
         self.log.load_state_dict(state["log"])
 
@@ -147,17 +147,22 @@ def _flush_directory(directory):
     os.close(handle)
 
 
-def _as_held_by(part, state):
-    """A state with whole tensors, as a sharded model or its optimizer holds it."""
-    if isinstance(part, torch.nn.Module):
-        return {name: part_like(own, state[name]) for name, own in part.state_dict().items()}
-    if isinstance(part, torch.optim.Optimizer):
-        parameters = [parameter for group in part.param_groups for parameter in group["params"]]
-        for number, moments in state["state"].items():
-            for key, moment in moments.items():
-                if moment.dim():  # not the number of steps
-                    moments[key] = part_like(parameters[number], moment)
-    return state
+def _weights_for(model, state):
+    """Whole tensors as a model holds them, which may be sharded."""
+    return {name: part_like(own, state[name]) for name, own in model.state_dict().items()}
+
+
+def _moments_for(optimizer, state):
+    """The state of AdamW with whole tensors, as an optimizer of sharded parameters holds it."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {}
+    for number, of_parameter in state["state"].items():
+        moments[number] = {
+            # The number of steps has no dimensions, and no shards.
+            key: part_like(parameters[number], value) if value.dim() else value
+            for key, value in of_parameter.items()
+        }
+    return {**state, "state": moments}
 
 
 def _checkpoints(run_dir):

@@ -73,9 +73,9 @@ def parse(Args, script, argv):
     if run_dir is not None:
         return _parse_resumed(Args, script, argv, run_dir)
     args = _with_absolute_paths(_parse_words(Args, script, argv, Args()))
+    given = {word.replace("_", "-").partition("=")[0] for word in argv}
     trains = hasattr(args, "learning_rate")
-    options = [word.replace("_", "-").partition("=")[0] for word in argv]
-    if trains and args.model != "tiny" and "--learning-rate" not in options:
+    if trains and args.model != "tiny" and "--learning-rate" not in given:
         raise BadInput(
             f"--learning-rate: the default, {args.learning_rate:g}, is for the bundled model; "
             f"give one for --model {args.model} (1e-6, or 1e-5 if small)."
@@ -189,7 +189,7 @@ def _check_sizes(args, ranks):
     P, updates = args.prompts_per_step, args.updates_per_batch
     if updates > P:
         raise BadInput(f"--updates-per-batch {updates} is more than {P} groups: lower it.")
-    if P < ranks:
+    if ranks > P:
         raise BadInput(f"--prompts-per-step {P} is less than {ranks} ranks: raise it.")
     if ranks % args.replicas:
         raise BadInput(f"--replicas {args.replicas} does not divide {ranks} ranks: give a divisor.")

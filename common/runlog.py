@@ -26,9 +26,9 @@ COMPLETIONS_PER_STEP = 4
 def make_log(script, args):
     """The log of a run, a context manager; on all ranks but the first, one that writes nothing.
 
-    `script` is the script's path, `args` a dict of its options. The run's directory is made when the
-    context is entered: a start that is refused before leaves nothing. Raises `BadInput` if it is
-    taken.
+    `script` is the script's path, `args` a dict of its options. The run's directory is made when
+    the context is entered: a start that is refused before leaves nothing. Raises `BadInput` if it
+    is taken.
     """
     return SilentLog(args) if rank() else RunLog(script, args)
 

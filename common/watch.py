@@ -33,7 +33,7 @@ class Watch:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
             raise RunStopped(
-                f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss or "
-                "gradient: scale rewards that are far from 1, or lower --learning-rate (see "
+                f"{MOST_SKIPPED_UPDATES} updates in a row, up to step {step}, had no finite loss "
+                "or gradient: scale rewards that are far from 1, or lower --learning-rate (see "
                 f"{self.run_dir})."
             )

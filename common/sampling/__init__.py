@@ -87,8 +87,8 @@ class Samples:
 class Sampler:
     """Samples from softmax(logits / temperature), without top-p, top-k or penalty.
 
-    Records each token's log-prob. `heartbeat`, int64 [1], grows while the sampler works, which tells
-    another process slow from stuck.
+    Records each token's log-prob. `heartbeat`, int64 [1], grows while the sampler works, which
+    tells another process slow from stuck.
     """
 
     heartbeat: torch.Tensor
@@ -130,7 +130,7 @@ def version_of_batch(k, sync_interval, sync_offset):
 
 
 def problems_of_batch(k, num_problems, prompts_per_step, seed):
-    """Numbers of the P problems of batch `k` (from 1): pieces of one shuffled pass after another."""
+    """Numbers of the P problems of batch k ≥ 1: pieces of one shuffled pass after another."""
     places = range((k - 1) * prompts_per_step, k * prompts_per_step)
     orders = {}
     for epoch in {place // num_problems for place in places}:
@@ -170,7 +170,7 @@ class Plan:
         return self.version(k) < k - 1 and k == self.batches_of(self.version(k))[0]
 
     def seeds(self, k):
-        """One seed per prompt of batch k, G apart: vLLM seeds a group's i-th response with seed + i."""
+        """One seed per prompt of batch k, G apart: vLLM seeds the i-th of a group with seed + i."""
         first = int(np.random.default_rng([self.seed, SAMPLE, k]).integers(2**62))
         return [first + p * self.group_size for p in range(self.prompts_per_step)]
 

@@ -28,7 +28,7 @@ START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before th
 
 
 class OverlappedRollouts:
-    """Delivers the batches of `SerialRollouts` from a process that samples while the trainer trains.
+    """Delivers the batches of `SerialRollouts`, sampled while the trainer trains.
 
     A context manager: the process runs inside the context, and ends with the trainer, however that
     ends. It gets the variables in `environment`, and calls `make_sampler` (picklable), which
@@ -180,7 +180,7 @@ class OverlappedRollouts:
                     self._order_batches(version)
 
     def _model_at(self, version):
-        """Context in which the trainer's model has the weights of a version that is still needed."""
+        """Context in which the trainer's model has the weights of a version still needed."""
         tensors = self.weights.tensors(self.slot_of[version])
         return parameters_from(self.model, tensors.items())
 

@@ -27,24 +27,7 @@ def run_sampler(connection, weights, make_sampler, plan):
         sampler = make_sampler()
         sampler.heartbeat = weights.heartbeat
         while True:
-            slot, version, manifest, work = connection.recv()
-            metrics = {}
-            tensors = weights.tensors(slot)
-            if manifest:
-                metrics = deliver(sampler, tensors, manifest)
-            else:
-                sampler.use_weights(tensors)
-            if "prompts" in work:
-                connection.send(sampler.greedy(work["prompts"]))
-                continue
-            for batch in plan.sample(sampler, work["numbers"]):
-                held = weights.versions[slot].item()
-                if not batch.version == version == held:
-                    needs = f"batch {batch.number} needs version {batch.version}"
-                    raise RuntimeError(f"{needs}, not {version}, {held}")
-                batch.metrics |= metrics
-                metrics = {}  # the sync's metrics go with the first batch of a version
-                connection.send(batch)
+            _carry_out(connection.recv(), sampler, weights, plan, connection)
     except (EOFError, ConnectionError):
         return  # the trainer is gone
     except (BadInput, RunStopped) as error:
@@ -53,6 +36,27 @@ def run_sampler(connection, weights, make_sampler, plan):
         traceback.print_exc()
         connection.send(f"{type(error).__name__}: {error}")
     _leave_with_parent()  # not before: the trainer should find the message, not a dead process
+
+
+def _carry_out(order, sampler, weights, plan, connection):
+    slot, version, manifest, work = order
+    tensors = weights.tensors(slot)
+    metrics = {}
+    if manifest:
+        metrics = deliver(sampler, tensors, manifest)
+    else:
+        sampler.use_weights(tensors)
+    if "prompts" in work:
+        connection.send(sampler.greedy(work["prompts"]))
+        return
+    for batch in plan.sample(sampler, work["numbers"]):
+        held = weights.versions[slot].item()
+        if not batch.version == version == held:
+            needs = f"batch {batch.number} needs version {batch.version}"
+            raise RuntimeError(f"{needs}, not {version}, {held}")
+        batch.metrics |= metrics
+        metrics = {}  # the sync's metrics go with the first batch of a version
+        connection.send(batch)
 
 
 def _leave_with_parent():

@@ -101,7 +101,7 @@ class ProblemSet:
         return Evaluation(metrics, answers)
 
     def checksum(self):
-        """A number that depends on all prompts' tokens, and on what JSON can express of problems."""
+        """A number that depends on all prompts' tokens and, as far as JSON goes, on the problems."""
         everything = [self.prompts, self.problems]
         text = json.dumps(everything, skipkeys=True, default=lambda value: str(type(value)))
         return zlib.crc32(text.encode())
@@ -140,9 +140,9 @@ def load_problem_sets(args, tokenizer):
 def load_problems(task, split, tokenizer, max_prompt_tokens):
     """The `ProblemSet` of `split`, "train" or "eval".
 
-    Problems of more than `max_prompt_tokens` tokens are left out. Plain text gets the special tokens
-    that the tokenizer puts in front of it (a BOS, say), and none at its end. Raises `BadInput` if no
-    problem is left, and for prompts that cannot be encoded.
+    Problems of more than `max_prompt_tokens` tokens are left out. Plain text gets the special
+    tokens that the tokenizer puts in front of it (a BOS, say), and none at its end. Raises
+    `BadInput` if no problem is left, and for prompts that cannot be encoded.
     """
     name = f"--task {type(task).__name__}"
     try:
