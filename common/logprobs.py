@@ -28,8 +28,8 @@ def token_logprobs(model, micro, temperature, precision="float32"):
 
     `model` is a Hugging Face causal language model, `micro` a `MicroBatch`, `precision` "float32",
     or "bfloat16" for autocast. Returns `logprobs_BT` and `entropy_BT`, both differentiable and
-    float32, exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32 or
-    bfloat16.
+    float32, exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32
+    or bfloat16.
     """
     mask_BT = micro.mask_BT
     # Indices, since each use of a mask would make the CPU wait for the GPU

