@@ -22,7 +22,7 @@ from pathlib import Path
 import grpo
 from benchmarks.helpers.reporting import SPREAD
 from benchmarks.variants import CISPO
-from common import checkpoints, logprobs, runlog, viewer
+from common import checkpoints, logprobs, recording, runlog, watch
 from common.sampling import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -225,13 +225,13 @@ NUMBERS = {
     "sampler_timeout": lambda: default("sampler_timeout"),
     "most_sequences": lambda: str(transformers.MOST_SEQUENCES),
     "large_vocabulary": lambda: f"{logprobs.LARGE_VOCABULARY:,}",
-    "most_skipped": lambda: str(runlog.MOST_SKIPPED_UPDATES),
+    "most_skipped": lambda: str(watch.MOST_SKIPPED_UPDATES),
     "completions": lambda: str(runlog.COMPLETIONS_PER_STEP),
     "rollouts_interval": lambda: default("rollouts_interval"),
-    "rollouts.groups": lambda: str(viewer.GROUPS),
-    "rollouts.held_out": lambda: str(viewer.HELD_OUT),
-    "rollouts.most_tokens": lambda: f"{viewer.MOST_TOKENS:,}",
-    "rollouts.share": lambda: f"{viewer.MOST_TOKENS // (viewer.GROUPS * grpo.Args.group_size):,}",
+    "rollouts.groups": lambda: str(recording.GROUPS),
+    "rollouts.held_out": lambda: str(recording.HELD_OUT),
+    "rollouts.most_tokens": lambda: f"{recording.MOST_TOKENS:,}",
+    "rollouts.share": lambda: f"{recording.MOST_TOKENS // (recording.GROUPS * grpo.Args.group_size):,}",
     "checkpoints": lambda: str(checkpoints.KEEP),
     "default_run.seconds": lambda: f"{_mean(row['seconds'] for row in _rows()):.0f}",
     "pretrained.step_time": lambda: speed_against_trl(2, "pretrained/step_time"),
