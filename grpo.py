@@ -6,34 +6,34 @@ Responses with a higher reward than the mean of their group become more likely, 
 
 Advantage. With the reward r of a response, and the mean r̄ and standard deviation σ of its group,
 
-    A = (r − r̄) / (σ + 1e-6)
+    A = (r − r̄) / (σ + 1e-6)                the 1e-6 only prevents a division by 0
 
 is the advantage of all tokens of the response. In a group of equal rewards, A is 0.
 
-Loss. By default, every batch is sampled from the current policy and gives one update. Its gradient
-is then that of the sum over the N response tokens of the batch (EOS tokens included)
+Loss. By default, a batch is sampled from the current policy and gives one update. The gradient is
+then that of a sum over the N response tokens of the batch, EOS tokens included:
 
-    loss = −1/N Σ_t A log π(y_t)            π(y_t): probability of token y_t after those before
+    loss = −1/N Σ_t A log π(y_t)            π(y_t): probability of token y_t, given all before it
 
 A positive A pushes the probabilities of a response's tokens up, a negative A pushes them down.
 
-Older policies. With --sync-interval, --sync-offset or --updates-per-batch, some updates have been
-made since a batch was sampled. It came from an older policy π_old. GRPO then uses the ratio
+Older policies. With --sync-interval, --sync-offset or --updates-per-batch, the policy has been
+updated since it sampled the batch. Call it π now, and π_old when it sampled. GRPO takes
 
     ρ_t = π(y_t) / π_old(y_t)               1 if the policy has not changed
     loss = −1/N Σ_t min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A)
 
-At ρ = 1, both losses have the same gradient. Where a token has already moved far in the direction
-of its advantage (ρ > 1+ε_high with A > 0, or ρ < 1−ε_low with A < 0), the minimum is the clipped
-term, a constant. Such a token has no gradient: it is moved no further.
+At ρ = 1, this has the same gradient as the loss above. Where a token has already moved far in the
+direction of its advantage (ρ > 1+ε_high with A > 0, or ρ < 1−ε_low with A < 0), the minimum is the
+clipped term, a constant: the token has no gradient, and is pushed no further.
 
 KL penalty. With --kl-coef β and the initial policy π_ref, the loss gets one more term:
 
     β/N Σ_t k3_t,   k3 = exp(−d) + d − 1   with   d = log π(y_t) − log π_ref(y_t)
 
-The value of k3 estimates KL(π ‖ π_ref), but what it pushes down is, on average over fresh samples,
-KL(π_ref ‖ π) (arXiv 2506.09477). β is 0 here, as in the work that this repository reproduces:
-rewards that a program computes cannot be gamed as a learned reward model can.
+It keeps the policy near π_ref. By default β is 0, as in the work that this repository reproduces.
+The value of k3 estimates KL(π ‖ π_ref). Its gradient, however, is on average not that of
+KL(π ‖ π_ref) but that of KL(π_ref ‖ π), of the next token's distribution (arXiv 2506.09477).
 
 Differences from the paper:
 - Every token weighs 1/N. The paper averages within each response first, so that a token of a long
@@ -52,14 +52,14 @@ Usage:
 
 # Suffixes of tensor names are their dimensions:
 #   P  prompts of a batch
-#   G  responses to a prompt, the group
-#   B  sequences, prompt and response: P·G in a batch, one group after the other
+#   G  responses to each prompt, the group
+#   B  sequences (a prompt and its response): P·G in a batch, one group after the other
 #   T  tokens of the longest sequence of a micro-batch, to which the others are padded
-#   1  one value for all of a dimension
+#   1  a dimension with one value for all
 #
-# The scripts are the same outside of the regions marked "algorithm". On several GPUs (torchrun),
-# each rank samples and grades its share of the prompts, then gets the whole batch, and computes its
-# share of the micro-batches; gradients are summed.
+# The scripts are the same outside of the regions marked "algorithm". On several GPUs, torchrun
+# starts a process for each, a rank. It samples and grades its share of the prompts, gets the other
+# ranks' responses, and computes its share of the micro-batches. Gradients are summed over ranks.
 
 import math
 from dataclasses import dataclass
@@ -82,7 +82,7 @@ from common.tasks.problems import load_problem_sets
 
 
 @dataclass
-class Args(RunOptions):  # common/options.py: device, precision, output, … (see --help)
+class Args(RunOptions):  # which adds device, precision, output and the like; see --help
     # --- algorithm ---
     clip_low: float = option(0.2, at_least=0)
     """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""

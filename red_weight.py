@@ -51,14 +51,14 @@ Usage:
 
 # Suffixes of tensor names are their dimensions:
 #   P  prompts of a batch
-#   G  responses to a prompt, the group
-#   B  sequences, prompt and response: P·G in a batch, one group after the other
+#   G  responses to each prompt, the group
+#   B  sequences (a prompt and its response): P·G in a batch, one group after the other
 #   T  tokens of the longest sequence of a micro-batch, to which the others are padded
-#   1  one value for all of a dimension
+#   1  a dimension with one value for all
 #
-# The scripts are the same outside of the regions marked "algorithm". On several GPUs (torchrun),
-# each rank samples and grades its share of the prompts, then gets the whole batch, and computes its
-# share of the micro-batches; gradients are summed.
+# The scripts are the same outside of the regions marked "algorithm". On several GPUs, torchrun
+# starts a process for each, a rank. It samples and grades its share of the prompts, gets the other
+# ranks' responses, and computes its share of the micro-batches. Gradients are summed over ranks.
 
 import math
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ from common.tasks.problems import load_problem_sets
 
 
 @dataclass
-class Args(RunOptions):  # common/options.py: device, precision, output, … (see --help)
+class Args(RunOptions):  # which adds device, precision, output and the like; see --help
     # --- algorithm ---
     tau: float = option(1.0, above=0)
     """τ: a response weighs exp(A/τ); smaller values favour good responses more, ∞ is REINFORCE"""

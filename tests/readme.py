@@ -73,12 +73,14 @@ def code_of_fences(script):
 
 
 def code_diff(one, other):
-    """What differs between two scripts, their docstrings and comments aside, with all of the fenced
-    code around it.
+    """What differs between two scripts, docstrings and comments aside.
+
+    Functions that differ are shown whole, those that do not are left out.
     """
-    changes = list(difflib.unified_diff(code_of_fences(one), code_of_fences(other), n=100))[3:]
-    functions = "".join("\n" + line if line.startswith(" def ") else line for line in changes)
-    return f"```diff\n{functions.rstrip()}\n```"
+    lines = list(difflib.unified_diff(code_of_fences(one), code_of_fences(other), n=100))[3:]
+    text = "".join("\n" + line if line.startswith(" def ") else line for line in lines)
+    parts = [part for part in text.split("\n\n") if re.search(r"^[-+]", part, re.MULTILINE)]
+    return "```diff\n" + "\n\n".join(parts).rstrip() + "\n```"
 
 
 def code_of_variant(variant):
@@ -121,7 +123,9 @@ def worked_out():
 
 
 BLOCKS = {
-    "diff grpo.py red_weight.py": lambda: code_diff("grpo.py", "red_weight.py"),
+    "diff rec_oneside_nois.py red_weight.py": lambda: code_diff(
+        "rec_oneside_nois.py", "red_weight.py"
+    ),
     "CISPO": lambda: code_of_variant(CISPO),
     "default run": default_run,
     "worked out": worked_out,
@@ -231,7 +235,9 @@ NUMBERS = {
     "rollouts.groups": lambda: str(recording.GROUPS),
     "rollouts.held_out": lambda: str(recording.HELD_OUT),
     "rollouts.most_tokens": lambda: f"{recording.MOST_TOKENS:,}",
-    "rollouts.share": lambda: f"{recording.MOST_TOKENS // (recording.GROUPS * grpo.Args.group_size):,}",
+    "rollouts.share": lambda: (
+        f"{recording.MOST_TOKENS // (recording.GROUPS * grpo.Args.group_size):,}"
+    ),
     "checkpoints": lambda: str(checkpoints.KEEP),
     "default_run.seconds": lambda: f"{_mean(row['seconds'] for row in _rows()):.0f}",
     "pretrained.step_time": lambda: speed_against_trl(2, "pretrained/step_time"),
