@@ -11,34 +11,33 @@ Advantage. With the reward r of a response, and the mean r̄ of its group,
 
 is the advantage of all tokens of the response. In a group of equal rewards, A is 0.
 
-Loss. By default, every batch is sampled from the current policy and gives one update. Its gradient
-is then that of the sum over the N response tokens of the batch (EOS tokens included)
+Loss. Each batch gives one update, with N its number of response tokens, EOS tokens included:
 
-    loss = −1/N Σ_t A log π(y_t)            π(y_t): probability of token y_t after those before
-
-A positive A pushes the probabilities of a response's tokens up, a negative A pushes them down.
-
-Older policies. With --sync-interval, --sync-offset or --updates-per-batch, some updates have been
-made since a batch was sampled. It came from an older policy π_old. A mask M then leaves out tokens
-that have already moved far in the direction of their advantage:
-
-    ρ_t = π(y_t) / π_old(y_t)               1 if the policy has not changed
+    ρ_t = π(y_t) / π_old(y_t)
     M_t = 1 if (A ≥ 0 and ρ_t ≤ 1+ε_high) or (A ≤ 0 and ρ_t ≥ 1−ε_low), else 0
     loss = −1/N Σ_t A M_t log π(y_t)        M is a constant: no gradient goes through it
 
-"One side": a token that has moved the other way is not masked, and may come back.
+π(y_t) is the probability of token y_t after those before it, under the current policy; π_old is the
+policy that sampled it. By default the two are the same: a batch is sampled with the newest weights,
+and trained on once. Then ρ = 1 and M = 1: this is REINFORCE with the group's mean as baseline. A
+positive A raises the probabilities of a response's tokens, a negative A lowers them.
 
-Why there is no importance sampling ("NoIS"). GRPO has the same mask, and multiplies each token's
-gradient by ρ, to correct for sampling from π_old. Here ρ only decides about M. The paper derives
-the loss without asking where responses came from: maximising the reward minus τ KL(π ‖ π_old) has a
-solution for which r − τ log(π/π_old) is the same for all responses to a prompt. A step on the
-squared differences within a group, taken at π_old, is this loss without M. The derivation holds
-near π_old, and M keeps the policy there.
+The mask. π differs from π_old if the sampler gets new weights late (--sync-interval, --sync-offset)
+or if a batch gives several updates (--updates-per-batch). M then leaves out a token that has
+already been raised far enough (A > 0) or lowered far enough (A < 0). "One side": a token that has
+moved against its advantage is not left out.
+
+No importance sampling ("NoIS"). GRPO has the same mask, and multiplies each token's gradient by ρ,
+since another policy sampled it. Here ρ only decides about M. The paper derives the loss without
+asking where responses came from. Maximising the reward minus τ KL(π ‖ π_old) has a solution for
+which r − τ log(π/π_old) is the same for all responses to a prompt. A step on the squared
+differences within a group, taken at π_old, is this loss without M. The derivation holds near π_old,
+and M keeps the policy there.
 
 Differences from the paper and the authors' code (Trinity-RFT, `rec_policy_loss.py`):
 - Every token weighs 1/N, with N counted over the whole batch. Their code averages within each
   micro-batch, so that a token's weight depends on how the batch happened to be split.
-- log π_old is what the sampler reported with the token; the trainer does not compute it again.
+- log π_old is recorded when a token is sampled. The trainer does not compute it again.
 - No KL penalty, as in their runs.
 
 Usage:
@@ -53,13 +52,15 @@ Usage:
 # Suffixes of tensor names are their dimensions:
 #   P  prompts of a batch
 #   G  responses to each prompt, the group
-#   B  sequences (a prompt and its response): P·G in a batch, one group after the other
+#   B  sequences (a prompt and its response) of a batch, P·G, or of a part of it
 #   T  tokens of the longest sequence of a micro-batch, to which the others are padded
 #   1  a dimension with one value for all
 #
-# The scripts are the same outside of the regions marked "algorithm". On several GPUs, torchrun
-# starts a process for each, a rank. It samples and grades its share of the prompts, gets the other
-# ranks' responses, and computes its share of the micro-batches. Gradients are summed over ranks.
+# grpo.py, rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm" only.
+#
+# On several GPUs, torchrun starts one process per GPU, a rank. Each rank samples and grades some of
+# the prompts (`rollouts.next`, `graded`), then gets all others' responses (`gather_batch`). It
+# computes some of the micro-batches (`micro_batches`), and `loss.backward()` sums over ranks.
 
 import math
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ from common.tasks.problems import load_problem_sets
 
 
 @dataclass
-class Args(RunOptions):  # which adds device, precision, output and the like; see --help
+class Args(RunOptions):  # which adds device, engine, output and the like; see --help
     # --- algorithm ---
     clip_low: float = option(0.2, at_least=0)
     """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
@@ -105,19 +106,19 @@ class Args(RunOptions):  # which adds device, precision, output and the like; se
     max_response_tokens: int = option(64, at_least=1)
     """longer responses are cut off here, and graded as they are"""
     temperature: float = option(1.0, above=0)
-    """divides the logits, in sampling and in training: it is a part of the policy"""
+    """divides the logits, when sampling and when training"""
 
     sync_interval: int = option(1, at_least=1)
-    """I: the sampler gets new weights every I steps"""
+    """I: the sampler gets new weights after every I-th step"""
     sync_offset: int = option(0, at_least=0)
-    """O: batches are sampled O steps ahead; I = O = 1 is one-step off-policy training"""
+    """O: a batch is sampled O steps before it is trained on; I = O = 1 is one-step off-policy"""
     updates_per_batch: int = option(1, at_least=1)
-    """a batch is split into so many parts of whole groups, with an update for each"""
+    """split a batch by groups into that many parts, with one update for each"""
 
     learning_rate: float = option(2e-4, above=0)
     """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones"""
     lr_schedule: Literal["constant", "linear"] = "constant"
-    """linear: falls from the learning rate to 0 over the run"""
+    """linear: falls over the run, and would be 0 after the last step"""
     warmup_steps: int = option(0, at_least=0)
     """steps over which the learning rate rises linearly at the start"""
     max_grad_norm: float = option(1.0, above=0)
@@ -125,8 +126,11 @@ class Args(RunOptions):  # which adds device, precision, output and the like; se
 
 
 # --- algorithm ---
+# All of these functions get `args`, for options of the algorithm.
+
+
 def advantages(rewards_PG, args):
-    """A = r − r̄ with the mean of the group, float64."""
+    """A = r − r̄, float64."""
     advantages_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
     # The mean of equal rewards may be rounded: make their advantages exactly 0.
     equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
@@ -134,10 +138,11 @@ def advantages(rewards_PG, args):
 
 
 def token_weights(advantages_PG, lengths_PG, args):
-    """The weight in the loss of each token of a response: 1/N, or 0 if it has nothing to learn."""
-    N = lengths_PG.sum()
+    """What each token of a response weighs in the loss: 1/N, or 0 if it has nothing to learn."""
+    N = lengths_PG.sum()  # of all responses, also those with nothing to learn
     weights_PG = torch.ones_like(advantages_PG) / N
-    return weights_PG.masked_fill(advantages_PG == 0, 0.0)  # saves the backward pass
+    # Their gradient is 0 in any case; with weight 0, they get no backward pass.
+    return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
 
 def per_token_loss(micro, args):
@@ -152,31 +157,32 @@ def per_token_loss(micro, args):
 # --- end algorithm ---
 
 
-def gradient(batch, policy, reference, args, precision, metrics):
+def gradient(part, policy, reference, args, precision, metrics):
     """Leave the gradient of the loss in the policy's parameters, and return the loss.
 
-    A micro-batch is as many sequences as fit into memory. Since weights are those of tokens in the
-    whole batch, gradients just add up: how the batch is split changes nothing but rounding.
+    `part` is the batch, or a part of it with an update of its own. It is split into micro-batches,
+    as many sequences as fit into memory. Since a token's weight depends on the whole part, their
+    gradients just add up: how it is split changes nothing but rounding.
     """
-    weights_PG = token_weights(batch.advantages_PG, batch.lengths_PG, args)
+    weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
     for parameter in policy.parameters():
-        # Zeros, not None: without any gradient, AdamW should still follow its momentum.
+        # Zeros, since AdamW passes over None: it should follow its momentum if no token learns.
         parameter.grad = torch.zeros_like(parameter)
     total_loss = 0.0
-    for micro in micro_batches(batch, weights_PG, args.max_tokens_per_microbatch, policy.device):
-        if reference is not None:
+    for micro in micro_batches(part, weights_PG, args.max_tokens_per_microbatch, policy.device):
+        if reference is not None:  # for the KL that is logged, and for --kl-coef
             with torch.no_grad():
                 micro.reference_logprobs_BT, _ = token_logprobs(
                     reference, micro, args.temperature, precision
                 )
-        with torch.set_grad_enabled(micro.learns):  # False if all weights are 0
+        with torch.set_grad_enabled(micro.learns):  # whether any of its tokens weighs more than 0
             micro.logprobs_BT, micro.entropy_BT = token_logprobs(
                 policy, micro, args.temperature, precision
             )
             losses_BT = micro.weights_B1 * per_token_loss(micro, args)
             loss = losses_BT[micro.mask_BT].sum()  # over response tokens: no prompt, no padding
         if micro.learns:
-            micro.logprobs_BT.retain_grad()  # for the metrics: a clipped token has gradient 0
+            micro.logprobs_BT.retain_grad()  # to count clipped tokens: their gradient is 0
             loss.backward()
         metrics.add_micro_batch(micro)
         total_loss += loss.item()
@@ -184,18 +190,18 @@ def gradient(batch, policy, reference, args, precision, metrics):
 
 
 def update(policy, optimizer, loss, lr, args, metrics):
-    """Make one step with the clipped gradient, unless it is not finite."""
+    """Make one step of AdamW, with the norm of the gradient limited."""
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-    grad_norm = distributed.whole(grad_norm).item()
+    grad_norm = distributed.whole(grad_norm).item()  # a rank has a shard of the parameters
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:
+    if finite:  # else the update is skipped; several in a row end the run
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
-    metrics.add_update(loss, grad_norm, lr, skipped=not finite)  # several in a row end the run
+    metrics.add_update(loss, grad_norm, lr, skipped=not finite)
 
 
 def learning_rate(step, args):
-    """Of a step, counted from 1."""
+    """The learning rate of a step, counted from 1."""
     warmup = min(1.0, step / max(1, args.warmup_steps))
     decay = 1 - (step - 1) / args.num_steps if args.lr_schedule == "linear" else 1.0
     return args.learning_rate * warmup * decay
@@ -214,38 +220,40 @@ def main(args):
     optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
     rollouts = make_rollouts(args, train_set, eval_set, policy, tokenizer, precision)
     checkpoints = Checkpoints(log, policy, optimizer, rollouts, train_set, eval_set)
-    checkpoints.load_newest()  # with --resume
+    checkpoints.load_newest()  # with --resume: weights, moments, batches, log.step
 
     with rollouts, log, finish_step_on_interrupt() as interrupt:
         if log.step == 0:
             log.write(0, {}, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))
+            metrics = StepMetrics(log.recorded_rows(step))  # rows recorded token by token
 
             # Sample G responses to each of P prompts, with the log-prob of every token. With a
-            # schedule other than the default, another process may have done so during training.
+            # schedule other than the default, that may have been done during training.
             metrics.phase("wait")
             batch = rollouts.next(step)
 
             # Grade them, and compare the rewards of each group.
             metrics.phase("grade")
-            batch = distributed.gather_batch(train_set.graded(batch))
+            batch = train_set.graded(batch)
+            batch = distributed.gather_batch(batch)
             batch.advantages_PG = advantages(batch.rewards_PG, args)
 
-            # Train on the batch.
+            # Train on the batch: by default it is the only part.
             metrics.phase("train")
             for part in mini_batches(batch, args.updates_per_batch, args.seed):
                 loss = gradient(part, policy, reference, args, precision, metrics)
                 update(policy, optimizer, loss, learning_rate(step, args), args, metrics)
 
-            # Evaluate the new weights, and hand them to the sampler when the schedule says so.
+            # Evaluate, always with the newest weights.
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("eval")
                 evaluation = eval_set.evaluate(rollouts)
+
             metrics.phase("sync")
-            rollouts.publish(step)
+            rollouts.publish(step)  # the sampler gets the new weights, if the schedule says so
 
             # Record the step.
             log.write(step, metrics.result(batch, device, precision), evaluation)

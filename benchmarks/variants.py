@@ -130,7 +130,7 @@ class DrGRPO:
         """1 / (P G L) for each token, or 0 if it has nothing to learn."""
         longest = lengths_PG.numel() * args.max_response_tokens
         weights_PG = torch.ones_like(advantages_PG) / longest
-        return weights_PG.masked_fill(advantages_PG == 0, 0.0)  # saves the backward pass
+        return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
     def per_token_loss(micro, args):
         """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A) for each token of a micro-batch."""
@@ -260,7 +260,7 @@ class GSPO:
     def token_weights(advantages_PG, lengths_PG, args):
         """1 / (P G |y|) for each token, its share of the response, or 0 if it learns nothing."""
         weights_PG = 1 / (lengths_PG.numel() * lengths_PG.double())
-        return weights_PG.masked_fill(advantages_PG == 0, 0.0)  # saves the backward pass
+        return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
     def per_token_loss(micro, args):
         """−min(s A, clip(s, 1−ε_low, 1+ε_high) A), the same for all tokens of a response."""

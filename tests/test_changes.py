@@ -13,8 +13,7 @@ CHANGES = {
     "kl": (
         "red_weight.py",  # which has no KL penalty; in grpo.py it is the option --kl-coef
         {
-            "    return weights_PG.masked_fill(advantages_PG == 0, 0.0)"
-            "  # saves the backward pass\n": "    return weights_PG\n",
+            "    return weights_PG.masked_fill(advantages_PG == 0, 0.0)\n": "    return weights_PG\n",
             "    return -weight_B1 * micro.advantages_B1 * micro.logprobs_BT\n": (
                 "    d_BT = micro.logprobs_BT - micro.reference_logprobs_BT\n"
                 "    k3_BT = torch.exp(-d_BT) + d_BT - 1\n"
@@ -25,9 +24,9 @@ CHANGES = {
     "entropy": (
         "grpo.py",
         {
-            "    if args.kl_coef == 0:\n"
-            "        weights_PG = weights_PG.masked_fill(advantages_PG == 0, 0.0)"
-            "  # saves the backward pass\n": "",
+            "        weights_PG = weights_PG.masked_fill(advantages_PG == 0, 0.0)\n": (
+                "        pass\n"
+            ),
             "    return loss_BT\n": "    return loss_BT - 0.01 * micro.entropy_BT\n",
         },
     ),
