@@ -334,9 +334,8 @@ class RECTwoSideIS:
 
     def per_token_loss(micro, args):
         """−M sg(ρ) A log π for each token of a micro-batch."""
-        ratio_BT = torch.exp(
-            micro.logprobs_BT - micro.sampler_logprobs_BT
-        ).detach()  # ρ = π / π_old
+        # ρ = π / π_old
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT).detach()
         inside_BT = (ratio_BT >= 1 - args.clip_low) & (ratio_BT <= 1 + args.clip_high)
         # Not a product: that of 0 and an infinite ρ would be NaN.
         weight_BT = ratio_BT.masked_fill(~inside_BT, 0.0)
@@ -367,9 +366,8 @@ class RECRingNoIS:
 
     def per_token_loss(micro, args):
         """−M A log π for each token of a micro-batch."""
-        ratio_BT = torch.exp(
-            micro.logprobs_BT - micro.sampler_logprobs_BT
-        ).detach()  # ρ = π / π_old
+        # ρ = π / π_old
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT).detach()
         inside_BT = (ratio_BT >= 1 - args.clip_low) & (ratio_BT <= 1 + args.clip_high)
         fell_far_BT = (micro.advantages_B1 >= 0) & (ratio_BT <= 1 - args.far_low)
         rose_far_BT = (micro.advantages_B1 <= 0) & (ratio_BT >= 1 + args.far_high)
