@@ -70,10 +70,8 @@ class Batch:
         """The `Batch` of some of its groups, given by their numbers."""
         G = self.group_size
         rows = [row for group in groups for row in range(group * G, (group + 1) * G)]
-        lists = {
-            name: value for name, value in vars(self).items() if value and isinstance(value, list)
-        }
-        own = {name: [value[row] for row in rows] for name, value in lists.items()}
+        lists = {name: value for name, value in vars(self).items() if isinstance(value, list)}
+        own = {name: [value[row] for row in rows] for name, value in lists.items() if value}
         return replace(self, advantages_PG=self.advantages_PG[groups], part_of=tuple(rows), **own)
 
 
