@@ -1,23 +1,17 @@
-"""Ten more algorithms, each of them a few lines in place of `grpo.py`'s.
+"""Fourteen more algorithms, each of them a few lines in place of `grpo.py`'s.
 
-    python benchmarks/variants.py --write gspo mine.py      write one as a script; run it with:
-    python mine.py
-    python benchmarks/variants.py                           train with each of them; 40 to 55
-    minutes
-    python benchmarks/variants.py --quick                   the same in miniature, to see that it
-    works
+    python benchmarks/variants.py --write gspo mine.py      write one as a script, mine.py
+    python benchmarks/variants.py                           list them
 
-A class below is what a variant puts into the four fenced regions of `grpo.py`: docstring, options,
-`advantages` and `per_token_loss`. What it does not define stays as in `grpo.py`, but a loss of its
-own comes with its own options only. What papers add outside of the fences is left out: KL
-penalties, rewards for length, sampling a group again.
+A class below is what a variant puts into the three fenced regions of `grpo.py`: docstring, options,
+and the functions `advantages`, `token_weights` and `per_token_loss`. A function that it does not
+define stays as in `grpo.py`; options and the KL penalty of `grpo.py` are left out. What papers do
+outside of the loss, such as sampling a group again, is left out as well.
 
-Trains at `sync_interval` 1 and 20, with one setting for all, and the three scripts for comparison.
-Writes `report.md`, and `strip.png` with the values it shows in `curves.csv`. Repeat the command to
-continue where it was stopped.
+`benchmarks/figures/compare_variants.py` trains with all of them.
 """
 
-import difflib
+import ast
 import inspect
 import re
 import sys
@@ -25,245 +19,370 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import tyro
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks import algorithms, reporting
-from benchmarks.launcher import ROOT, Run, run_all
-from benchmarks.reporting import SPREAD, column, table, yes
+from common.options import option
 
+ROOT = Path(__file__).parents[1]
 NOTATION = """
-For each of P prompts x_i, sample a group of G responses y_ij and grade them. r_ij is a response's reward; r̄_i and σ_i
-are the mean and the standard deviation of its group. π_old is the policy that sampled the response, and
+For each of P prompts, the policy π samples a group of G responses, and a program rewards them. r is
+a response's reward, r̄ and σ are the mean and standard deviation of its group, and A is the
+advantage of all its tokens. π_old is the policy that sampled the response, and
 
-    ρ_ijt = π_θ(y_ijt | x_i, y_ij,<t) / π_old(y_ijt | x_i, y_ij,<t)
+    ρ_t = π(y_t) / π_old(y_t)
 
-is a token's ratio to it. N is the number of response tokens in the whole batch, |y_ij| that in one response. Where a
-paper divides by a constant instead, AdamW nearly divides that out; DAPO and CISPO divide by the tokens of each group.
-sg(·) lets no gradient through. Each batch gives one update, and there is no KL penalty.
+the ratio of a token's probabilities. With the default schedule, ρ = 1. |y| is the number of tokens
+of a response, N that of all responses of the batch. sg(·) lets no gradient through.
 """
 
 
 class Reinforce:
-    """REINFORCE: with the group's mean as baseline (Williams, 1992; the baseline as in Yao et al.,
-    arXiv 2509.24203).
+    """REINFORCE: with the group's mean as baseline (Williams, 1992; as in arXiv 2509.24203).
 
-        A_ij = r_ij − r̄_i
-        loss = −1/N Σ_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        A = r − r̄
+        loss = −1/N Σ_t A log π(y_t)
 
     Neither a ratio nor clipping bounds how far old data can push the policy.
     """
 
     def advantages(rewards_PG, args):
-        """A = r − r̄ with the group's mean; float64 in and out."""
+        """A = r − r̄ with the mean of the group, float64."""
         advantages_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-        # Equal rewards carry no signal: exactly 0, also after rounding.
-        all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
-        return advantages_PG.masked_fill(all_equal_P1, 0.0)
+        # The mean of equal rewards may be rounded: make their advantages exactly 0.
+        equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
+        return advantages_PG.masked_fill(equal_P1, 0.0)
 
-    def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−A log π of each token."""
-        return -advantages_B1 * logprobs_BT
+    def per_token_loss(micro, args):
+        """−A log π for each token of a micro-batch."""
+        return -micro.advantages_B1 * micro.logprobs_BT
 
 
 class RLOO:
     """RLOO: REINFORCE Leave-One-Out (Ahmadian et al., "Back to Basics", arXiv 2402.14740).
 
-        A_ij = r_ij − 1/(G−1) Σ_k≠j r_ik
-        loss = −1/N Σ_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        A = r − mean of the group's other rewards
+        loss = −1/N Σ_t A log π(y_t)
 
-    A is G/(G−1) (r_ij − r̄_i). The paper divides by the number of responses, not by N.
+    A is G/(G−1) (r − r̄). The paper divides by the number of responses, not by N.
     """
 
     def advantages(rewards_PG, args):
-        """A = r less the mean of the group's other rewards; float64 in and out."""
+        """A = r less the mean of the group's other rewards, float64."""
         others_PG = (rewards_PG.sum(dim=1, keepdim=True) - rewards_PG) / (rewards_PG.shape[1] - 1)
-        # Equal rewards carry no signal: exactly 0, also after rounding.
-        all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
-        return (rewards_PG - others_PG).masked_fill(all_equal_P1, 0.0)
+        # The mean of equal rewards may be rounded: make their advantages exactly 0.
+        equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
+        return (rewards_PG - others_PG).masked_fill(equal_P1, 0.0)
 
     per_token_loss = Reinforce.per_token_loss
 
 
-class DrGRPO:
-    """Dr. GRPO: GRPO without division by σ (Liu et al., arXiv 2503.20783).
+class PaperGRPO:
+    """Paper's GRPO: averages each response first, β = 0.04 (Shao et al., arXiv 2402.03300).
 
-        A_ij = r_ij − r̄_i
-        loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)
+        A = (r − r̄) / (σ + 1e-6)
+        loss = 1/(PG) Σ_y 1/|y| Σ_t [−min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A) + β k3_t]
+        k3_t = exp(−d) + d − 1   with   d = log π(y_t) − log π_ref(y_t)
 
-    Dividing by σ favours prompts solved nearly always or nearly never. The paper divides by a
-    constant, not by N.
+    π_ref is the initial policy. A token of a long response weighs less than one of a short one.
     """
 
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.2, at_least=0)
+    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+    kl_coef: float = option(0.04, at_least=0, needs="reference_kl")
+    """β: weight of the KL penalty"""
+
+    def token_weights(advantages_PG, lengths_PG, args):
+        """1 / (P G |y|) for each token: the mean over a response, then over all responses."""
+        return 1 / (lengths_PG.numel() * lengths_PG.double())
+
+    def per_token_loss(micro, args):
+        """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A) + β k3 for each token of a micro-batch."""
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT)  # ρ = π / π_old
+        clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+        loss_BT = -torch.minimum(ratio_BT * micro.advantages_B1, clipped_BT * micro.advantages_B1)
+        d_BT = micro.logprobs_BT - micro.reference_logprobs_BT
+        return loss_BT + args.kl_coef * (torch.exp(-d_BT) + d_BT - 1)
+
+
+class DrGRPO:
+    """Dr. GRPO: divides by constants only (Liu et al., arXiv 2503.20783).
+
+        A = r − r̄
+        loss = −1/(PGL) Σ_t min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A)
+
+    L is --max-response-tokens. Dividing by σ favours prompts that are solved nearly always or
+    nearly never; dividing by lengths favours long wrong responses.
+    """
+
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.2, at_least=0)
+    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+
     advantages = Reinforce.advantages
+
+    def token_weights(advantages_PG, lengths_PG, args):
+        """1 / (P G L) for each token, or 0 if it has nothing to learn."""
+        longest = lengths_PG.numel() * args.max_response_tokens
+        weights_PG = torch.ones_like(advantages_PG) / longest
+        return weights_PG.masked_fill(advantages_PG == 0, 0.0)  # saves the backward pass
+
+    def per_token_loss(micro, args):
+        """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A) for each token of a micro-batch."""
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT)  # ρ = π / π_old
+        clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+        return -torch.minimum(ratio_BT * micro.advantages_B1, clipped_BT * micro.advantages_B1)
+
+
+class DropEqual:
+    """GRPO without equal groups: they do not count in N either.
+
+        A = (r − r̄) / (σ + 1e-6)
+        loss = −1/N' Σ_t min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A)
+
+    N' counts the tokens of groups whose rewards differ. So the step does not shrink when most
+    groups have been learned. It is what sampling these groups again would do to the loss (DAPO,
+    arXiv 2503.14476), without the new samples.
+    """
+
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.2, at_least=0)
+    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+
+    def token_weights(advantages_PG, lengths_PG, args):
+        """1/N' for each token of a group with different rewards, else 0."""
+        differ_P1 = (advantages_PG != 0).any(dim=1, keepdim=True)
+        num_tokens = (lengths_PG * differ_P1).sum().clamp(min=1)  # N'
+        return (differ_P1.double() / num_tokens).expand_as(advantages_PG)
+
+    per_token_loss = DrGRPO.per_token_loss
 
 
 class DAPO:
     """DAPO: GRPO with a higher upper bound (Yu et al., arXiv 2503.14476), as far as it is a loss.
 
-        A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        loss = −1/N Σ_ijt min(ρ_ijt A_ij, clip(ρ_ijt, 1−ε_low, 1+ε_high) A_ij)     with ε_high >
-        ε_low
+        A = (r − r̄) / (σ + 1e-6)
+        loss = −1/N' Σ_t min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A)     with ε_high > ε_low
 
-    A higher bound leaves unlikely tokens room to rise. The paper also lowers the reward of overlong
-    responses: left out, since `advantages` does not see lengths. And it samples groups with equal
-    rewards again.
+    A higher bound leaves unlikely tokens room to rise. The paper samples groups of equal rewards
+    again; here they are left out, and N' counts the tokens of the others. It also lowers the reward
+    of overlong responses, which is a matter of the task.
     """
 
-    clip_low: float = 0.2
-    """ε_low: a token with a negative advantage gets no gradient once its ratio is below 1 − ε_low
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.28, at_least=0)
+    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+
+    token_weights = DropEqual.token_weights
+    per_token_loss = DrGRPO.per_token_loss
+
+
+class EntropyBonus:
+    """GRPO with entropy bonus: rewards staying undecided (as in A3C, arXiv 1602.01783).
+
+        A = (r − r̄) / (σ + 1e-6)
+        loss = −1/N Σ_t [min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A) + c H_t]
+
+    H_t is the entropy of the distribution that token t was sampled from. Tokens of groups with
+    equal rewards get the bonus, too.
     """
-    clip_high: float = 0.28
-    """ε_high: a token with a positive advantage gets no gradient once its ratio is above 1 + ε_high
+
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.2, at_least=0)
+    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+    entropy_coef: float = 0.01
+    """c: weight of the bonus"""
+
+    def token_weights(advantages_PG, lengths_PG, args):
+        """1/N for each token: all of them get the bonus."""
+        return torch.ones_like(advantages_PG) / lengths_PG.sum()
+
+    def per_token_loss(micro, args):
+        """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A) − c H for each token of a micro-batch."""
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT)  # ρ = π / π_old
+        clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+        loss_BT = -torch.minimum(ratio_BT * micro.advantages_B1, clipped_BT * micro.advantages_B1)
+        return loss_BT - args.entropy_coef * micro.entropy_BT
+
+
+class KLInReward:
+    """GRPO with KL in the reward: each response pays for its distance (as in arXiv 1909.08593).
+
+        A = (r − r̄) / (σ + 1e-6) − β sg(Σ_t log π(y_t) − log π_ref(y_t))
+        loss = −1/N Σ_t min(ρ_t A, clip(ρ_t, 1−ε_low, 1+ε_high) A)
+
+    π_ref is the initial policy. On fresh samples, the penalty's gradient is on average that of
+    KL(π ‖ π_ref) over whole responses, which that of k3 in the loss is not (arXiv 2506.09477).
     """
+
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.2, at_least=0)
+    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+    kl_coef: float = option(0.01, at_least=0, needs="reference_kl")
+    """β: weight of the KL penalty"""
+
+    token_weights = EntropyBonus.token_weights
+
+    def per_token_loss(micro, args):
+        """−min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A), where A includes the penalty."""
+        log_ratio_BT = (micro.logprobs_BT - micro.reference_logprobs_BT) * micro.mask_BT
+        penalty_B1 = log_ratio_BT.sum(dim=1, keepdim=True).detach()
+        advantages_B1 = micro.advantages_B1 - args.kl_coef * penalty_B1
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT)  # ρ = π / π_old
+        clipped_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high)
+        return -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
 
 
 class GSPO:
     """GSPO: Group Sequence Policy Optimization (Zheng et al., arXiv 2507.18071).
 
-        A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        s_ij = exp(1/|y_ij| Σ_t log ρ_ijt)                                  the ratio of the whole
-        response
-        loss = −1/N Σ_ij min(s_ij A_ij, clip(s_ij, 1−ε_low, 1+ε_high) A_ij)
+        A = (r − r̄) / (σ + 1e-6)
+        s = exp(1/|y| Σ_t log ρ_t)                                  the ratio of the whole response
+        loss = −1/(PG) Σ_y min(s A, clip(s, 1−ε_low, 1+ε_high) A)
 
-    All tokens of a response are clipped, or none. The paper divides by the number of responses, not
-    by N.
+    All tokens of a response are clipped, or none.
     """
 
-    clip_low: float = 3e-4
-    """ε_low: a response with a negative advantage gets no gradient once its ratio is below 1 −
-    ε_low
-    """
-    clip_high: float = 4e-4
-    """ε_high: a response with a positive advantage gets no gradient once its ratio is above 1 +
-    ε_high
-    """
+    clip_low: float = option(3e-4, at_least=0)
+    """ε_low: a response with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(4e-4, at_least=0)
+    """ε_high: a response with A > 0 has no gradient once its ratio is above 1 + ε_high"""
 
-    def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−min(s A, clip(s, 1−ε_low, 1+ε_high) A) / |y| of each token: its share of the response's
-        loss.
-        """
-        length_B1 = mask_BT.sum(dim=1, keepdim=True)
-        log_ratio_BT = (logprobs_BT - sampler_logprobs_BT) * mask_BT
-        ratio_B1 = torch.exp(log_ratio_BT.sum(dim=1, keepdim=True) / length_B1)
+    def token_weights(advantages_PG, lengths_PG, args):
+        """1 / (P G |y|) for each token, its share of the response, or 0 if it learns nothing."""
+        weights_PG = 1 / (lengths_PG.numel() * lengths_PG.double())
+        return weights_PG.masked_fill(advantages_PG == 0, 0.0)  # saves the backward pass
+
+    def per_token_loss(micro, args):
+        """−min(s A, clip(s, 1−ε_low, 1+ε_high) A), the same for all tokens of a response."""
+        log_ratio_BT = (micro.logprobs_BT - micro.sampler_logprobs_BT) * micro.mask_BT
+        length_B1 = micro.mask_BT.sum(dim=1, keepdim=True)
+        ratio_B1 = torch.exp(log_ratio_BT.sum(dim=1, keepdim=True) / length_B1)  # s
         clipped_B1 = ratio_B1.clamp(1 - args.clip_low, 1 + args.clip_high)
-        losses_B1 = -torch.minimum(ratio_B1 * advantages_B1, clipped_B1 * advantages_B1)
-        return (losses_B1 / length_B1).expand_as(logprobs_BT)
+        loss_B1 = -torch.minimum(ratio_B1 * micro.advantages_B1, clipped_B1 * micro.advantages_B1)
+        return loss_B1.expand_as(micro.logprobs_BT)
 
 
 class CISPO:
     """CISPO: clipped importance-sampling weights (MiniMax-M1, arXiv 2506.13585).
 
-        A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        loss = −1/N Σ_ijt sg(clip(ρ_ijt, 1−ε_low, 1+ε_high)) A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        A = (r − r̄) / (σ + 1e-6)
+        loss = −1/N Σ_t sg(clip(ρ_t, 1−ε_low, 1+ε_high)) A log π(y_t)
 
     Clips a token's weight, not its gradient: unlike in GRPO, rare tokens that have risen keep
-    learning.
+    learning. The paper averages over the tokens of each group.
     """
 
-    clip_low: float = 1.0
+    clip_low: float = option(1.0, at_least=0)
     """ε_low: the weight of a token is at least 1 − ε_low; 1, as in the paper, is no bound"""
-    clip_high: float = 0.28
+    clip_high: float = option(0.28, at_least=0)
     """ε_high: the weight of a token is at most 1 + ε_high"""
 
-    def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−sg(clip(ρ, 1−ε_low, 1+ε_high)) A log π of each token."""
-        ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT)
+    def per_token_loss(micro, args):
+        """−sg(clip(ρ, 1−ε_low, 1+ε_high)) A log π for each token of a micro-batch."""
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT)  # ρ = π / π_old
         weight_BT = ratio_BT.clamp(1 - args.clip_low, 1 + args.clip_high).detach()
-        return -weight_BT * advantages_B1 * logprobs_BT
+        return -weight_BT * micro.advantages_B1 * micro.logprobs_BT
 
 
 class TIS:
-    """TIS: truncated importance sampling (Yao et al., fengyao.notion.site/off-policy-rl, 2025;
-    arXiv 1802.01561).
+    """TIS: truncated importance sampling (Yao et al., fengyao.notion.site/off-policy-rl, 2025).
 
-        A_ij = (r_ij − r̄_i) / (σ_i + 1e-6)
-        loss = −1/N Σ_ijt sg(min(ρ_ijt, C)) A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        A = (r − r̄) / (σ + 1e-6)
+        loss = −1/N Σ_t sg(min(ρ_t, C)) A log π(y_t)
 
     Corrects for a sampler whose weights or arithmetic are not the trainer's, with the weight of
-    V-trace. The authors also clip the ratio to the policy before the update: with one update per
-    batch, it is 1. CISPO has C = 1+ε_high.
+    V-trace (arXiv 1802.01561). The authors also clip the ratio to the policy before the update:
+    with one update per batch, it is 1. CISPO has C = 1+ε_high.
     """
 
-    cap: float = 2.0
+    cap: float = option(2.0, above=0)
     """C: the weight of a token is at most C"""
 
-    def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−sg(min(ρ, C)) A log π of each token."""
-        weight_BT = torch.exp(logprobs_BT - sampler_logprobs_BT).clamp(max=args.cap).detach()
-        return -weight_BT * advantages_B1 * logprobs_BT
+    def per_token_loss(micro, args):
+        """−sg(min(ρ, C)) A log π for each token of a micro-batch."""
+        ratio_BT = torch.exp(micro.logprobs_BT - micro.sampler_logprobs_BT)  # ρ = π / π_old
+        return -ratio_BT.clamp(max=args.cap).detach() * micro.advantages_B1 * micro.logprobs_BT
 
 
 class RECTwoSideIS:
-    """REC-TwoSide-IS: REINFORCE, clipped on both sides, with importance sampling (Yao et al., arXiv
-    2509.24203).
+    """REC-TwoSide-IS: REINFORCE, clipped on two sides, importance-sampled (arXiv 2509.24203).
 
-        A_ij = r_ij − r̄_i
-        M_ijt = 1 if 1−ε_low ≤ ρ_ijt ≤ 1+ε_high, else 0
-        loss = −1/N Σ_ijt M_ijt sg(ρ_ijt) A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        A = r − r̄
+        M_t = 1 if 1−ε_low ≤ ρ_t ≤ 1+ε_high, else 0
+        loss = −1/N Σ_t M_t sg(ρ_t) A log π(y_t)
 
     Unlike in GRPO, a token that has moved against its advantage is masked as well, and cannot come
     back.
     """
 
-    clip_low: float = 0.2
-    """ε_low: a token gets no gradient once its ratio is below 1 − ε_low"""
-    clip_high: float = 0.2
-    """ε_high: a token gets no gradient once its ratio is above 1 + ε_high"""
+    clip_low: float = option(0.2, at_least=0)
+    """ε_low: a token has no gradient once its ratio is below 1 − ε_low"""
+    clip_high: float = option(0.2, at_least=0)
+    """ε_high: a token has no gradient once its ratio is above 1 + ε_high"""
 
     advantages = Reinforce.advantages
 
-    def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−M sg(ρ) A log π of each token."""
-        ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT).detach()
+    def per_token_loss(micro, args):
+        """−M sg(ρ) A log π for each token of a micro-batch."""
+        ratio_BT = torch.exp(
+            micro.logprobs_BT - micro.sampler_logprobs_BT
+        ).detach()  # ρ = π / π_old
         inside_BT = (ratio_BT >= 1 - args.clip_low) & (ratio_BT <= 1 + args.clip_high)
-        weight_BT = ratio_BT.masked_fill(
-            ~inside_BT, 0.0
-        )  # the product of 0 and an infinite ρ would be NaN
-        return -weight_BT * advantages_B1 * logprobs_BT
+        # Not a product: that of 0 and an infinite ρ would be NaN.
+        weight_BT = ratio_BT.masked_fill(~inside_BT, 0.0)
+        return -weight_BT * micro.advantages_B1 * micro.logprobs_BT
 
 
 class RECRingNoIS:
-    """REC-Ring-NoIS: REINFORCE, clipped on a ring, without importance sampling (Yao et al., arXiv
-    2509.24203).
+    """REC-Ring-NoIS: REINFORCE, clipped on a ring, no importance sampling (arXiv 2509.24203).
 
-        A_ij = r_ij − r̄_i
-        M = 1 if 1−ε_low ≤ ρ ≤ 1+ε_high, or A ≥ 0 and ρ ≤ 1−ε'_low, or A ≤ 0 and ρ ≥ 1+ε'_high, else
-        0 (indices ijt) loss = −1/N Σ_ijt M_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        A = r − r̄
+        M_t = 1 if 1−ε_low ≤ ρ_t ≤ 1+ε_high,
+              or A ≥ 0 and ρ_t ≤ 1−ε'_low, or A ≤ 0 and ρ_t ≥ 1+ε'_high, else 0
+        loss = −1/N Σ_t M_t A log π(y_t)
 
     Tokens learn where ρ is near 1, and again where it has gone far against their advantage.
     """
 
-    clip_low: float = 0.2
+    clip_low: float = option(0.2, at_least=0)
     """ε_low: lower end of the inner range of ratios, 1 − ε_low"""
-    clip_high: float = 0.2
+    clip_high: float = option(0.2, at_least=0)
     """ε_high: upper end of the inner range of ratios, 1 + ε_high"""
-    far_low: float = 0.6
-    """ε'_low: a token with a positive advantage learns again once its ratio is below 1 − ε'_low"""
-    far_high: float = 2.0
-    """ε'_high: a token with a negative advantage learns again once its ratio is above 1 + ε'_high
-    """
+    far_low: float = option(0.6, at_least=0)
+    """ε'_low: a token with A > 0 learns again once its ratio is below 1 − ε'_low"""
+    far_high: float = option(2.0, at_least=0)
+    """ε'_high: a token with A < 0 learns again once its ratio is above 1 + ε'_high"""
 
     advantages = Reinforce.advantages
 
-    def per_token_loss(logprobs_BT, sampler_logprobs_BT, advantages_B1, mask_BT, args):
-        """−M A log π of each token."""
-        ratio_BT = torch.exp(logprobs_BT - sampler_logprobs_BT).detach()
+    def per_token_loss(micro, args):
+        """−M A log π for each token of a micro-batch."""
+        ratio_BT = torch.exp(
+            micro.logprobs_BT - micro.sampler_logprobs_BT
+        ).detach()  # ρ = π / π_old
         inside_BT = (ratio_BT >= 1 - args.clip_low) & (ratio_BT <= 1 + args.clip_high)
-        fell_far_BT = (advantages_B1 >= 0) & (ratio_BT <= 1 - args.far_low)
-        rose_far_BT = (advantages_B1 <= 0) & (ratio_BT >= 1 + args.far_high)
-        return -advantages_B1 * (inside_BT | fell_far_BT | rose_far_BT) * logprobs_BT
+        fell_far_BT = (micro.advantages_B1 >= 0) & (ratio_BT <= 1 - args.far_low)
+        rose_far_BT = (micro.advantages_B1 <= 0) & (ratio_BT >= 1 + args.far_high)
+        mask_BT = inside_BT | fell_far_BT | rose_far_BT  # M
+        return -micro.advantages_B1 * mask_BT * micro.logprobs_BT
 
 
 class REDDrop:
     """RED-Drop: REINFORCE without the surplus of bad responses (Yao et al., arXiv 2509.24203).
 
-        S_i  = the responses with r_ij ≥ r̄_i, and at most as many of the others
-        A_ij = r_ij − the mean reward in S_i, for responses in S_i; 0 for the others
-        loss = −1/N Σ_ijt A_ij log π_θ(y_ijt | x_i, y_ij,<t)
+        S = the responses with r ≥ r̄, and at most as many of the others
+        A = r − the mean reward in S, for responses in S; 0 for the others
+        loss = −1/N Σ_t A log π(y_t)
 
     The authors' code (Trinity-RFT, `rec_advantage.py`) drops at random; this drops the last in the
     group, which for independent samples is as random, and repeatable. N counts all responses, as it
@@ -271,68 +390,73 @@ class REDDrop:
     """
 
     def advantages(rewards_PG, args):
-        """A = r − the mean over the responses that are kept, 0 for the others; float64 in and out.
-        """
+        """A = r − the mean over the responses that are kept, 0 for the others; float64."""
         bad_PG = rewards_PG < rewards_PG.mean(dim=1, keepdim=True)
-        kept_PG = ~bad_PG | (bad_PG.cumsum(dim=1) <= (~bad_PG).sum(dim=1, keepdim=True))
+        num_good_P1 = (~bad_PG).sum(dim=1, keepdim=True)
+        kept_PG = ~bad_PG | (bad_PG.cumsum(dim=1) <= num_good_P1)
         mean_P1 = (rewards_PG * kept_PG).sum(dim=1, keepdim=True) / kept_PG.sum(dim=1, keepdim=True)
-        # Equal rewards carry no signal: exactly 0, also after rounding.
-        all_equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
-        return (rewards_PG - mean_P1).masked_fill(~kept_PG | all_equal_P1, 0.0)
+        # The mean of equal rewards may be rounded: make their advantages exactly 0.
+        equal_P1 = (rewards_PG == rewards_PG[:, :1]).all(dim=1, keepdim=True)
+        return (rewards_PG - mean_P1).masked_fill(~kept_PG | equal_P1, 0.0)
 
     per_token_loss = Reinforce.per_token_loss
 
 
 VARIANTS = {
-    "reinforce": Reinforce, "rloo": RLOO, "dr_grpo": DrGRPO, "dapo": DAPO, "gspo": GSPO, "cispo": CISPO, "tis": TIS,
-    "rec_twoside_is": RECTwoSideIS, "rec_ring_nois": RECRingNoIS, "red_drop": REDDrop,
-}  # fmt: skip
+    "reinforce": Reinforce,
+    "rloo": RLOO,
+    "paper_grpo": PaperGRPO,
+    "dr_grpo": DrGRPO,
+    "drop_equal": DropEqual,
+    "dapo": DAPO,
+    "entropy_bonus": EntropyBonus,
+    "kl_in_reward": KLInReward,
+    "gspo": GSPO,
+    "cispo": CISPO,
+    "tis": TIS,
+    "rec_twoside_is": RECTwoSideIS,
+    "rec_ring_nois": RECRingNoIS,
+    "red_drop": REDDrop,
+}
 REGION = re.compile(
     r"(?<=# --- algorithm ---\n).*?(?=^ *# --- end algorithm ---$)", re.DOTALL | re.MULTILINE
 )
 OPTION = re.compile(r'^    \w+: \w+ = .*\n    """.*"""\n', re.MULTILINE)
-SETTING = "--threads 1 --serial --prompts-per-step 8 --learning-rate 5e-5"
-SYNC_INTERVALS = (1, 20)
 
 
 @dataclass
 class Args:
     write: tuple[str, Path] | None = None
-    """a variant's name, and the new file to write it to; nothing is trained"""
-    steps: int = 150
-    """training steps of each run"""
-    seeds: tuple[int, ...] = (1, 2)
-    """seeds of each curve"""
-    jobs: int = 2
-    """how many runs at a time, one thread each"""
-    quick: bool = False
-    """GRPO and two variants, 10 steps, into directories of their own"""
-    runs: Path = reporting.RUNS / "variants"
-    """where scripts and training runs go, and are looked for when the command is repeated"""
-    output: Path = reporting.RESULTS / "variants"
-    """where report, figure and CSV go"""
+    """a variant's name, and the new file to write it to"""
 
 
 def script_of(name, file):
-    """The text of a variant's script, to be called `file`: `grpo.py` with the regions of its class.
-    """
-    variant, text = VARIANTS[name], (ROOT / "grpo.py").read_text()
-    _, options, *functions = REGION.findall(text)
+    """The text of a variant's script, called `file`: `grpo.py` with the regions of its class."""
+    variant = VARIANTS[name]
     title = f'"""{inspect.getdoc(variant)}\n{NOTATION}\nUsage:\n    python {file}\n"""\n'
-    own = "".join(OPTION.findall(inspect.getsource(variant)))
-    regions = [title, own if own or hasattr(variant, "per_token_loss") else options]
-    for function, region in zip(("advantages", "per_token_loss"), functions, strict=True):
-        own = getattr(variant, function, None)
-        regions.append(textwrap.dedent(inspect.getsource(own)) + "\n\n" if own else region)
-    return REGION.sub(lambda _: regions.pop(0), text)
+    options = "".join(OPTION.findall(inspect.getsource(variant)))
+    functions = functions_of("grpo.py")
+    # What does not define its own has no KL penalty: its weights are those of REC-OneSide-NoIS.
+    functions["token_weights"] = functions_of("rec_oneside_nois.py")["token_weights"]
+    for function in functions:
+        if hasattr(variant, function):
+            functions[function] = textwrap.dedent(inspect.getsource(getattr(variant, function)))
+    regions = iter([title, options, "\n\n".join(functions.values()) + "\n\n"])
+    return REGION.sub(lambda _: next(regions), (ROOT / "grpo.py").read_text())
+
+
+def functions_of(script):
+    """The functions in the last fenced region of a script: {name: source}."""
+    region = REGION.findall((ROOT / script).read_text())[-1]
+    nodes = ast.parse(region).body
+    return {node.name: ast.get_source_segment(region, node) + "\n" for node in nodes}
 
 
 def write(name, path):
     """Write a variant's script to a new file."""
     if name not in VARIANTS:
-        sys.exit(
-            f"variants.py: error: --write {name}: no such variant; give one of {', '.join(VARIANTS)}."
-        )
+        known = ", ".join(VARIANTS)
+        sys.exit(f"variants.py: error: --write {name}: no such variant; give one of {known}.")
     try:
         with open(path, "x") as file:
             file.write(script_of(name, path.name))
@@ -342,123 +466,11 @@ def write(name, path):
 
 def main(args):
     if args.write:
-        return write(*args.write)
-    names, scripts = list(VARIANTS), dict(algorithms.SCRIPTS)
-    if args.quick:
-        args.steps, names, scripts = 10, ["gspo", "cispo"], {"GRPO": "grpo"}
-        reporting.use_quick_directories(args, Args.output)
-    args.runs.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        path = args.runs.resolve() / f"{name}.py"
-        path.write_text(script_of(name, path.name))
-        scripts[VARIANTS[name].__doc__.partition(":")[0]] = str(path.with_suffix(""))
-
-    def run_of(label, interval, seed):
-        options = f"--sync-interval {interval} --seed {seed} {SETTING} --eval-interval {args.steps}"
-        return Run(
-            f"{Path(scripts[label]).name}-{interval}-{seed}", scripts[label], options.split()
-        )
-
-    curves = [(label, interval) for interval in SYNC_INTERVALS for label in scripts]
-    run_all(
-        [run_of(*curve, seed) for seed in args.seeds for curve in curves],
-        args.steps,
-        args.runs,
-        args.jobs,
-    )
-    groups = {
-        curve: [reporting.read_steps(args.runs / run_of(*curve, seed).name) for seed in args.seeds]
-        for curve in curves
-    }
-    panels = {
-        label: {f"sync_interval {i}": groups[label, i] for i in SYNC_INTERVALS} for label in scripts
-    }
-    colours = dict(zip(panels["GRPO"], ("tab:blue", "tab:orange"), strict=True))
-    reporting.plot_strip(
-        args.output / "strip.png", panels, "reward/mean", "training reward", colours
-    )
-    columns = ["step", "reward/mean", "kl/ref_k2"]
-    named = {
-        f"{label}, sync_interval {interval}": runs for (label, interval), runs in groups.items()
-    }
-    reporting.write_curves(args.output / "curves.csv", named, args.seeds, columns)
-    environment = reporting.environment_of(args.runs / run_of("GRPO", 1, args.seeds[0]).name)
-    reporting.write_report(
-        args.output / "report.md", write_text(groups, scripts, args), environment
-    )
-
-
-def lines_of_diff(script):
-    """Lines that a diff of `grpo.py` and another script removes and adds, without the docstrings at
-    the top.
-    """
-    texts = [
-        REGION.sub("", path.read_text(), count=1).splitlines()
-        for path in (ROOT / "grpo.py", script)
-    ]
-    kinds = [line[0] for line in difflib.ndiff(*texts)]
-    return f"−{kinds.count('-')} +{kinds.count('+')}"
-
-
-def is_stable(runs):
-    """Whether in all runs the last tenth's reward is within 0.1 of the best tenth's, and no update
-    was skipped.
-    """
-    tenths = algorithms.tenths(runs, "reward/mean")
-    skipped = sum(column(records, "update_skipped").sum() for records in runs)
-    return skipped == 0 and bool((tenths[:, -1] >= tenths.max(axis=1) - 0.1).all())
-
-
-def write_text(groups, scripts, args):
-    header = [
-        "algorithm",
-        "script",
-        "lines of diff",
-        "accuracy per seed",
-        "mean",
-        "against GRPO",
-        "KL",
-    ]
-    header += ["clipped", "clipped, weighted", "stable"]
-    rows = {interval: [] for interval in SYNC_INTERVALS}
-    accuracy = {
-        curve: [column(run, "eval/accuracy")[-1] for run in runs] for curve, runs in groups.items()
-    }
-    for (label, interval), runs in groups.items():
-        script = (ROOT / scripts[label]).with_suffix(".py")
-        paper = re.search(r"arXiv (\d+\.\d+)", script.read_text())[1]
-        values, grpos = accuracy[label, interval], accuracy["GRPO", interval]
-        row = [
-            f"[{label}](https://arxiv.org/abs/{paper})",
-            f"`{script.stem}`",
-            lines_of_diff(script),
-        ]
-        row += [", ".join(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}"]
-        row += ["" if label == "GRPO" else reporting.difference(values, grpos)]
-        row += [
-            f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}",
-            *reporting.clipped(runs),
-        ]
-        rows[interval].append([*row, yes(is_stable(runs))])
-    tables = "\n".join(
-        f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS
-    )
-    return f"""# Variants of the loss
-
-`python benchmarks/variants.py`: {args.steps} steps with `{SETTING}`,
-seeds {", ".join(map(str, args.seeds))}, the bundled model and task.
-
-![reward over training steps](strip.png)
-
-- Lines of diff: removed from `grpo.py` and added to it, without the docstrings at the top.
-- Accuracy: held-out, greedy, after training. "{SPREAD}": the means differ by no more than the
-  ranges over seeds, the algorithm's and GRPO's, added up. With {len(args.seeds)} seeds, chance alone can exceed that.
-- KL: to the initial policy, mean of the last tenth of the run.
-- Clipped: response tokens whose gradient was clipped, where the lag is largest; "weighted" counts a token by 1 − p.
-  A loss that clips weights instead of gradients has none.
-- Stable: with all seeds, the last tenth's reward is within 0.1 of the best tenth's, and no update was skipped.
-
-{tables}"""
+        write(*args.write)
+        return
+    for name, variant in VARIANTS.items():
+        title = inspect.getdoc(variant).splitlines()[0]
+        print(f"{name:16}{title}")
 
 
 if __name__ == "__main__":

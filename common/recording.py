@@ -23,10 +23,10 @@ def token_values(micro, rows):
         "ratio": (lp_BT - micro.sampler_logprobs_BT.double()).exp(),
         "entropy": micro.entropy_BT,
     }
-    if micro.learns and micro.logprobs_BT.grad is not None:
-        values["push"] = -micro.logprobs_BT.grad.double() / micro.weights_B1.double()
     if micro.reference_logprobs_BT is not None:
         values["to_reference"] = lp_BT - micro.reference_logprobs_BT.double()
+    if micro.learns and micro.logprobs_BT.grad is not None:
+        values["push"] = -micro.logprobs_BT.grad.double() / micro.weights_B1.double()
     found = {}
     for place, row in enumerate(micro.rows):
         if row in rows:

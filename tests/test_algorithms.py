@@ -1,12 +1,13 @@
-"""The three scripts: one text outside the fences; losses against float64 loops written from the
-papers' equations.
+"""The scripts: the same text outside the fences; losses against float64 loops from the papers.
+
+To have a script of your own checked, add its path to `SCRIPTS`.
 """
 
 import ast
 import difflib
 import math
 import re
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,42 +16,36 @@ import torch
 import grpo
 import rec_oneside_nois
 import red_weight
+from benchmarks import variants
+from tests.helpers import REPOSITORY, import_script
+from tests.losses import losses_of as loss
+from tests.losses import micro_batch
+from tests.losses import slopes_of as gradient
 
-ROOT = Path(grpo.__file__).parent
-SCRIPTS = (grpo, rec_oneside_nois, red_weight)
+SCRIPTS = ["grpo.py", "rec_oneside_nois.py", "red_weight.py"]
 FENCE = re.compile(
     r"^ *# --- algorithm ---\n(.*?)^ *# --- end algorithm ---\n", re.DOTALL | re.MULTILINE
 )
 REINFORCE = replace(rec_oneside_nois.Args(), clip_low=math.inf, clip_high=math.inf)
 
 
+@pytest.fixture(scope="module", params=[*SCRIPTS, *variants.VARIANTS])
+def script(request, tmp_path_factory):
+    """A script as a module: one of `SCRIPTS`, or a variant, written for the test."""
+    if request.param in SCRIPTS:
+        return import_script(REPOSITORY / request.param)
+    path = tmp_path_factory.mktemp("written") / f"checked_{request.param}.py"
+    variants.write(request.param, path)
+    return import_script(path)
+
+
 def source(script):
     return Path(script.__file__).read_text()
 
 
-def gradient(script, logprobs, sampler_logprobs, advantages, args=None):
-    """d loss / d logprob per token, by autograd through the script's own function."""
-    leaf = logprobs.clone().requires_grad_()
-    loss(script, leaf, sampler_logprobs, advantages, args).sum().backward()
-    return leaf.grad
+# What every script must do, one of your own included
 
 
-def loss(script, logprobs, sampler_logprobs, advantages, args=None):
-    """The script's loss per token, all of them response tokens."""
-    mask = torch.ones_like(logprobs, dtype=torch.bool)
-    return script.per_token_loss(
-        logprobs, sampler_logprobs, advantages, mask, args or script.Args()
-    )
-
-
-def random_tokens(seed, n=200, spread=0.5):
-    generator = torch.Generator().manual_seed(seed)
-    logprobs = -3 * torch.rand(n, generator=generator, dtype=torch.float64)
-    sampler_logprobs = logprobs + spread * torch.randn(n, generator=generator, dtype=torch.float64)
-    return logprobs, sampler_logprobs, torch.randn(n, generator=generator, dtype=torch.float64)
-
-
-@pytest.mark.parametrize("script", SCRIPTS[1:])
 def test_outside_the_fences_the_scripts_are_one_text(script):
     expected, found = (FENCE.sub("<algorithm>\n", source(s)) for s in (grpo, script))
     assert found == expected, "".join(
@@ -58,53 +53,160 @@ def test_outside_the_fences_the_scripts_are_one_text(script):
     )
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_four_fences_hold_little_and_no_loop_over_steps(script):
-    docstring, arguments, advantages, loss = FENCE.findall(source(script))
+def test_three_fences_hold_docstring_options_and_functions(script):
+    docstring, options, functions = FENCE.findall(source(script))
     assert docstring.startswith('"""') and docstring.rstrip().endswith('"""')
-    assert "def advantages(" in advantages and "def per_token_loss(" in loss
-    code = arguments + advantages + loss
-    assert len(code.splitlines()) <= 40 and len(docstring.splitlines()) <= 45
-    assert not re.search(r"\b(for|while) ", re.sub(r'""".*?"""', "", code, flags=re.DOTALL))
+    assert not options.strip() or re.match(r" +\w+: ", options)
+    names = [node.name for node in ast.parse(functions).body if isinstance(node, ast.FunctionDef)]
+    assert {"advantages", "token_weights", "per_token_loss"} <= set(names)
+
+
+def test_equal_rewards_give_exactly_zero_advantage(script):
+    for reward in (0.7, 0.1, 1e6, -3.3):
+        # Three 0.7s do not have the mean 0.7, not even in float64.
+        for group_size in (2, 3, 6, 7, 8, 12, 49):
+            rewards_PG = torch.full((2, group_size), reward, dtype=torch.float64)
+            rewards_PG[1, 0] += 1.0
+            advantages_PG = script.advantages(rewards_PG, script.Args())
+            assert advantages_PG.shape == rewards_PG.shape
+            assert advantages_PG.dtype == torch.float64
+            assert advantages_PG[0].tolist() == [0.0] * group_size
+            assert advantages_PG[1].any()  # next to it, a group that does differ
+
+
+def test_weights_are_finite_and_not_negative(script):
+    advantages_PG = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    lengths_PG = torch.tensor([[3, 1, 4], [1, 5, 9]])
+    weights_PG = script.token_weights(advantages_PG, lengths_PG, script.Args())
+    assert weights_PG.shape == advantages_PG.shape
+    assert weights_PG.isfinite().all() and (weights_PG >= 0).all()
+    assert (weights_PG[0, :2] > 0).all()  # what has an advantage learns
+
+
+def random_batch(seed=0, B=6, T=9):
+    """A micro-batch with all that a loss may use; outside the mask, numbers that must not count."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    mask_BT = torch.arange(T) < torch.randint(1, T, (B, 1), generator=generator)
+    logprobs_BT = -random(B, T).abs()
+    return micro_batch(
+        logprobs_BT.masked_fill(~mask_BT, 3.0).requires_grad_(),
+        (logprobs_BT + 0.3 * random(B, T)).masked_fill(~mask_BT, -5.0),
+        random(B, 1),
+        mask_BT,
+        reference_logprobs_BT=(logprobs_BT + 0.2 * random(B, T)).masked_fill(~mask_BT, 7.0),
+        entropy_BT=random(B, T).abs().masked_fill(~mask_BT, 9.0).requires_grad_(),
+    )
+
+
+def losses_and_slopes(script, micro):
+    """Losses of the response tokens, and the derivatives by log-probs and entropies: 1-D each."""
+    losses_BT = script.per_token_loss(micro, script.Args()).expand_as(micro.mask_BT)
+    losses_N = losses_BT[micro.mask_BT]
+    leaves = (micro.logprobs_BT, micro.entropy_BT)
+    slopes = torch.autograd.grad(losses_N.sum(), leaves, allow_unused=True, materialize_grads=True)
+    return losses_N.detach(), *(slope_BT[micro.mask_BT] for slope_BT in slopes)
+
+
+def some_rows(micro, rows, padding=0):
+    """The micro-batch of some rows, with more or other padding."""
+    tensors = {}
+    for name, value in vars(micro).items():
+        if isinstance(value, torch.Tensor):
+            value = value.detach()[rows]
+            if padding and name.endswith("_BT"):
+                filling = 0 if name == "mask_BT" else 11
+                more = torch.full((len(rows), padding), filling, dtype=value.dtype)
+                value = torch.cat([value, more], dim=1)
+            leaf = name in ("logprobs_BT", "entropy_BT")
+            tensors[name] = value.requires_grad_() if leaf else value
+    return replace(micro, rows=rows, **tensors)
+
+
+def test_losses_are_finite_and_have_a_gradient(script):
+    losses_N, slopes_N, _ = losses_and_slopes(script, random_batch())
+    assert losses_N.isfinite().all() and slopes_N.isfinite().all() and slopes_N.any()
+
+
+def test_padding_does_not_show(script):
+    micro = random_batch()
+    padded = some_rows(micro, list(range(6)), padding=4)
+    for found, expected in zip(
+        losses_and_slopes(script, padded), losses_and_slopes(script, micro), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_the_split_into_micro_batches_does_not_show(script):
+    micro = random_batch()
+    parts = [losses_and_slopes(script, some_rows(micro, rows)) for rows in ([0, 1], [2], [3, 4, 5])]
+    joined = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+    for found, expected in zip(joined, losses_and_slopes(script, micro), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
+
+
+def test_an_empty_mask_adds_nothing(script):
+    # With several ranks, one may repeat a row with an empty mask.
+    micro = random_batch()
+    empty = replace(micro, mask_BT=torch.zeros_like(micro.mask_BT))
+    losses_BT = script.per_token_loss(empty, script.Args()).expand_as(micro.mask_BT)
+    assert losses_BT[empty.mask_BT].sum().item() == 0.0
+
+
+def test_a_loss_changes_none_of_its_inputs(script):
+    micro = random_batch()
+    before = {k: v.clone() for k, v in vars(micro).items() if isinstance(v, torch.Tensor)}
+    script.per_token_loss(micro, script.Args())
+    assert all(torch.equal(vars(micro)[name], tensor) for name, tensor in before.items())
+
+
+# The shape of the code
+
+
+def functions_of(path):
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return [node for node in nodes if isinstance(node, ast.FunctionDef)]
+
+
+def depth(node):
+    """How deep blocks are nested below a `def`; functions within it count for themselves."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            continue
+        is_elif = isinstance(child, ast.If) and getattr(node, "orelse", None) == [child]
+        is_block = isinstance(child, ast.If | ast.For | ast.While | ast.With | ast.Try)
+        deepest = max(deepest, depth(child) + (is_block and not is_elif))
+    return deepest
+
+
+@pytest.mark.parametrize(
+    "path", [*SCRIPTS, *sorted(str(p) for p in Path("common").rglob("*.py"))], ids=str
+)
+def test_functions_are_short_and_flat(path):
+    for function in functions_of(REPOSITORY / path):
+        assert function.end_lineno - function.lineno + 1 <= 60, function.name
+        assert depth(function) <= 3, function.name
 
 
 def test_no_algorithm_is_named_in_common():
-    for path in (ROOT / "common").rglob("*.py"):
+    for path in (REPOSITORY / "common").rglob("*.py"):
         assert not re.search(
             r"\b(grpo|reinforce|rec_oneside|red_weight)\b", path.read_text(), re.IGNORECASE
         ), path
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_stays_short(script):
-    tree = ast.parse(source(script))
-    (main,) = [
-        node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main"
-    ]
-    imports = [
-        n
-        for n in ast.walk(tree)
-        if isinstance(n, ast.ImportFrom) and n.module.split(".")[0] == "common"
-    ]
-    assert len(source(script).splitlines()) <= 330
-    assert main.end_lineno - main.lineno + 1 <= 125
-    assert len(fields(script.Args)) <= 38
-    assert sum(len(node.names) for node in imports) <= 19
+# Losses against numbers worked out by hand, and loops from the equations
 
 
-def test_common_stays_small():
-    def lines_of(paths):
-        return sum(len(path.read_text().splitlines()) for path in paths)
-
-    kernels = set((ROOT / "common" / "kernels").glob("*.py"))
-    ranks, page, builder = (
-        ROOT / "common" / name for name in ("distributed.py", "viewer.py", "build_tiny_model.py")
-    )
-    others = set((ROOT / "common").rglob("*.py")) - kernels - {ranks, page, builder}
-    assert lines_of(kernels) <= 550
-    assert lines_of([ranks]) <= 170
-    assert lines_of([page]) <= 150
-    assert lines_of(others) <= 2650
+def random_tokens(seed, n=200, spread=0.5):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs = -3 * torch.rand(n, generator=generator, dtype=torch.float64)
+    sampler_logprobs = logprobs + spread * torch.randn(n, generator=generator, dtype=torch.float64)
+    return logprobs, sampler_logprobs, torch.randn(n, generator=generator, dtype=torch.float64)
 
 
 def test_hand_computed_losses_and_gradients():
@@ -170,40 +272,20 @@ def test_red_with_infinite_tau_is_reinforce_with_a_group_baseline():
 def test_on_policy_all_but_red_agree_up_to_the_standard_deviation():
     # A fresh batch: ρ = 1. GRPO divides a group's advantages by σ + 1e-6, the others do not.
     rewards_PG = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.25]], dtype=torch.float64)
-    logprobs_PG = torch.tensor(
-        [[-0.1, -2.0, -0.5, -1.0], [-0.3, -0.7, -4.0, -0.2]], dtype=torch.float64
-    )
-    slopes = {}
+    logprobs_B = -torch.tensor([0.1, 2.0, 0.5, 1.0, 0.3, 0.7, 4.0, 0.2], dtype=torch.float64)
+    slopes_PG = {}
     for name, script, args in (
         ("grpo", grpo, grpo.Args()),
         ("rec", rec_oneside_nois, rec_oneside_nois.Args()),
         ("reinforce", rec_oneside_nois, REINFORCE),
     ):
-        advantages_PG = script.advantages(rewards_PG, args)
-        slopes[name] = gradient(script, logprobs_PG, logprobs_PG, advantages_PG, args)
-    centred = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
-    std_P1 = (centred.square().mean(dim=1, keepdim=True)).sqrt() + 1e-6
-    torch.testing.assert_close(slopes["rec"], -centred, rtol=0, atol=1e-15)
-    assert torch.equal(slopes["rec"], slopes["reinforce"])
-    torch.testing.assert_close(slopes["grpo"] * std_P1, slopes["rec"], rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_equal_rewards_give_exactly_zero_advantage(script):
-    for reward in (0.7, 0.1, 1e6, -3.3):
-        for group_size in (
-            2,
-            3,
-            6,
-            7,
-            8,
-            12,
-            49,
-        ):  # three 0.7s do not have the mean 0.7, not even in float64
-            rewards_PG = torch.full((1, group_size), reward, dtype=torch.float64)
-            assert torch.equal(
-                script.advantages(rewards_PG, script.Args()), torch.zeros_like(rewards_PG)
-            )
+        advantages_B = script.advantages(rewards_PG, args).flatten()
+        slopes_PG[name] = gradient(script, logprobs_B, logprobs_B, advantages_B, args).view(2, 4)
+    centred_PG = rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    std_P1 = (centred_PG.square().mean(dim=1, keepdim=True)).sqrt() + 1e-6
+    torch.testing.assert_close(slopes_PG["rec"], -centred_PG, rtol=0, atol=1e-15)
+    assert torch.equal(slopes_PG["rec"], slopes_PG["reinforce"])
+    torch.testing.assert_close(slopes_PG["grpo"] * std_P1, slopes_PG["rec"], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("script", [rec_oneside_nois, red_weight])
@@ -216,26 +298,18 @@ def test_advantages_are_rewards_less_their_groups_mean(script):
 
 
 def test_a_ratio_exactly_on_the_boundary_still_learns_under_rec():
-    # ε = 0.5 and ratios 1.5 and 0.5, which are exact in binary once the exponential is: log-ratios
-    # are chosen so.
-    args = replace(rec_oneside_nois.Args(), clip_low=0.5, clip_high=0.5)
     for ratio, advantage in ((1.5, 1.0), (0.5, -1.0)):
-        log_ratio = torch.tensor(ratio, dtype=torch.float64).log()
+        log_ratio = torch.tensor([ratio], dtype=torch.float64).log()
         exact = torch.exp(log_ratio).item()
-        bound = replace(args, clip_high=exact - 1, clip_low=1 - exact)
-        zero = torch.zeros((), dtype=torch.float64)
-        slope = gradient(
-            rec_oneside_nois, log_ratio, zero, torch.tensor(advantage, dtype=torch.float64), bound
-        )
-        assert slope.item() == -advantage
-        inside = replace(args, clip_high=exact - 1 - 1e-9, clip_low=1 - exact - 1e-9)
-        slope = gradient(
-            rec_oneside_nois, log_ratio, zero, torch.tensor(advantage, dtype=torch.float64), inside
-        )
-        assert slope.item() == 0
+        zero = torch.zeros(1, dtype=torch.float64)
+        tokens = (log_ratio, zero, torch.tensor([advantage], dtype=torch.float64))
+        bound = replace(rec_oneside_nois.Args(), clip_high=exact - 1, clip_low=1 - exact)
+        assert gradient(rec_oneside_nois, *tokens, bound).item() == -advantage
+        inside = replace(bound, clip_high=bound.clip_high - 1e-9, clip_low=bound.clip_low - 1e-9)
+        assert gradient(rec_oneside_nois, *tokens, inside).item() == 0
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [grpo, rec_oneside_nois, red_weight])
 def test_zero_advantage_gives_zero_loss_and_gradient(script):
     logprobs, sampler, _ = random_tokens(1)
     zeros = torch.zeros_like(logprobs)

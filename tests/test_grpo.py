@@ -14,21 +14,22 @@ import random
 import pytest
 import torch
 
-from grpo import Args, advantages, per_token_loss
+import grpo
+from grpo import Args, advantages, per_token_loss, token_weights
+from tests.losses import losses_of, micro_batch, slopes_of
 
 
-def loss_of(logprobs, old_logprobs, advantages, args):
-    """`per_token_loss` of tensors that hold response tokens only."""
-    return per_token_loss(
-        logprobs, old_logprobs, advantages, torch.ones_like(logprobs, dtype=torch.bool), args
-    )
+def loss_of(logprobs_N, old_logprobs_N, advantages_N, args):
+    """The loss of single tokens."""
+    return losses_of(grpo, logprobs_N, old_logprobs_N, advantages_N, args)
 
 
 def loss_and_gradient(log_ratios, advantage, args, dtype=torch.float64, old=-1.0):
     """The loss of single tokens, and its derivative by each token's log-prob, as lists."""
     old_logprobs = torch.full((len(log_ratios),), old, dtype=dtype)
     logprobs = (old_logprobs + torch.tensor(log_ratios, dtype=dtype)).requires_grad_()
-    loss = loss_of(logprobs, old_logprobs, torch.tensor(advantage, dtype=dtype), args)
+    advantages_N = torch.full_like(old_logprobs, advantage)
+    loss = loss_of(logprobs, old_logprobs, advantages_N, args)
     loss.sum().backward()
     return loss.tolist(), logprobs.grad.tolist()
 
@@ -120,17 +121,38 @@ def test_a_group_does_not_see_the_others():
 
 def test_inputs_are_left_unchanged():
     rewards_PG = torch.tensor([[1.0, 0.0], [0.7, 0.7]], dtype=torch.float64)
-    logprobs, old, signs = (
-        torch.tensor([-1.0, -2.0]),
-        torch.tensor([-3.0, -1.0]),
-        torch.tensor([1.0, -1.0]),
+    lengths_PG = torch.tensor([[1, 2], [3, 4]])
+    micro = micro_batch(
+        torch.tensor([[-1.0], [-2.0]]),
+        torch.tensor([[-3.0], [-1.0]]),
+        torch.tensor([[1.0], [-1.0]]),
+        torch.tensor([[True], [False]]),
+        reference_logprobs_BT=torch.tensor([[-2.0], [-2.5]]),
     )
-    mask = torch.tensor([True, False])
-    inputs = [rewards_PG, logprobs, old, signs, mask]
+    tensors = [value for value in vars(micro).values() if isinstance(value, torch.Tensor)]
+    inputs = [rewards_PG, lengths_PG, *tensors]
     before = [tensor.clone() for tensor in inputs]
     advantages(rewards_PG, Args())
-    per_token_loss(logprobs, old, signs, mask, Args())
+    token_weights(rewards_PG, lengths_PG, Args())
+    per_token_loss(micro, Args(kl_coef=0.1))
     assert all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True))
+
+
+# Weights
+
+
+def test_every_token_weighs_one_over_the_number_of_response_tokens():
+    advantages_PG = torch.tensor([[1.0, -1.0], [0.0, 0.0], [0.5, -0.5]], dtype=torch.float64)
+    lengths_PG = torch.tensor([[3, 1], [4, 2], [5, 5]])  # 20 tokens; those of group 2 count in N
+    weights_PG = token_weights(advantages_PG, lengths_PG, Args())
+    assert weights_PG.tolist() == [[0.05, 0.05], [0.0, 0.0], [0.05, 0.05]]
+
+
+def test_with_a_kl_penalty_groups_of_equal_rewards_learn_too():
+    advantages_PG = torch.tensor([[1.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
+    lengths_PG = torch.tensor([[3, 1], [4, 2]])
+    weights_PG = token_weights(advantages_PG, lengths_PG, Args(kl_coef=0.04))
+    assert weights_PG.tolist() == [[0.1, 0.1], [0.1, 0.1]]
 
 
 # Loss and gradient
@@ -240,11 +262,10 @@ def test_on_policy_gradient_is_reinforce_with_a_normalised_baseline():
     )
     logprobs_PGT = torch.log_softmax(logits_PV, dim=-1)[torch.arange(3)[:, None, None], tokens_PGT]
 
-    advantages_PG1 = advantages(rewards_PG, Args()).unsqueeze(-1)
-    loss = (
-        loss_of(logprobs_PGT, logprobs_PGT.detach(), advantages_PG1, Args()).sum()
-        / tokens_PGT.numel()
-    )
+    logprobs_BT = logprobs_PGT.flatten(0, 1)
+    advantages_B1 = advantages(rewards_PG, Args()).view(-1, 1)
+    micro = micro_batch(logprobs_BT, logprobs_BT.detach(), advantages_B1)
+    loss = per_token_loss(micro, Args()).sum() / tokens_PGT.numel()
     (found_PV,) = torch.autograd.grad(loss, logits_PV)
 
     # REINFORCE by hand: ∂ log softmax(z)_y / ∂z = onehot(y) − softmax(z), weighted by (r −
@@ -326,12 +347,86 @@ def test_one_advantage_per_row():
     # The scripts pass log-probs [B, T] with advantages [B, 1].
     new, old, _ = random_tokens(12, seed=5)
     new_BT, old_BT = (torch.tensor(x, dtype=torch.float64).view(3, 4) for x in (new, old))
-    found = loss_of(
-        new_BT, old_BT, torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64), Args()
-    )
+    advantages_B1 = torch.tensor([[1.0], [-2.0], [0.0]], dtype=torch.float64)
+    found = per_token_loss(micro_batch(new_BT, old_BT, advantages_B1), Args())
     for b, advantage in enumerate((1.0, -2.0, 0.0)):
         expected = [
             loss_by_the_equation(new[i], old[i], advantage, 0.2, 0.2)
             for i in range(4 * b, 4 * b + 4)
         ]
         assert found[b].tolist() == pytest.approx(expected, rel=1e-12)
+
+
+# KL penalty
+
+
+def test_kl_penalty_by_hand():
+    # A = 0, so that only the penalty is left, with β = 1/2. d = log π − log π_ref is ln 2, −ln 2, 0:
+    # k3 = e^−d + d − 1 = 1/2 + ln 2 − 1, 2 − ln 2 − 1, 0        slope of k3 by log π: 1 − e^−d
+    old, zeros = torch.full((3,), -1.0, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    ln2 = math.log(2)
+    reference = old - torch.tensor([ln2, -ln2, 0.0], dtype=torch.float64)
+    args = Args(kl_coef=0.5)
+    more = {"reference_logprobs_BT": reference}
+    losses = losses_of(grpo, old, old, zeros, args, **more)
+    assert losses.tolist() == pytest.approx([(ln2 - 0.5) / 2, (1 - ln2) / 2, 0.0], abs=1e-15)
+    slopes = slopes_of(grpo, old, old, zeros, args, **more)
+    assert slopes.tolist() == pytest.approx([0.25, -0.5, 0.0], abs=1e-15)
+
+
+def test_kl_penalty_is_added_to_the_clipped_loss():
+    new, old, advantage = (torch.tensor(x, dtype=torch.float64) for x in random_tokens(400, seed=6))
+    reference = new + 0.3 * torch.randn(400, generator=torch.Generator().manual_seed(6)).double()
+    args = Args(kl_coef=0.04)
+    found = losses_of(grpo, new, old, advantage, args, reference_logprobs_BT=reference)
+    rows = zip(*(x.tolist() for x in (new, old, advantage, reference)), strict=True)
+    for loss, (n, o, a, ref) in zip(found.tolist(), rows, strict=True):
+        k3 = math.exp(ref - n) - (ref - n) - 1
+        assert loss == pytest.approx(loss_by_the_equation(n, o, a, 0.2, 0.2) + 0.04 * k3, rel=1e-12)
+
+
+def test_what_differentiating_k3_pushes_down():
+    """Averaged over samples, the penalty's gradient is that of KL(π_ref ‖ π), not KL(π ‖ π_ref).
+
+    arXiv 2506.09477: an estimator's gradient does not estimate the gradient. The average over a
+    vocabulary of seven tokens is exact: each token's share is its probability. So are the two
+    gradients, by autograd through the sums that define the divergences.
+    """
+    generator = torch.Generator().manual_seed(7)
+    logits_V = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference_V = torch.log_softmax(torch.randn(7, generator=generator, dtype=torch.float64), 0)
+    logprobs_V = torch.log_softmax(logits_V, dim=0)
+    zeros_V = torch.zeros(7, dtype=torch.float64)
+    share_V = logprobs_V.exp().detach()
+    losses_V = losses_of(
+        grpo, logprobs_V, logprobs_V.detach(), zeros_V, Args(kl_coef=1.0),
+        reference_logprobs_BT=reference_V,
+    )  # fmt: skip
+    (found_V,) = torch.autograd.grad((share_V * losses_V).sum(), logits_V, retain_graph=True)
+
+    kl_from_reference = (reference_V.exp() * (reference_V - logprobs_V)).sum()
+    kl_to_reference = (logprobs_V.exp() * (logprobs_V - reference_V)).sum()
+    (pushed_V,) = torch.autograd.grad(kl_from_reference, logits_V, retain_graph=True)
+    (estimated_V,) = torch.autograd.grad(kl_to_reference, logits_V, retain_graph=True)
+    torch.testing.assert_close(found_V, pushed_V, rtol=1e-12, atol=1e-15)
+    assert (found_V - estimated_V).norm() > 0.1 * estimated_V.norm()
+    # The value is what one would expect.
+    assert (share_V * losses_V).sum().item() == pytest.approx(kl_to_reference.item(), rel=1e-12)
+
+
+def test_the_same_from_samples():
+    # 200,000 tokens sampled from the policy: the average gradient is within 1 % of its exact value.
+    generator = torch.Generator().manual_seed(8)
+    logits_V = torch.randn(7, generator=generator, dtype=torch.float64, requires_grad=True)
+    reference_V = torch.log_softmax(torch.randn(7, generator=generator, dtype=torch.float64), 0)
+    logprobs_V = torch.log_softmax(logits_V, dim=0)
+    tokens_N = torch.multinomial(
+        logprobs_V.exp().detach(), 200_000, replacement=True, generator=generator
+    )
+    losses_N = losses_of(
+        grpo, logprobs_V[tokens_N], logprobs_V.detach()[tokens_N], torch.zeros(len(tokens_N)),
+        Args(kl_coef=1.0), reference_logprobs_BT=reference_V[tokens_N],
+    )  # fmt: skip
+    (found_V,) = torch.autograd.grad(losses_N.mean(), logits_V)
+    exact_V = logprobs_V.exp().detach() - reference_V.exp()  # of KL(π_ref ‖ π) by the logits
+    assert (found_V - exact_V).norm() < 0.01 * exact_V.norm()

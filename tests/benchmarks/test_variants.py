@@ -1,9 +1,8 @@
-"""Variants of `grpo.py`: what is written, and losses and gradients against loops written from the
-papers' equations.
+"""Variants of `grpo.py`: what is written; losses and gradients against loops from the equations.
 
 The loops use Python's floats only, with numbers from the papers instead of the scripts' options.
-Each returns a token's part of the loss and its derivative with respect to the token's log-prob,
-worked out by hand.
+Each returns a token's loss and its derivatives with respect to the token's log-prob and entropy,
+worked out by hand. (tests/test_algorithms.py checks of each variant what every script must do.)
 """
 
 import math
@@ -12,13 +11,13 @@ import re
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import tyro
 
-from benchmarks import reporting, variants
+from benchmarks import variants
 from tests.helpers import REPOSITORY, dense_task, import_script, steps, train
+from tests.losses import micro_batch
 
 NAMES = list(variants.VARIANTS)
 FENCE = re.compile(
@@ -49,23 +48,19 @@ def scripts(tmp_path_factory):
 
 
 def sampled(lag):
-    """Log-probs of 15 responses under the policy, and under the one that sampled them."""
+    """Per response: its tokens as (log-prob, sampler's log-prob, reference's log-prob, entropy)."""
     rng = random.Random(5)
-    new = [[-rng.uniform(0.01, 3) for _ in range(length)] for length in LENGTHS]
-    if not lag:
-        return new, new
-    # Every response starts elsewhere in RATIOS, and every fifth has hardly moved at all.
-    moves = [
-        [math.log(RATIOS[(row + t) % 8]) for t in range(length)]
-        for row, length in enumerate(LENGTHS)
-    ]
-    moves = [
-        [1e-4 * move for move in of_row] if row % 5 == 2 else of_row
-        for row, of_row in enumerate(moves)
-    ]
-    return new, [
-        [lp - m for lp, m in zip(*pair, strict=True)] for pair in zip(new, moves, strict=True)
-    ]
+    responses = []
+    for row, length in enumerate(LENGTHS):
+        tokens = []
+        for t in range(length):
+            new = -rng.uniform(0.01, 3)
+            # Every response starts elsewhere in RATIOS, and every fifth has hardly moved at all.
+            moved = math.log(RATIOS[(row + t) % 8]) * (1e-4 if row % 5 == 2 else 1)
+            old = new - moved if lag else new
+            tokens.append((new, old, new - rng.uniform(-0.5, 0.5), rng.uniform(0, 2)))
+        responses.append(tokens)
+    return responses
 
 
 # The equations, in floats
@@ -81,16 +76,14 @@ def normalised(group):
 
 
 def leave_one_out(group):
-    return [
-        r - math.fsum(group[:j] + group[j + 1 :]) / (len(group) - 1) for j, r in enumerate(group)
-    ]
+    others = [group[:j] + group[j + 1 :] for j in range(len(group))]
+    return [r - math.fsum(rest) / len(rest) for r, rest in zip(group, others, strict=True)]
 
 
 def balanced(group):
     mean = math.fsum(group) / len(group)
-    good, bad = (
-        [j for j, r in enumerate(group) if (r >= mean) == is_good] for is_good in (True, False)
-    )
+    good = [j for j, r in enumerate(group) if r >= mean]
+    bad = [j for j, r in enumerate(group) if r < mean]
     kept = good + bad[: len(good)]
     mean_of_kept = math.fsum(group[j] for j in kept) / len(kept)
     return [r - mean_of_kept if j in kept else 0.0 for j, r in enumerate(group)]
@@ -99,9 +92,12 @@ def balanced(group):
 def weighted(weight):
     """−w A log π with the weight a constant of the gradient, w = weight(ρ, A)."""
 
-    def of_response(new, old, a):
-        weights = [weight(math.exp(lp - lp_old), a) for lp, lp_old in zip(new, old, strict=True)]
-        return [(-w * a * lp, -w * a) for w, lp in zip(weights, new, strict=True)]
+    def of_response(tokens, a):
+        found = []
+        for new, old, _, _ in tokens:
+            w = weight(math.exp(new - old), a)
+            found.append((-w * a * new, -w * a, 0.0))
+        return found
 
     return of_response
 
@@ -113,170 +109,173 @@ def clipped(rho, a, low, high):
     return -rho * a, -rho * a
 
 
-def by_token(low, high):
-    return lambda new, old, a: [
-        clipped(math.exp(x - y), a, low, high) for x, y in zip(new, old, strict=True)
-    ]
+def by_token(low, high, beta=0.0, c=0.0, beta_in_reward=0.0):
+    """The clipped loss of each token, plus β k3, minus c times its entropy; A less a penalty."""
+
+    def of_response(tokens, a):
+        a -= beta_in_reward * math.fsum(new - ref for new, _, ref, _ in tokens)
+        found = []
+        for new, old, ref, entropy in tokens:
+            loss, slope = clipped(math.exp(new - old), a, low, high)
+            k3 = math.exp(ref - new) - (ref - new) - 1
+            loss += beta * k3 - c * entropy
+            found.append((loss, slope + beta * (1 - math.exp(ref - new)), -c))
+        return found
+
+    return of_response
 
 
-def gspo(new, old, a):
-    """The response's loss, divided among its tokens; log s moves by 1/|y| with each token's
-    log-prob.
-    """
-    n = len(new)
-    loss, slope = clipped(
-        math.exp(math.fsum(x - y for x, y in zip(new, old, strict=True)) / n), a, 0.9997, 1.0004
-    )
-    return [(loss / n, slope / n)] * n
+def gspo(tokens, a):
+    """The response's loss for each token; log s moves by 1/|y| with each token's log-prob."""
+    s = math.exp(math.fsum(new - old for new, old, _, _ in tokens) / len(tokens))
+    loss, slope = clipped(s, a, 0.9997, 1.0004)
+    # Each token's weight is 1 / (P G |y|): the sum over them is 1 / (P G), and moves by it.
+    return [(loss, slope, 0.0)] * len(tokens)
 
 
 def ring(rho, a):
     return 1.0 if 0.8 <= rho <= 1.2 or (a > 0 and rho <= 0.4) or (a < 0 and rho >= 3) else 0.0
 
 
+# What a token of row i weighs
+
+
+def per_token(i):
+    return 1 / sum(LENGTHS)
+
+
+def per_response(i):
+    return 1 / (15 * LENGTHS[i])
+
+
+def constant(i):
+    return 1 / (15 * 64)  # --max-response-tokens
+
+
+def of_unequal_groups(i):
+    return 1 / sum(LENGTHS[:10]) if i < 10 else 0.0
+
+
 plain = weighted(lambda rho, a: 1.0)
 EQUATIONS = {
-    "reinforce": (centred, plain),
-    "rloo": (leave_one_out, plain),
-    "dr_grpo": (centred, by_token(0.8, 1.2)),
-    "dapo": (normalised, by_token(0.8, 1.28)),
-    "gspo": (normalised, gspo),
-    "cispo": (normalised, weighted(lambda rho, a: min(rho, 1.28))),
-    "tis": (normalised, weighted(lambda rho, a: min(rho, 2.0))),
-    "rec_twoside_is": (centred, weighted(lambda rho, a: rho if 0.8 <= rho <= 1.2 else 0.0)),
-    "rec_ring_nois": (centred, weighted(ring)),
-    "red_drop": (balanced, plain),
+    "reinforce": (centred, plain, per_token),
+    "rloo": (leave_one_out, plain, per_token),
+    "paper_grpo": (normalised, by_token(0.8, 1.2, beta=0.04), per_response),
+    "dr_grpo": (centred, by_token(0.8, 1.2), constant),
+    "drop_equal": (normalised, by_token(0.8, 1.2), of_unequal_groups),
+    "dapo": (normalised, by_token(0.8, 1.28), of_unequal_groups),
+    "entropy_bonus": (normalised, by_token(0.8, 1.2, c=0.01), per_token),
+    "kl_in_reward": (normalised, by_token(0.8, 1.2, beta_in_reward=0.01), per_token),
+    "gspo": (normalised, gspo, per_response),
+    "cispo": (normalised, weighted(lambda rho, a: min(rho, 1.28)), per_token),
+    "tis": (normalised, weighted(lambda rho, a: min(rho, 2.0)), per_token),
+    "rec_twoside_is": (
+        centred,
+        weighted(lambda rho, a: rho if 0.8 <= rho <= 1.2 else 0.0),
+        per_token,
+    ),
+    "rec_ring_nois": (centred, weighted(ring), per_token),
+    "red_drop": (balanced, plain, per_token),
 }
 
 
-def loss_and_gradient(script, new, old, split):
-    """What the script makes of the responses: the loss, and the gradient of each token's log-prob."""
-    advantages = script.advantages(
-        torch.tensor(REWARDS, dtype=torch.float64), script.Args()
-    ).flatten()
-    total, gradient = 0.0, [None] * len(new)
+def loss_and_gradients(script, responses, split):
+    """The script's loss, and its gradients by log-probs and entropies of all tokens, in order."""
+    args = script.Args()
+    advantages_PG = script.advantages(torch.tensor(REWARDS, dtype=torch.float64), args)
+    weights_PG = script.token_weights(advantages_PG, torch.tensor(LENGTHS).view(3, 5), args)
+    total, slopes = 0.0, [None] * 15
     for rows in split:
-        places = [(i, slice(3 + row % 4, 3 + row % 4 + LENGTHS[row])) for i, row in enumerate(rows)]
-        shape = len(rows), 1 + max(place.stop for _, place in places)
         # Prompts and padding hold numbers that must not count.
-        logprobs, sampler = (
-            torch.full(shape, 7.0, dtype=torch.float64),
-            torch.zeros(shape, dtype=torch.float64),
+        width = 7 + max(LENGTHS[row] for row in rows)
+        columns = [torch.full((len(rows), width), x, dtype=torch.float64) for x in (7, 0, 5, 3)]
+        mask_BT = torch.zeros(len(rows), width, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            place = (b, slice(3 + row % 4, 3 + row % 4 + LENGTHS[row]))
+            mask_BT[place] = True
+            for column_BT, values in zip(columns, zip(*responses[row], strict=True), strict=True):
+                column_BT[place] = torch.tensor(values, dtype=torch.float64)
+        new_BT, old_BT, reference_BT, entropy_BT = columns
+        micro = micro_batch(
+            new_BT.requires_grad_(),
+            old_BT,
+            advantages_PG.flatten()[rows].unsqueeze(1),
+            mask_BT,
+            reference_logprobs_BT=reference_BT,
+            entropy_BT=entropy_BT.requires_grad_(),
+            weights_B1=weights_PG.flatten()[rows].unsqueeze(1),
         )
-        mask = torch.zeros(shape, dtype=torch.bool)
-        for row, place in zip(rows, places, strict=True):
-            logprobs[place], sampler[place] = torch.tensor(
-                [new[row], old[row]], dtype=torch.float64
-            )
-            mask[place] = True
-        logprobs.requires_grad_()
-        losses = script.per_token_loss(
-            logprobs, sampler, advantages[rows].unsqueeze(1), mask, script.Args()
+        losses_BT = micro.weights_B1 * script.per_token_loss(micro, args)  # as in `gradient`
+        loss = losses_BT[mask_BT].sum()
+        by_logprob_BT, by_entropy_BT = torch.autograd.grad(
+            loss, (new_BT, entropy_BT), allow_unused=True, materialize_grads=True
         )
-        loss = losses[mask].sum() / sum(LENGTHS)  # as in `main`
-        loss.backward()
         total += loss.item()
-        for row, place in zip(rows, places, strict=True):
-            gradient[row] = logprobs.grad[place].tolist()
-    return total, [value for row in gradient for value in row]
+        for b, row in enumerate(rows):
+            pair = (by_logprob_BT[b][mask_BT[b]], by_entropy_BT[b][mask_BT[b]])
+            slopes[row] = list(zip(*(slope.tolist() for slope in pair), strict=True))
+    return total, [pair for row in slopes for pair in row]
 
 
 @pytest.mark.parametrize("lag", [0, 19])
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("name", NAMES)
-def test_loss_and_gradient_against_a_loop_from_the_equation(name, split, lag, scripts):
-    advantages_of, losses_of = EQUATIONS[name]
-    new, old = sampled(lag)
-    advantages = [
-        0.0 if len(set(group)) == 1 else a for group in REWARDS for a in advantages_of(group)
-    ]
-    tokens = [token for row in zip(new, old, advantages, strict=True) for token in losses_of(*row)]
-    loss, gradient = loss_and_gradient(import_script(scripts[name]), new, old, SPLITS[split])
-    assert loss == pytest.approx(
-        math.fsum(loss for loss, _ in tokens) / sum(LENGTHS), rel=0, abs=1e-14
-    )
-    assert gradient == pytest.approx(
-        [slope / sum(LENGTHS) for _, slope in tokens], rel=0, abs=1e-15
-    )
+def test_loss_and_gradients_against_a_loop_from_the_equation(name, split, lag, scripts):
+    advantages_of, losses_of, weight_of = EQUATIONS[name]
+    responses = sampled(lag)
+    advantages = []
+    for group in REWARDS:
+        advantages += [0.0] * 5 if len(set(group)) == 1 else advantages_of(group)
+    losses, slopes = [], []
+    for i, (tokens, a) in enumerate(zip(responses, advantages, strict=True)):
+        for loss, by_logprob, by_entropy in losses_of(tokens, a):
+            losses.append(weight_of(i) * loss)
+            slopes.append((weight_of(i) * by_logprob, weight_of(i) * by_entropy))
+    loss, found = loss_and_gradients(import_script(scripts[name]), responses, SPLITS[split])
+    assert loss == pytest.approx(math.fsum(losses), rel=0, abs=1e-14)
+    for pair, expected in zip(found, slopes, strict=True):
+        assert pair == pytest.approx(expected, rel=0, abs=1e-15)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_equal_rewards_give_exactly_zero_advantage(name, scripts):
-    script = import_script(scripts[name])
-    for reward, group_size in ((0.7, 3), (0.1, 6), (1e6, 7), (-3.3, 49)):
-        rewards_PG = torch.full((1, group_size), reward, dtype=torch.float64)
-        assert torch.equal(
-            script.advantages(rewards_PG, script.Args()), torch.zeros_like(rewards_PG)
-        )
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_only_the_fenced_regions_differ(name, scripts):
+def test_what_is_written(name, scripts):
     text = scripts[name].read_text()
     assert FENCE.sub("", text) == FENCE.sub("", GRPO)
-    title, options, *code = FENCE.findall(text)
-    assert all(
-        part in title
-        for part in ("arXiv ", "    A_ij = ", "    loss = −1/N Σ", f"python written_{name}.py")
-    )
-    assert [title, options, *code] != FENCE.findall(GRPO) and all(
-        len(own.splitlines()) <= 15 for own in code
-    )
-    # No option without a use.
-    assert set(re.findall(r"\bargs\.(\w+)", "".join(code))) == set(
-        re.findall(r"^    (\w+): ", options, re.MULTILINE)
-    )
+    title, options, functions = FENCE.findall(text)
+    for part in ("arXiv ", "    A = ", "    loss = ", f"python written_{name}.py"):
+        assert part in title
+    assert functions != FENCE.findall(GRPO)[2]
+    # No option of its own without a use, and no use of one that is not there.
+    own = set(re.findall(r"^    (\w+): ", options, re.MULTILINE))
+    used = set(re.findall(r"\bargs\.(\w+)", functions))
+    assert own <= used <= own | {"max_response_tokens"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ruff_finds_nothing(name, scripts):
     for command in ("check", "format --check"):  # as if it lay beside common/
         ruff = [sys.executable, "-m", "ruff", *command.split(), "--stdin-filename", "mine.py", "-"]
-        done = subprocess.run(
-            ruff, cwd=REPOSITORY, input=scripts[name].read_text(), capture_output=True, text=True
-        )
+        text = scripts[name].read_text()
+        done = subprocess.run(ruff, cwd=REPOSITORY, input=text, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_written_script_trains(scripts, tmp_path):
     import_script(scripts["gspo"])
-    run = train(
-        tmp_path, script="written_gspo", task=dense_task(tmp_path), num_steps=2, sync_interval=2
-    )
+    task = dense_task(tmp_path)
+    run = train(tmp_path, script="written_gspo", task=task, num_steps=2, sync_interval=2)
     first, second = steps(run)  # of which the second has lag 1
-    assert (
-        first["grad_norm"] > 0 and first["ratio/clip_fraction"] == 0 < second["ratio/clip_fraction"]
-    )
+    assert first["grad_norm"] > 0
+    assert first["ratio/clip_fraction"] == 0 < second["ratio/clip_fraction"]
 
 
 def test_bad_input_ends_in_an_error_message(tmp_path):
     path = tmp_path / "mine.py"
-    with pytest.raises(
-        SystemExit, match=r"--write gsp: no such variant; give one of reinforce, .*gspo"
-    ):
+    message = r"--write gsp: no such variant; give one of reinforce, .*gspo"
+    with pytest.raises(SystemExit, match=message):
         variants.write("gsp", path)
     assert not path.exists()
     path.write_text("mine")
-    with pytest.raises(
-        SystemExit, match=r"--write gspo .*mine\.py: File exists; give another file"
-    ):
+    with pytest.raises(SystemExit, match=r"--write gspo .*mine\.py: File exists; give another"):
         variants.write("gspo", path)
     assert path.read_text() == "mine"
-
-
-def test_what_the_report_concludes():
-    def run(*rewards, skipped=0.0):
-        return [
-            {"reward/mean": reward, "update_skipped": skipped} for reward in np.repeat(rewards, 5)
-        ]
-
-    assert variants.is_stable([run(*np.linspace(0, 1, 10)), run(*[0.5] * 9, 0.41)])
-    assert not variants.is_stable([run(*np.linspace(0, 1, 10)), run(*[0.5] * 9, 0.39)])
-    assert not variants.is_stable([run(*np.linspace(0, 1, 10), skipped=1.0)])
-    assert (
-        reporting.difference([0.7, 0.9], [0.4, 0.6]) == reporting.SPREAD
-    )  # 0.3 apart, 0.2 and 0.2 wide
-    assert [reporting.difference(*pair) for pair in (([0.8], [0.7]), ([0.6], [0.7]))] == [
-        "above",
-        "below",
-    ]
