@@ -64,8 +64,10 @@ class StepMetrics:
         # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since.
         self._sum("kl/behaviour_k3", log_ratio.exp() - log_ratio - 1)
         self._max("ratio/max", log_ratio.exp())
-        self._sum("sampler_mismatch/mean", log_ratio.abs())
-        self._max("sampler_mismatch/max", log_ratio.abs())
+        if not self.updates:  # after an update of this step, they differ because it has learned
+            self._sum("compared", torch.ones_like(lp))
+            self._sum("sampler_mismatch/mean", log_ratio.abs())
+            self._max("sampler_mismatch/max", log_ratio.abs())
         if micro.reference_logprobs_BT is not None:
             difference = lp - micro.reference_logprobs_BT[mask_BT].double()
             self._sum("kl/ref_k1", difference)
@@ -124,8 +126,10 @@ class StepMetrics:
             for key, value in larger.items():
                 maxima[key] = _larger(maxima.get(key, 0.0), value)
         one_minus_p = sums.pop("1 - p") or 1.0
+        compared = sums.pop("compared")
         values = {key: value / N for key, value in sums.items()} | maxima
         values["ratio/clip_fraction_weighted"] *= N / one_minus_p
+        values["sampler_mismatch/mean"] *= N / compared
         if batch.version < batch.number - 1:
             # With a lag, they differ because the policy has learned, which is no mismatch.
             del values["sampler_mismatch/mean"], values["sampler_mismatch/max"]

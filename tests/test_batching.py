@@ -11,8 +11,11 @@ import struct
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from common.batching import collate, split_by_token_budget
+from common import distributed
+from common.batching import collate, micro_batches, mini_batches, split_by_token_budget
+from common.sampling import Batch
 
 EOS = 7
 
@@ -193,3 +196,171 @@ def test_a_response_with_more_or_fewer_log_probs_than_tokens_is_refused(rows, co
             prompts=[[1, 2], [3]], responses=[[4, 5], [6]], logprobs=[[-1.0] * count, [-2.0]]
         )
         collate(batch, rows)
+
+
+# A batch in parts, one for each update
+
+
+def graded_batch(P=7, G=4, seed=0, number=3):
+    """A whole `Batch` with texts, grades and advantages, which are 0 in groups 2, 7, …"""
+    sequences = random_sequences(P * G, seed)
+    rng = random.Random(seed)
+    advantages_PG = torch.tensor([[rng.gauss(0, 1) for _ in range(G)] for _ in range(P)])
+    advantages_PG[2::5] = 0.0
+    return Batch(
+        number=number,
+        version=1,
+        group_size=G,
+        problems=[10 + row // G for row in range(P * G)],
+        truncated=[rng.random() < 0.3 for _ in range(P * G)],
+        metrics={"time/sample": 1.0},
+        texts=[f"text {row}" for row in range(P * G)],
+        grades=[{"reward": row / 10} for row in range(P * G)],
+        advantages_PG=advantages_PG.double(),
+        **vars(sequences),
+    )
+
+
+LISTS = ("problems", "prompts", "responses", "logprobs", "truncated", "texts", "grades")
+
+
+def check_part(part, batch):
+    """Every row of a part, and every group's advantages and rewards, are those of the batch."""
+    G = batch.group_size
+    for name in LISTS:
+        whole = getattr(batch, name)
+        assert getattr(part, name) == [whole[row] for row in part.rows], name
+    groups = [row // G for row in part.rows[::G]]
+    assert list(part.rows) == [row for g in groups for row in range(g * G, (g + 1) * G)]
+    assert torch.equal(part.advantages_PG, batch.advantages_PG[groups])
+    assert torch.equal(part.rewards_PG, batch.rewards_PG[groups])
+    assert torch.equal(part.lengths_PG, batch.lengths_PG[groups])
+    assert part.lengths == [batch.lengths[row] for row in part.rows]
+    same = ("number", "version", "group_size", "metrics")
+    assert all(getattr(part, name) == getattr(batch, name) for name in same)
+
+
+@pytest.mark.parametrize("groups", [[2], [0, 6], [5, 1, 3], [*range(7)]], ids=str)
+def test_a_part_has_whole_groups_with_all_that_is_known_of_them(groups):
+    batch = graded_batch()
+    before = copy.deepcopy(vars(batch))
+    part = batch.part(groups)
+    assert list(part.rows) == [row for g in groups for row in range(4 * g, 4 * g + 4)]
+    check_part(part, batch)
+    same = torch.equal(batch.advantages_PG, before.pop("advantages_PG"))
+    assert same and all(getattr(batch, name) == value for name, value in before.items())
+    assert batch.rows == range(28)
+
+
+def test_a_batch_that_has_not_been_graded_has_parts_too():
+    batch = graded_batch()
+    batch.texts, batch.grades = [], []
+    part = batch.part([1])
+    assert part.texts == part.grades == [] and part.responses == batch.responses[4:8]
+
+
+@pytest.mark.parametrize("P", [7, 8])
+@pytest.mark.parametrize("count", [2, 3, 4, 7])
+def test_mini_batches_are_whole_groups_and_have_every_row_once(count, P):
+    batch = graded_batch(P)
+    parts = mini_batches(batch, count, seed=1)
+    assert sorted(row for part in parts for row in part.rows) == list(range(4 * P))
+    sizes = [len(part.rows) // 4 for part in parts]
+    assert len(sizes) == count and max(sizes) - min(sizes) <= 1
+    for part in parts:
+        check_part(part, batch)
+
+
+def test_one_mini_batch_is_the_batch_itself_in_its_order():
+    batch = graded_batch()
+    (part,) = mini_batches(batch, 1, seed=1)
+    assert part is batch and part.rows == range(28)
+
+
+def test_the_deal_of_groups_depends_on_seed_and_step_alone():
+    def dealt(seed, number, **fields):
+        batch = graded_batch(P=16, number=number, **fields)
+        return [list(part.rows) for part in mini_batches(batch, 4, seed)]
+
+    first = dealt(1, 3)
+    assert first == dealt(1, 3)
+    torch.manual_seed(5)
+    random.seed(5)
+    other = graded_batch(P=16, number=3, seed=9)  # other responses, rewards and advantages
+    assert first == [list(part.rows) for part in mini_batches(other, 4, 1)]
+    assert len({str(dealt(seed, number)) for seed in (1, 2, 3) for number in (1, 2, 3)}) == 9
+    assert first != [list(range(16 * i, 16 * (i + 1))) for i in range(4)]  # in a random order
+
+
+# Rows with their advantages and weights
+
+
+def weights_of(batch):
+    """A weight of its own for each response, and 0 where the advantage is 0."""
+    weights_PG = torch.arange(1.0, 1 + batch.advantages_PG.numel(), dtype=torch.float64)
+    return weights_PG.view_as(batch.advantages_PG).masked_fill(batch.advantages_PG == 0, 0.0) / 64
+
+
+def part_or_whole(kind):
+    batch = graded_batch(seed=4)
+    return batch if kind == "whole" else batch.part([0, 2, 5])
+
+
+@pytest.mark.parametrize("kind", ["whole", "part"])
+@pytest.mark.parametrize("budget", [1, 40, 100, 10_000])
+def test_micro_batches_against_a_loop(budget, kind):
+    whole, batch = part_or_whole("whole"), part_or_whole(kind)
+    whole_weights_PG = weights_of(whole)
+    groups = [row // 4 for row in batch.rows[::4]]
+    seen, learning = [], []
+    for micro in micro_batches(batch, whole_weights_PG[groups], budget, "cpu"):
+        check_against_a_loop(micro, whole, micro.rows)  # `rows` are those of the whole batch
+        assert micro.advantages_B1.shape == micro.weights_B1.shape == (len(micro.rows), 1)
+        assert micro.advantages_B1.dtype == micro.weights_B1.dtype == torch.float32
+        for b, row in enumerate(micro.rows):
+            p, g = divmod(row, 4)
+            assert micro.advantages_B1[b].item() == whole.advantages_PG[p, g].float().item()
+            assert micro.weights_B1[b].item() == whole_weights_PG[p, g].item()
+            assert micro.learns is (whole_weights_PG[p, g].item() != 0)
+        assert len(micro.rows) == 1 or micro.inputs_BT.numel() <= budget
+        seen += micro.rows
+        learning.append(micro.learns)
+    assert sorted(seen) == list(batch.rows)
+    assert learning == sorted(learning) and set(learning) == {False, True}
+
+
+def test_what_learns_is_what_has_a_weight():
+    # With a KL penalty, responses without advantage learn too, and need no micro-batch of their
+    # own.
+    batch = graded_batch(seed=4)
+    (micro,) = micro_batches(batch, torch.full((7, 4), 0.5), 10_000, "cpu")
+    assert micro.learns and (micro.advantages_B1 == 0).any() and (micro.weights_B1 == 0.5).all()
+    (micro,) = micro_batches(batch, torch.zeros(7, 4), 10_000, "cpu")
+    assert not micro.learns and (micro.weights_B1 == 0).all()
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("kind", ["whole", "part"])
+def test_a_row_that_a_rank_repeats_counts_for_nothing(kind, ranks, monkeypatch):
+    batch = part_or_whole(kind)
+    weights_PG = weights_of(graded_batch(seed=4))[[row // 4 for row in batch.rows[::4]]]
+    monkeypatch.setattr(distributed, "size", lambda: ranks)
+    passes, seen, repeated = [], [], 0
+    for rank in range(ranks):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        mine = list(micro_batches(batch, weights_PG, 40, "cpu"))
+        passes.append([micro.learns for micro in mine])
+        for micro in mine:
+            seen += micro.rows
+            assert bool(micro.rows) == bool(micro.mask_BT.any())
+            if not micro.rows:
+                repeated += 1
+                assert micro.inputs_BT.numel() and micro.mask_BT.shape == micro.inputs_BT.shape
+    # Each row counts on one rank, and all ranks make the same passes: together those of a single
+    # process, and repetitions where they do not suffice for all.
+    assert sorted(seen) == list(batch.rows)
+    assert passes == [passes[0]] * ranks
+    learns = (weights_PG.flatten() != 0).tolist()
+    splits = [learns[rows[0]] for rows in split_by_token_budget(batch.lengths, 40, learns)]
+    assert repeated == sum(-splits.count(kind) % ranks for kind in (False, True)) > 0
+    assert len(splits) + repeated == sum(map(len, passes))

@@ -2,12 +2,15 @@
 codes, and Ctrl-C.
 """
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,10 +18,13 @@ from conftest import build_model
 from helpers import REPOSITORY, as_options, command, dense_task, options, resume, train
 
 import grpo
-from common.commandline import parse, run
+import rec_oneside_nois
+import red_weight
+from common.commandline import check, parse, run
 from common.errors import BadInput, RunStopped
 from common.interrupt import finish_step_on_interrupt
 from common.models import TINY_MODEL
+from common.options import RunOptions, option
 
 FLOATS = ("temperature", "learning_rate", "max_grad_norm", "sampler_timeout")
 
@@ -90,8 +96,9 @@ def test_a_good_command_line_calls_main(given, main):
 @pytest.mark.parametrize(
     "field",
     [
-        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens", "max_response_tokens",
-        "max_tokens_per_microbatch", "eval_interval", "eval_size", "checkpoint_interval", *FLOATS,
+        "num_steps", "prompts_per_step", "sync_interval", "updates_per_batch", "replicas",
+        "max_prompt_tokens", "max_response_tokens", "max_tokens_per_microbatch",
+        "eval_interval", "eval_size", "checkpoint_interval", *FLOATS,
     ],
 )  # fmt: skip
 def test_a_number_that_must_be_positive(field, value, given, refused):
@@ -100,9 +107,78 @@ def test_a_number_that_must_be_positive(field, value, given, refused):
     assert ("above 0" if field in FLOATS else "at least 1") in line
 
 
-@pytest.mark.parametrize("field", ["clip_low", "clip_high"])
-def test_an_option_of_the_algorithm_that_must_be_positive(field, given, refused):
-    refused(*given(**{field: 0}), names=f"--{field.replace('_', '-')} 0.0 ")
+@pytest.mark.parametrize("field", ["clip_low", "clip_high", "kl_coef"])
+@pytest.mark.parametrize("value", [-0.1, "nan"])
+def test_an_option_of_the_algorithm_that_must_not_be_negative(field, value, given, refused):
+    line = refused(*given(**{field: value}), names=f"--{field.replace('_', '-')} {value} ")
+    assert "at least 0" in line
+
+
+def test_the_least_and_the_default_values_pass(given, main):
+    settings = {"clip_low": 0, "clip_high": 0, "kl_coef": 0, "reference_kl": False}
+    assert command(*given(**settings, rollouts_interval=0)) == 0
+    (args,) = main
+    assert (args.clip_low, args.clip_high, args.kl_coef, args.rollouts_interval) == (0, 0, 0, 0)
+    for script in (grpo, rec_oneside_nois, red_weight):
+        check(script.Args())
+
+
+def test_an_option_that_needs_another(given, refused, main):
+    line = refused(*given(kl_coef=0.1, reference_kl=False), names="--kl-coef 0.1 ")
+    assert line == "grpo.py: error: --kl-coef 0.1 cannot work: leave out --no-reference-kl."
+    assert command(*given(kl_coef=0.1)) == 0 and main.pop().kl_coef == 0.1
+
+
+@dataclass
+class Bounds:
+    free: float = -1.0
+    count: int = option(3, at_least=2)
+    scale: float = option(1.0, above=0.5)
+    penalty: float = option(0.0, at_least=-1, needs="helper")
+    helper: bool = True
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"count": 1}, "--count 1 cannot work: give a number of at least 2."),
+        ({"scale": 0.5}, "--scale 0.5 cannot work: give a number above 0.5."),
+        ({"scale": float("nan")}, "--scale nan cannot work: give a number above 0.5."),
+        ({"penalty": float("nan")}, "--penalty nan cannot work: give a number of at least -1."),
+        ({"penalty": -1.5}, "--penalty -1.5 cannot work: give a number of at least -1."),
+        ({"penalty": -1.0, "helper": False}, "--penalty -1.0 cannot work: leave out --no-helper."),
+    ],
+    ids=str,
+)
+def test_what_an_option_declares_of_its_values(values, message):
+    with pytest.raises(BadInput, match=f"^{re.escape(message)}$"):
+        check(Bounds(**values))
+
+
+def test_what_an_option_does_not_rule_out():
+    check(Bounds())
+    check(Bounds(free=float("nan"), count=2, scale=0.51, penalty=-1.0))
+    check(Bounds(scale=float("inf"), penalty=0.0, helper=False))
+
+
+@dataclass
+class Mine(grpo.Args):
+    """As a researcher writes them: without rules."""
+
+    beta: float = 1.0
+    """β: of mine"""
+    shift: int = 2
+    bonus: float = option(0.0)
+    """with nothing declared"""
+
+
+@pytest.mark.parametrize("value", [0, -1])
+def test_own_options_without_rules_may_be_anything(value, monkeypatch):
+    argv = ["--beta", str(value), "--shift", str(value), "--bonus", str(value), "--seed", "4"]
+    args = parse(Mine, grpo.__file__, argv)
+    check(args)
+    assert type(args) is Mine
+    assert (args.beta, args.shift, args.bonus, args.seed) == (value, value, value, 4)
 
 
 @pytest.mark.parametrize("field", ["sync_offset", "warmup_steps", "threads", "seed"])
@@ -118,6 +194,32 @@ def test_group_size_below_two(size, given, refused):
 @pytest.mark.parametrize("field", FLOATS)
 def test_not_a_number(field, given, refused):
     refused(*given(**{field: "nan"}), names=f"--{field.replace('_', '-')} nan ")
+
+
+# Sizes
+
+
+def test_more_updates_than_groups(given, refused, main):
+    line = refused(*given(prompts_per_step=8, updates_per_batch=9), names="--updates-per-batch 9 ")
+    assert "more than 8 groups: lower it." in line
+    assert command(*given(prompts_per_step=8, updates_per_batch=8)) == 0 and main.pop()
+
+
+def test_fewer_prompts_than_ranks(given, refused, main, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    line = refused(*given(prompts_per_step=4), names="--prompts-per-step 4 ")
+    assert "less than 5 ranks: raise it." in line
+    assert command(*given(prompts_per_step=5)) == 0 and main.pop()
+
+
+def test_replicas_that_do_not_divide_the_ranks(given, refused, main, monkeypatch):
+    assert "does not divide 1 ranks" in refused(*given(replicas=2), names="--replicas 2 ")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for replicas in (3, 8):
+        line = refused(*given(replicas=replicas), names=f"--replicas {replicas} ")
+        assert "does not divide 4 ranks: give a divisor." in line
+    for replicas in (1, 2, 4):
+        assert command(*given(replicas=replicas)) == 0 and main.pop()
 
 
 def test_a_resumed_run_is_checked_as_well(run_dir, refused):
@@ -139,9 +241,12 @@ def run_dir(tmp_path_factory):
 @pytest.mark.parametrize(
     "contradiction",
     [
-        {"seed": 7}, {"learning_rate": 0.5}, {"group_size": 8}, {"clip_high": 0.3}, {"sync_interval": 2},
+        {"seed": 7}, {"learning_rate": 0.5}, {"group_size": 8}, {"clip_high": 0.3},
+        {"sync_interval": 2},
         {"task": "addition"}, {"model": TINY_MODEL}, {"temperature": 0.7}, {"reference_kl": False},
-        {"max_response_tokens": 8}, {"precision": "bfloat16"}, {"eval_size": 3}, {"max_prompt_tokens": 9},
+        {"max_response_tokens": 8}, {"precision": "bfloat16"}, {"eval_size": 3},
+        {"max_prompt_tokens": 9}, {"kl_coef": 0.1}, {"updates_per_batch": 2}, {"warmup_steps": 3},
+        {"lr_schedule": "linear"},
     ],
     ids=str,
 )  # fmt: skip
@@ -162,8 +267,8 @@ def test_resume_with_arguments_repeated(run_dir):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_steps": 9}, {"eval_interval": 3}, {"checkpoint_interval": 3}, {"threads": 2}, {"sampler_timeout": 9.0},
-        {"track": True}, {"wandb_project": "p"},
+        {"num_steps": 9}, {"eval_interval": 3}, {"checkpoint_interval": 3}, {"threads": 2},
+        {"sampler_timeout": 9.0}, {"track": True}, {"wandb_project": "p"},
     ],
     ids=str,
 )  # fmt: skip
@@ -256,6 +361,45 @@ def test_help_has_a_description_and_an_example_and_no_path_of_this_machine(capsy
         and "usage: grpo.py" in text
     )
     assert str(REPOSITORY) not in text
+
+
+def help_of(Args, capsys):
+    """The parts of `--help` by title, each with its lines joined."""
+    with pytest.raises(SystemExit):
+        parse(Args, grpo.__file__, ["--help"])
+    lines = [line.strip(" ─╭╮╰╯│") for line in capsys.readouterr().out.splitlines()]
+    titles = ["options", "training options", "running options"]
+    starts = [lines.index(title) for title in titles]
+    assert starts == sorted(starts)
+    ends = [*starts[1:], len(lines)]
+    texts = [" ".join(" ".join(lines[a:b]).split()) for a, b in zip(starts, ends, strict=True)]
+    return dict(zip(titles, texts, strict=True))
+
+
+@pytest.mark.parametrize("Args", [grpo.Args, rec_oneside_nois.Args, red_weight.Args, Mine])
+def test_help_has_two_groups_with_every_option_and_what_it_means(Args, capsys):
+    text = help_of(Args, capsys)
+    inherited = {field.name for field in dataclasses.fields(RunOptions)}
+    assert {"device", "output", "resume"} < inherited and "seed" not in inherited
+    for field in dataclasses.fields(Args):
+        word = f"--{field.name.replace('_', '-')}"
+        found = [name for name, part in text.items() if re.search(rf"(^| ){word}[ ,]", part)]
+        assert found == ["running options" if field.name in inherited else "training options"]
+    told = {
+        "training options": ["G: responses to each prompt (default: 8)", "(default: 0.0002)"],
+        "running options": ["the run's directory is OUTPUT/NAME (default: runs)"],
+    }
+    if Args is Mine:
+        told["training options"] += ["β: of mine (default: 1.0)", "with nothing declared"]
+    for name, sentences in told.items():
+        assert all(sentence in text[name] for sentence in sentences)
+
+
+def test_help_of_a_resumed_run_has_its_values_as_defaults(run_dir, capsys):
+    assert command(*resume(run_dir, "--help")) == 0
+    assert "G: responses to each prompt (default: 4)" in " ".join(
+        capsys.readouterr().out.replace("│", " ").split()
+    )
 
 
 # How a run ends

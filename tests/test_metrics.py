@@ -5,12 +5,12 @@ with ==.
 """
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from common.batching import MicroBatch
 from common.metrics import StepMetrics
 from common.sampling import Batch
 
@@ -45,22 +45,41 @@ def one_row(*columns):
 TOKEN_KEYS = ("entropy", "kl/", "ratio/", "sampler_mismatch/")
 
 
-def result_of(metrics, lengths, version=0, rewards_PG=None, grades=None, truncated=None):
+def measured(mask_BT, lp_BT, sampler_BT, entropy_BT, ref_BT=None, advantages_B1=None):
+    """A `MicroBatch` with these log-probs of trainer, sampler and reference, and entropies."""
+    return MicroBatch(
+        inputs_BT=torch.zeros_like(mask_BT, dtype=torch.int64),
+        targets_BT=torch.zeros_like(mask_BT, dtype=torch.int64),
+        mask_BT=mask_BT,
+        sampler_logprobs_BT=sampler_BT,
+        rows=list(range(len(mask_BT))),
+        advantages_B1=torch.ones(len(mask_BT), 1) if advantages_B1 is None else advantages_B1,
+        learns=lp_BT.requires_grad,
+        logprobs_BT=lp_BT,
+        entropy_BT=entropy_BT,
+        reference_logprobs_BT=ref_BT,
+    )
+
+
+def result_of(metrics, lengths, version=0, grades=None, truncated=None, group_size=None):
     """All metrics of step 1 for responses of these lengths; the times do not matter here."""
     metrics.times |= {"time/train": 1.0}
+    if not metrics.maxima:  # there is no step without tokens
+        metrics.add_micro_batch(measured(*one_row([-1.0], [-1.0], [0.0])))
     B = len(lengths)
     batch = Batch(
-        1,
-        version,
-        [0] * B,
-        [[1]] * B,
-        [[2] * n for n in lengths],
-        [[]] * B,
-        truncated or [False] * B,
+        number=1,
+        version=version,
+        group_size=group_size or B,
+        problems=[0] * B,
+        prompts=[[1]] * B,
+        responses=[[2] * n for n in lengths],
+        logprobs=[[]] * B,
+        truncated=truncated or [False] * B,
+        metrics={"time/sample": 1.0},
+        grades=grades or [{"reward": 0.0}] * B,
     )
-    batch.metrics["time/sample"] = 1.0
-    rewards_PG = torch.zeros(1, B, dtype=torch.float64) if rewards_PG is None else rewards_PG
-    return metrics.result(batch, rewards_PG, grades or [{"reward": 0.0}] * B, CPU, "float32")
+    return metrics.result(batch, CPU, "float32")
 
 
 def statistics_of(*micro_batches, num_tokens=None, lag=0):
@@ -68,13 +87,8 @@ def statistics_of(*micro_batches, num_tokens=None, lag=0):
     reference]).
     """
     metrics = StepMetrics()
-    for mask_BT, lp_BT, sampler_BT, entropy_BT, *ref_BT in micro_batches:
-        metrics.add_tokens(
-            SimpleNamespace(mask_BT=mask_BT, sampler_logprobs_BT=sampler_BT),
-            lp_BT,
-            entropy_BT,
-            *ref_BT,
-        )
+    for micro_batch in micro_batches:
+        metrics.add_micro_batch(measured(*micro_batch))
     num_tokens = num_tokens or sum(int(mask_BT.sum()) for mask_BT, *_ in micro_batches)
     result = result_of(metrics, [num_tokens], version=-lag)
     return {key: value for key, value in result.items() if key.startswith(TOKEN_KEYS)}
@@ -224,6 +238,16 @@ def test_a_lagging_sampler_has_no_mismatch():
     assert lagging == {key: value for key, value in same.items() if key not in left_out}
 
 
+def with_gradient(mask, logprobs, gradient, advantages):
+    """A micro-batch after its backward pass: one row, or as many as there are advantages."""
+    lp_BT = torch.tensor(logprobs, requires_grad=True)
+    lp_BT.grad = torch.tensor(gradient)
+    return measured(
+        torch.tensor(mask).bool(), lp_BT, lp_BT.detach(), torch.zeros_like(lp_BT.detach()),
+        advantages_B1=torch.tensor(advantages).unsqueeze(1),
+    )  # fmt: skip
+
+
 def test_clip_fraction_by_hand():
     # Two micro-batches with a gradient, of 3 and 2 response tokens, of which 1 and 2 have gradient
     # 0; one without gradient, whose tokens count in N alone. A zero outside the mask counts
@@ -233,20 +257,29 @@ def test_clip_fraction_by_hand():
         ([1, 1, 1, 0], [0.0, -0.5, 0.25, 0.0]),
         ([0, 1, 1, 0], [0.0, 0.0, 0.0, 0.0]),
     ):
-        lp_BT = torch.tensor([[-1.0, -2.0, -1.0, -1.0]], requires_grad=True)
-        lp_BT.grad = torch.tensor([gradient])
-        micro = SimpleNamespace(
-            mask_BT=torch.tensor([mask]).bool(), sampler_logprobs_BT=lp_BT.detach()
-        )
-        metrics.add_tokens(micro, lp_BT, torch.zeros(1, 4))
-    no_gradient = SimpleNamespace(
-        mask_BT=torch.ones(1, 7).bool(), sampler_logprobs_BT=torch.zeros(1, 7)
-    )
-    metrics.add_tokens(no_gradient, torch.zeros(1, 7), torch.zeros(1, 7))
+        logprobs = [-1.0, -2.0, -1.0, -1.0]
+        metrics.add_micro_batch(with_gradient([mask], [logprobs], [gradient], [0.5]))
+    ones, zeros_BT = torch.ones(1, 7).bool(), torch.zeros(1, 7)
+    metrics.add_micro_batch(measured(ones, zeros_BT, zeros_BT, zeros_BT))
     result = result_of(metrics, [3, 2, 7])
     assert result["ratio/clip_fraction"] == 3 / 12
     likely, unlikely = 1 - math.exp(-1), 1 - math.exp(-2)  # the weights 1 − p
     weighted = (likely + unlikely + likely) / (3 * likely + 2 * unlikely)
+    assert result["ratio/clip_fraction_weighted"] == pytest.approx(weighted, rel=1e-12)
+
+
+def test_a_token_without_advantage_is_not_clipped():
+    # Where the loss has another term, a KL penalty, responses without advantage learn as well. In
+    # the first step it has no gradient yet: the zeros of the second row are not the clip's.
+    micro = with_gradient(
+        [[1, 1], [1, 1]], [[-1.0, -2.0], [-3.0, -1.0]], [[0.0, 0.5], [0.0, 0.0]], [-0.5, 0.0]
+    )
+    metrics = StepMetrics()
+    metrics.add_micro_batch(micro)
+    result = result_of(metrics, [2, 2])
+    assert result["ratio/clip_fraction"] == 1 / 4
+    likely, unlikely = 1 - math.exp(-1), 1 - math.exp(-2)
+    weighted = likely / (likely + unlikely)
     assert result["ratio/clip_fraction_weighted"] == pytest.approx(weighted, rel=1e-12)
 
 
@@ -273,7 +306,7 @@ def test_reward_statistics_by_hand():
         for r, a in zip(rewards_PG.flatten().tolist(), [1, 0, 1, 1, 0, 0], strict=True)
     ]
     truncated = [False, True, False, False, False, True]
-    result = result_of(StepMetrics(), [3, 9, 4, 4, 1, 6], 0, rewards_PG, grades, truncated)
+    result = result_of(StepMetrics(), [3, 9, 4, 4, 1, 6], 0, grades, truncated, group_size=2)
     mean = 4.4 / 6
     expected = {
         "reward/mean": mean,
@@ -303,7 +336,8 @@ def test_any_entry_of_the_grades_is_averaged_over_those_that_have_it():
 def test_equal_rewards_count_as_equal_at_any_value(reward):
     rewards_PG = torch.full((2, 7), reward, dtype=torch.float64)
     rewards_PG[1, 3] += 1e-6
-    result = result_of(StepMetrics(), [1] * 14, rewards_PG=rewards_PG)
+    grades = [{"reward": r} for r in rewards_PG.flatten().tolist()]
+    result = result_of(StepMetrics(), [1] * 14, grades=grades, group_size=7)
     assert result["reward/zero_std_groups"] == 0.5
 
 
@@ -318,20 +352,49 @@ def test_sampler_and_trainer_that_disagree_are_mentioned(gap, lag, warned, recwa
     assert any("sampler_mismatch/mean" in str(warning.message) for warning in recwarn) == warned
 
 
+def test_what_an_update_of_the_same_step_has_moved_is_no_mismatch(recwarn):
+    # Of several updates per batch, only the first finds the weights that sampled it.
+    metrics = StepMetrics()
+    metrics.add_micro_batch(measured(*one_row([-1.0, -2.0], [-1.0 - 2**-15, -2.0], [0.0, 0.0])))
+    metrics.add_update(loss=0.5, grad_norm=1.0, lr=0.1, skipped=False)
+    metrics.add_micro_batch(measured(*one_row([-3.0], [-3.5], [0.0])))
+    metrics.add_update(loss=1.5, grad_norm=2.0, lr=0.1, skipped=True)
+    result = result_of(metrics, [2, 1])
+    assert result["sampler_mismatch/mean"] == 2**-16
+    assert result["sampler_mismatch/max"] == 2**-15
+    assert not recwarn.list
+    # All else is measured in both, before the update of each.
+    assert result["ratio/max"] == math.exp(0.5)
+    k3 = (math.exp(0.5) - 1.5 + math.exp(2**-15) - 2**-15 - 1) / 3
+    assert result["kl/behaviour_k3"] == pytest.approx(k3, rel=1e-10)
+    means = {"loss": 1.0, "grad_norm": 1.5, "lr": 0.1, "update_skipped": 0.5}
+    assert {name: result[name] for name in means} == means
+
+
 # Times
 
 
-def test_a_step_is_the_sum_of_its_laps_without_evaluation(monkeypatch):
+def test_a_step_is_the_sum_of_its_phases_without_evaluation(monkeypatch):
     clock = iter([100.0, 101.0, 103.0, 107.0, 115.0, 131.0])
     monkeypatch.setattr("common.metrics.time.perf_counter", lambda: next(clock))
     metrics = StepMetrics()
+    metrics.add_micro_batch(measured(*one_row([-1.0], [-1.0], [0.0])))
     for name in ("wait", "grade", "train", "eval", "sync"):
-        metrics.lap(name)
-    batch = Batch(7, 4, [0], [[1, 2, 3]], [[4, 5]], [[-1.0, -1.0]], [False], {"time/sample": 0.5})
-    result = metrics.result(
-        batch, torch.zeros(1, 1, dtype=torch.float64), [{"reward": 0.0}], CPU, "float32"
+        metrics.phase(name)
+    batch = Batch(
+        number=7,
+        version=4,
+        group_size=1,
+        problems=[0],
+        prompts=[[1, 2, 3]],
+        responses=[[4, 5]],
+        logprobs=[[-1.0, -1.0]],
+        truncated=[False],
+        metrics={"time/sample": 0.5},
+        grades=[{"reward": 0.0}],
     )
-    laps = {
+    result = metrics.result(batch, CPU, "float32")
+    phases = {
         "wait": 1.0,
         "grade": 2.0,
         "train": 4.0,
@@ -340,7 +403,7 @@ def test_a_step_is_the_sum_of_its_laps_without_evaluation(monkeypatch):
         "step": 23.0,
         "sample": 0.5,
     }
-    assert {name: result[f"time/{name}"] for name in laps} == laps
+    assert {name: result[f"time/{name}"] for name in phases} == phases
     assert (result["lag"], result["weights_version"]) == (2, 4)
     assert result["throughput/sampled_tokens_per_second"] == 2 / 0.5
     assert result["throughput/trained_tokens_per_second"] == 5 / 4

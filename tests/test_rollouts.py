@@ -13,11 +13,11 @@ import types
 import pytest
 import torch
 
+import grpo
 from common import rollouts as module
 from common.errors import BadInput
 from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
 from common.rollouts import make_rollouts
-from common.sampling import Plan
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
@@ -64,14 +64,28 @@ def decide(monkeypatch):
             device=torch.device(device), generation_config=types.SimpleNamespace()
         )
         model.generation_config.eos_token_id = 0
-        make_rollouts(
-            Plan([[1, 2, 3], [4]], 2, 2, *schedule, 1), [[5, 6, 7, 8, 9]], model, types.SimpleNamespace(eos_token_id=1),
-            16, 1.0, "float32", engine=engine, serial=serial, timeout=60.0, threads=threads,
-            model_name="tiny", revision="",
-        )  # fmt: skip
+        args = settings(
+            schedule, engine=engine, serial=serial, threads=threads, max_response_tokens=16
+        )
+        sets = problem_sets([[1, 2, 3], [4]], [[5, 6, 7, 8, 9]])
+        tokenizer = types.SimpleNamespace(eos_token_id=1)
+        make_rollouts(args, *sets, model, tokenizer, "float32")
         return dict(started)
 
     return decide
+
+
+def settings(schedule, **options):
+    sync_interval, sync_offset = schedule
+    return grpo.Args(
+        prompts_per_step=2, group_size=2, sync_interval=sync_interval, sync_offset=sync_offset,
+        sampler_timeout=60.0, **options,
+    )  # fmt: skip
+
+
+def problem_sets(*prompts):
+    """What `make_rollouts` reads of the training problems and of the held-out ones."""
+    return [types.SimpleNamespace(prompts=some) for some in prompts]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -180,10 +194,8 @@ def place(tmp_path_factory):
 
 
 def rollouts_of(model, tokenizer, prompts, eval_prompts, schedule):
-    return make_rollouts(
-        Plan(prompts, 2, 2, *schedule, 1), eval_prompts, model, tokenizer, 8, 1.0, "float32", engine="transformers",
-        serial=False, timeout=60.0, threads=1, model_name=model.name_or_path, revision="",
-    )  # fmt: skip
+    args = settings(schedule, model=model.name_or_path, max_response_tokens=8, threads=1)
+    return make_rollouts(args, *problem_sets(prompts, eval_prompts), model, tokenizer, "float32")
 
 
 def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
@@ -226,9 +238,14 @@ def test_evaluation_is_with_the_present_weights(place):
         )
         grades, _ = eval_set.grade(range(len(eval_set)), expected.responses)
         assert len(expected.responses) == 6
-        assert found["eval/reward"] == pytest.approx(sum(grade["reward"] for grade in grades) / 6)
-        assert found["eval/response_length"] == pytest.approx(sum(map(len, expected.responses)) / 6)
-        assert found["time/eval"] > 0
+        assert found.metrics["eval/reward"] == pytest.approx(
+            sum(grade["reward"] for grade in grades) / 6
+        )
+        lengths = [len(response) for response in expected.responses]
+        assert found.metrics["eval/response_length"] == pytest.approx(sum(lengths) / 6)
+        assert found.metrics["time/eval"] > 0
+        texts = tokenizer.batch_decode(expected.responses, skip_special_tokens=True)
+        assert found.answers == list(zip(eval_set.problems, texts, grades, strict=True))
         seen.append(expected.responses)
         with torch.no_grad():  # the trainer moves on, without a word to the rollouts
             for parameter in model.parameters():

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tokenizers
@@ -22,8 +23,7 @@ from transformers import PreTrainedTokenizerFast
 import grpo
 import rec_oneside_nois
 import red_weight
-from common import viewer
-from common.batching import collate
+from common import recording, viewer
 from common.errors import BadInput
 from common.metrics import StepMetrics
 from common.models import TINY_MODEL, load_tokenizer
@@ -57,7 +57,7 @@ def tokenizer():
 @pytest.mark.parametrize("text", [CHARACTERS, HOSTILE, "", "plain 12+3"])
 def test_texts_of_tokens_join_to_the_response(text, tokenizer):
     ids = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-    texts = viewer.token_texts(tokenizer, ids)
+    texts = recording.token_texts(tokenizer, ids)
     assert len(texts) == len(ids) and "".join(texts) == tokenizer.decode(ids)
     assert texts[-1] == tokenizer.decode([tokenizer.eos_token_id]) and not any(
         "\ufffd" in text for text in texts
@@ -67,7 +67,7 @@ def test_texts_of_tokens_join_to_the_response(text, tokenizer):
 def test_a_character_that_was_cut_off_is_the_last_tokens(tokenizer):
     ids = tokenizer("a🙂")["input_ids"]
     assert len(ids) > 3
-    texts = viewer.token_texts(tokenizer, ids[:-1])
+    texts = recording.token_texts(tokenizer, ids[:-1])
     assert texts[0] == "a" and set(texts[1:-1]) == {""} and set(texts[-1]) == {"\ufffd"}
 
 
@@ -85,7 +85,7 @@ def test_texts_of_a_tokenizer_that_keeps_spaces_in_front_of_words():
         decoders.Strip(" ", 1, 0),
     ]
     tokenizer.decoder = decoders.Sequence(steps)
-    texts = viewer.token_texts(
+    texts = recording.token_texts(
         PreTrainedTokenizerFast(tokenizer_object=tokenizer), [0, 1, 2, 0, 3, 4, 5, 6, 1]
     )
     assert texts == ["the", " cat", "s", " the", "", "", "", "🙂", " cat"]
@@ -104,65 +104,55 @@ TRUTHS = {  # d loss / d log π · −N, from each script's equation
 }
 
 
-def recorded(script, tokenizer, splits, reference=True, rows=range(4)):
-    """What the lines of a script's loop record of the four responses above; the metrics, too."""
-    batch = Batch(
-        2,
-        0,
-        [0, 0, 1, 1],
-        [[5, 6]] * 4,
-        [[7] * len(lp) for lp in LP],
-        SAMPLER,
-        [False, True, False, False],
-    )
-    rewards_PG = torch.tensor(REWARDS, dtype=torch.float64)
-    advantages_B = script.advantages(rewards_PG, script.Args()).flatten()
-    step = StepMetrics(rows)
-    step.times["time/train"] = batch.metrics["time/sample"] = 1.0
-    for micro_rows in splits:
-        micro = collate(batch, micro_rows)
+def recorded(script, tokenizer, budget=10, reference=True, rows=range(4)):
+    """What a script's `gradient` records of the four responses above; the metrics, too.
 
-        def in_place(values, micro=micro, micro_rows=micro_rows):
+    With a budget of 10 tokens, a micro-batch is a group; with 1, it is a single response.
+    """
+    batch = Batch(
+        number=2,
+        version=0,
+        group_size=2,
+        problems=[0, 0, 1, 1],
+        prompts=[[5, 6]] * 4,
+        responses=[[7] * len(lp) for lp in LP],
+        logprobs=SAMPLER,
+        truncated=[False, True, False, False],
+        metrics={"time/sample": 1.0},
+        grades=[{"reward": reward} for group in REWARDS for reward in group],
+    )
+    args = script.Args(max_tokens_per_microbatch=budget)
+    batch.advantages_PG = script.advantages(batch.rewards_PG, args)
+    policy = SimpleNamespace(parameters=lambda: [], device=torch.device("cpu"))
+    step = StepMetrics(rows)
+    step.times["time/train"] = 1.0
+
+    def token_logprobs(model, micro, temperature, precision):
+        def in_place(values):
             filled = torch.zeros(micro.mask_BT.shape)
-            filled[micro.mask_BT] = torch.tensor(
-                [value for row in micro_rows for value in values[row]]
-            )
+            ours = [value for row in micro.rows for value in values[row]]
+            filled[micro.mask_BT] = torch.tensor(ours)
             return filled
 
-        has_gradient = bool(advantages_B[micro_rows[0]])
-        lp_BT = in_place(LP).requires_grad_(has_gradient)
-        a_B1 = advantages_B[micro_rows].float().unsqueeze(1)
-        losses_BT = script.per_token_loss(
-            lp_BT, micro.sampler_logprobs_BT, a_B1, micro.mask_BT, script.Args()
-        )
-        if has_gradient:
-            (losses_BT[micro.mask_BT].sum() / 8).backward()
-        step.add_tokens(
-            micro,
-            lp_BT,
-            in_place([[-value for value in lp] for lp in LP]),
-            in_place(REFERENCE) if reference else None,
-        )
-    result = step.result(
-        batch,
-        rewards_PG,
-        [{"reward": r} for r in rewards_PG.flatten().tolist()],
-        torch.device("cpu"),
-        "float32",
-    )
-    problems = [{"prompt": "one", "answer": 7}] * 2 + [
-        {"prompt": [{"role": "user", "content": "two"}]}
-    ] * 2
-    records = viewer.group_records(
-        5, batch, problems, rewards_PG, advantages_B, step.tokens, tokenizer
-    )
+        lp_BT = in_place(LP if model is policy else REFERENCE)
+        entropy_BT = in_place([[-value for value in lp] for lp in LP])
+        return lp_BT.requires_grad_(torch.is_grad_enabled()), entropy_BT
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "token_logprobs", token_logprobs)
+        other = "the initial policy" if reference else None
+        script.gradient(batch, policy, other, args, "float32", step)
+    result = step.result(batch, policy.device, "float32")
+    problems = [{"prompt": "one", "answer": 7}, {"prompt": [{"role": "user", "content": "two"}]}]
+    problem_set = SimpleNamespace(problems=problems, tokenizer=tokenizer)
+    records = recording.group_records(5, batch, step.recorded_tokens(), problem_set)
     return json.loads(json.dumps(list(records), allow_nan=False)), result
 
 
-@pytest.mark.parametrize("splits", [[[0, 1], [2, 3]], [[3], [1], [2], [0]]], ids=str)
+@pytest.mark.parametrize("budget", [10, 1])
 @pytest.mark.parametrize("script", TRUTHS)
-def test_the_record_is_what_the_equations_say(script, splits, tokenizer):
-    groups, _ = recorded(script, tokenizer, splits)
+def test_the_record_is_what_the_equations_say(script, budget, tokenizer):
+    groups, _ = recorded(script, tokenizer, budget)
     assert [(g["step"], g["prompt"], g["answer"]) for g in groups] == [
         (5, "one", "7"), (5, [{"role": "user", "content": "two"}], None),
     ]  # fmt: skip
@@ -184,21 +174,31 @@ def test_the_record_is_what_the_equations_say(script, splits, tokenizer):
         assert response["push"] == (truth and pytest.approx(truth, rel=ROUNDED, abs=1e-12))
 
 
+def test_a_tokens_weight_in_the_loss_does_not_change_its_push(tokenizer, monkeypatch):
+    # As where every response weighs the same, however many tokens it has.
+    def token_weights(advantages_PG, lengths_PG, args):
+        return (advantages_PG != 0) / (lengths_PG * lengths_PG.numel())
+
+    expected, _ = recorded(grpo, tokenizer)
+    monkeypatch.setattr(grpo, "token_weights", token_weights)
+    assert recorded(grpo, tokenizer)[0] == expected
+
+
 def test_without_a_reference_and_cut_to_the_bound(tokenizer, monkeypatch):
-    monkeypatch.setattr(viewer, "MOST_TOKENS", 8)  # 2 for each of the 4
-    groups, result = recorded(grpo, tokenizer, [[0, 1], [2, 3]], reference=False)
+    monkeypatch.setattr(recording, "MOST_TOKENS", 8)  # 2 for each of the 4
+    groups, result = recorded(grpo, tokenizer, reference=False)
     assert "kl/ref_k2" not in result
     first = groups[0]["responses"][0]
     assert "to_reference" not in first and first["length"] == 3
     assert first["logprob"] == LP[0][:2] and len(first["push"]) == len(first["tokens"]) == 2
-    (only,), _ = recorded(grpo, tokenizer, [[0, 1], [2, 3]], rows=range(2))
+    (only,), _ = recorded(grpo, tokenizer, rows=range(2))
     assert len(only["responses"]) == 2
-    assert recorded(grpo, tokenizer, [[0, 1], [2, 3]], rows=range(0))[0] == []
+    assert recorded(grpo, tokenizer, rows=range(0))[0] == []
 
 
 def test_numbers_that_json_does_not_know_become_null(tokenizer, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "LP", [[-1.0, -math.inf, math.nan], *LP[1:]])
-    groups, _ = recorded(grpo, tokenizer, [[0, 1], [2, 3]])
+    groups, _ = recorded(grpo, tokenizer)
     assert groups[0]["responses"][0]["logprob"] == [-1.0, None, None]
 
 

@@ -99,7 +99,8 @@ PROMPTS = [[5, 6, 7], [20 + n for n in range(30)], [99], [40, 50, 60, 70, 80, 90
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampler_trainer_and_plain_forward_agree(family, tmp_path):
     directory = build(family, tmp_path / "model", FAMILIES[family])
-    check_context(directory, "", PROMPTS, 24)
+    args = types.SimpleNamespace(model=directory, revision="", max_response_tokens=24)
+    check_context(args, PROMPTS)
     model = load_model(directory, "", torch.device("cpu"))
     check_decoding(model, PROMPTS, 8, 1.0, "float32", directory)
     # Every tenth token ends a response, so that rows leave the batch, and of each group at another

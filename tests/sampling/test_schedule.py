@@ -10,8 +10,8 @@ import itertools
 import pytest
 import torch
 
-from common import rollouts as rollouts_module
 from common.sampling import Plan, Sampler, Samples, problems_of_batch, version_of_batch
+from common.sampling import serial as module
 from common.sampling.serial import SerialRollouts
 
 # (I, O): version and lag of batch k = 1, 2, 3, …
@@ -152,7 +152,7 @@ def mismatch(monkeypatch):
     def measured(model, temperature, precision, batch):
         return {"measured with": model.weights}
 
-    monkeypatch.setattr(rollouts_module, "sampler_mismatch", measured)
+    monkeypatch.setattr(module, "sampler_mismatch", measured)
 
 
 @schedules
@@ -256,7 +256,7 @@ def test_continued_rollouts_are_the_uninterrupted_ones(interval, offset):
     for stop in range(0, 30):
         continued, sampler = make_rollouts(interval, offset)
         sampler.weights = stop
-        continued.load_state_dict(copy.deepcopy(states[stop]))
+        continued.load_state_dict(copy.deepcopy(states[stop]), sampler)
         for step in range(stop + 1, 31):
             found, expected = (
                 copy.deepcopy(vars(continued.next(step))),

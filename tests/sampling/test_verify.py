@@ -128,7 +128,14 @@ def test_perturbation_is_strong_everywhere_and_leaves_no_trace(model):
 def test_the_mismatch_is_the_difference_of_log_probs_at_the_same_weights(temperature, model):
     prompts = [[5, 6, 7, 8], [9]]
     samples = TransformersSampler(model, {0}, 12, temperature).sample(prompts, 6, [100, 200])
-    batch = Batch(1, 0, [0] * 12, [prompt for prompt in prompts for _ in range(6)], **vars(samples))
+    batch = Batch(
+        number=1,
+        version=0,
+        group_size=6,
+        problems=[0] * 6 + [1] * 6,
+        prompts=[prompt for prompt in prompts for _ in range(6)],
+        **vars(samples),
+    )
     found = sampler_mismatch(model, temperature, "float32", batch)
     assert 0 <= found["sampler_mismatch/mean"] <= found["sampler_mismatch/max"] < 1e-5
     # One token of the first eight sequences that is off, against all of their tokens.
