@@ -10,7 +10,8 @@ something to find: fewer than one text in ten is the short, correct solution it 
 
 With `--hasty`, a share of the examples states the answer at once, without any work. The model
 cannot add in its head, so what it says at once is wrong as a rule; such a model has to discover
-that working it out pays (see `benchmarks/figures/sync_modes.py`, which builds one from the bundled model).
+that working it out pays (see `benchmarks/figures/sync_modes.py`, which builds one from the
+bundled model).
 
 The output, `common/tiny_model/`, is an ordinary Hugging Face model directory: weights,
 configuration, tokenizer with a chat template. Same seed, machine and versions give the same

@@ -152,28 +152,22 @@ EQUATIONS = {
 
 def loss_and_gradient(script, new, old, split):
     """What the script makes of the responses: the loss, and the gradient of each token's log-prob."""
-    advantages = script.advantages(
-        torch.tensor(REWARDS, dtype=torch.float64), script.Args()
-    ).flatten()
+    rewards, args = torch.tensor(REWARDS, dtype=torch.float64), script.Args()
+    advantages = script.advantages(rewards, args).flatten()
     total, gradient = 0.0, [None] * len(new)
     for rows in split:
         places = [(i, slice(3 + row % 4, 3 + row % 4 + LENGTHS[row])) for i, row in enumerate(rows)]
         shape = len(rows), 1 + max(place.stop for _, place in places)
         # Prompts and padding hold numbers that must not count.
-        logprobs, sampler = (
-            torch.full(shape, 7.0, dtype=torch.float64),
-            torch.zeros(shape, dtype=torch.float64),
-        )
-        mask = torch.zeros(shape, dtype=torch.bool)
+        logprobs = torch.full(shape, 7.0, dtype=torch.float64)
+        sampler, mask = torch.zeros_like(logprobs), torch.zeros(shape, dtype=torch.bool)
         for row, place in zip(rows, places, strict=True):
-            logprobs[place], sampler[place] = torch.tensor(
-                [new[row], old[row]], dtype=torch.float64
-            )
+            logprobs[place] = torch.tensor(new[row], dtype=torch.float64)
+            sampler[place] = torch.tensor(old[row], dtype=torch.float64)
             mask[place] = True
         logprobs.requires_grad_()
-        losses = script.per_token_loss(
-            logprobs, sampler, advantages[rows].unsqueeze(1), mask, script.Args()
-        )
+        advantages_B1 = advantages[rows].unsqueeze(1)
+        losses = script.per_token_loss(logprobs, sampler, advantages_B1, mask, args)
         loss = losses[mask].sum() / sum(LENGTHS)  # as in `main`
         loss.backward()
         total += loss.item()
@@ -274,10 +268,7 @@ def test_what_the_report_concludes():
     assert variants.is_stable([run(*np.linspace(0, 1, 10)), run(*[0.5] * 9, 0.41)])
     assert not variants.is_stable([run(*np.linspace(0, 1, 10)), run(*[0.5] * 9, 0.39)])
     assert not variants.is_stable([run(*np.linspace(0, 1, 10), skipped=1.0)])
-    assert (
-        reporting.difference([0.7, 0.9], [0.4, 0.6]) == reporting.SPREAD
-    )  # 0.3 apart, 0.2 and 0.2 wide
-    assert [reporting.difference(*pair) for pair in (([0.8], [0.7]), ([0.6], [0.7]))] == [
-        "above",
-        "below",
-    ]
+    # 0.3 apart, 0.2 and 0.2 wide
+    assert reporting.difference([0.7, 0.9], [0.4, 0.6]) == reporting.SPREAD
+    assert reporting.difference([0.8], [0.7]) == "above"
+    assert reporting.difference([0.6], [0.7]) == "below"
