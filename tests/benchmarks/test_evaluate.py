@@ -29,7 +29,8 @@ from common.tasks.addition import Addition
 class Lenient(Addition):
     def reward(self, problem, response):
         right = f"answer {problem['answer']}." in response
-        return {"reward": 0.5 + right, "accuracy": float(right), "doubts": float("let me check" in response)}
+        doubts = float("let me check" in response)
+        return {"reward": 0.5 + right, "accuracy": float(right), "doubts": doubts}
 """
 
 
@@ -198,28 +199,17 @@ def test_a_model_on_a_task(tmp_path):
 
 def test_prompts_are_answered_in_their_order_however_they_are_split(monkeypatch, tmp_path):
     """With more prompts than are decoded at a time, every one is graded as what it is."""
-    arguments = (
-        "--model",
-        "tiny",
-        "--eval-size",
-        11,
-        "--threads",
-        1,
-        "-n",
-        2,
-        "--output",
-        tmp_path / "evaluation.json",
-    )
+    output = tmp_path / "evaluation.json"
+    arguments = ("--model", "tiny", "--eval-size", 11, "--threads", 1, "-n", 2, "--output", output)
 
     def counts():
         assert command(*arguments) == 0
-        (found,) = json.loads((tmp_path / "evaluation.json").read_text())["prompts"].values()
+        (found,) = json.loads(output.read_text())["prompts"].values()
         return found["pass@1"]
 
     whole = counts()
-    monkeypatch.setattr(
-        evaluate, "MOST_SEQUENCES", 6
-    )  # parts of 6 prompts, and of 3 with two responses each
+    # Parts of 6 prompts, and of 3 with two responses each.
+    monkeypatch.setattr(evaluate, "MOST_SEQUENCES", 6)
     assert counts() == whole and len(set(whole)) > 1
 
 

@@ -55,23 +55,20 @@ def test_an_answer_needs_four_in_five_seeds():
             ("above −9", np.mean(means) > -9),
         ]
 
-    runs = [[2.0, 2.0, 2.0, 2.0]] * 4 + [
-        [0.0, 0.0, 9.0, 9.0]
-    ]  # the last one is 0 after half of its steps
+    # The last one is 0 after half of its steps.
+    runs = [[2.0, 2.0, 2.0, 2.0]] * 4 + [[0.0, 0.0, 9.0, 9.0]]
     rows, summary = reporting.compare(observations, {"x": runs}, seeds=[5, 6, 7, 8, 9])
     rows = rows.splitlines()
-    seeds = "seed 5 | seed 6 | seed 7 | seed 8 | seed 9"
-    assert (
-        rows[0] == f"| observation | answer | {seeds} | after half of the steps | three quarters |"
-    )
+    seeds = " | ".join(f"seed {seed}" for seed in (5, 6, 7, 8, 9))
+    shorter = "after half of the steps | three quarters"
+    assert rows[0] == f"| observation | answer | {seeds} | {shorter} |"
     assert rows[2] == "| above 1 | yes | yes | yes | yes | yes | yes | yes | yes |"
     assert rows[3] == "| above 3 | no | no | no | no | no | yes | no | no |"
     assert rows[5].startswith("| **number of yes** | **2 of 3** | **2 of 3** |")
     assert summary.startswith("Of 3 observations about the published figure, 2 hold here")
 
-    rows, _ = reporting.compare(
-        observations, {"x": [[4.0] * 2, [4.0] * 2, [1.5] * 2, [1.5] * 2, [6.0] * 2]}, seeds=range(5)
-    )
+    runs = [[reward] * 2 for reward in (4.0, 4.0, 1.5, 1.5, 6.0)]
+    rows, _ = reporting.compare(observations, {"x": runs}, seeds=range(5))
     assert f"| above 3 | {reporting.SPREAD} | yes | yes | no | no | yes |" in rows
 
 

@@ -54,9 +54,8 @@ def test_it_agrees_with_two_workers_on_a_ticking_clock(mode):
     print(f"seed: {seed}")
     rng = random.Random(seed)
     n = 40
-    sample, train, sync = (
-        [rng.randint(*limits) for _ in range(n)] for limits in ((1, 9), (1, 9), (0, 2))
-    )
+    limits = ((1, 9), (1, 9), (0, 2))
+    sample, train, sync = ([rng.randint(*limit) for _ in range(n)] for limit in limits)
 
     ready, published, trained = [], {0: 0}, []
     sampler_busy_until = trainer_busy_until = 0
