@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before transformers is imported: a test never reaches for the network
-)
+# before transformers is imported: a test never reaches for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -63,9 +62,8 @@ def build_model(family, directory, **overrides):
 
     Returns the directory as a string, to be given to `load_model` or `--model`.
     """
-    tokenizer = load_tokenizer(
-        TINY_MODEL
-    )  # byte-level, so that any text encodes, and with a chat template
+    # byte-level, so that any text encodes, and with a chat template
+    tokenizer = load_tokenizer(TINY_MODEL)
     config_class, sizes = FAMILIES[family]
     ids = {
         "bos_token_id": None,

@@ -132,9 +132,8 @@ def forked(function, *arguments, daemon=True):
     children.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "PYTHONPATH", str(REPOSITORY)
-        )  # Python 3.11 gives the server no other import path
+        # Python 3.11 gives the server no other import path
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
         _processes.set_forkserver_preload(["grpo", "matplotlib.pyplot", "pytest"])
         forkserver.ensure_running()  # the first time only
     process = _processes.Process(target=function, args=arguments, daemon=daemon)
@@ -219,9 +218,8 @@ def assert_same_run(run_dir, other):
         assert record == expected
     for name in ("completions.jsonl", "rollouts.jsonl", "model/model.safetensors"):
         same = (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes()
-        assert same, (
-            f"{name} differs between {run_dir} and {other}"
-        )  # without pytest's diff, which takes minutes
+        # without pytest's diff, which takes minutes
+        assert same, f"{name} differs between {run_dir} and {other}"
 
 
 class Run:
@@ -232,8 +230,8 @@ class Run:
         with open(log, "ab") as file:
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self.trainer = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "grpo.py"), *map(str, argv)],
-                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
+                [sys.executable, str(REPOSITORY / "grpo.py"), *map(str, argv)], stdout=file,
+                stderr=file, stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )  # fmt: skip
 
@@ -268,8 +266,7 @@ class Run:
         return wait_for(look)
 
     def end(self, seconds=120, grace=5):
-        """Wait for the trainer's end; returns its exit code, once no process of the group is left.
-        """
+        """Wait for the trainer's end; returns its exit code, once its group has no process left."""
         code = self.trainer.wait(seconds)
         deadline = time.monotonic() + grace
         while self.members():

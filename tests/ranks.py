@@ -74,9 +74,8 @@ def free_port():
 def _rank(connection, environment, function, arguments):
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    connection.send_bytes(
-        pickle.dumps(function(*arguments))
-    )  # tensors themselves, not handles of shared memory
+    # tensors themselves, not handles of shared memory
+    connection.send_bytes(pickle.dumps(function(*arguments)))
     connection.close()
 
 
@@ -109,8 +108,9 @@ def loss_and_gradients(cases):
         (lines,) = LOOP.findall(Path(module.__file__).read_text())
         args = module.Args(max_tokens_per_microbatch=case["budget"])
         names = vars(module) | {
-            "model": model, "reference": None, "batch": case["batch"], "metrics": module.StepMetrics(), "args": args,
-            "precision": case["precision"], "device": CPU, "advantages_B": case["advantages"],
+            "model": model, "reference": None, "batch": case["batch"],
+            "metrics": module.StepMetrics(), "args": args, "precision": case["precision"],
+            "device": CPU, "advantages_B": case["advantages"],
         }  # fmt: skip
         before, logprobs.LARGE_VOCABULARY = logprobs.LARGE_VOCABULARY, case["large"]
         exec(textwrap.dedent(lines), names)

@@ -52,7 +52,8 @@ def _reference(path, shown, fragment):
     name = shown.replace("\\", "")
     for number, line in enumerate((ROOT / name).read_text().splitlines(), start=1):
         if fragment in line:
-            return f"[{shown}:{number}]({os.path.relpath(ROOT / name, path.parent)}#L{number}) `{fragment}`"
+            link = f"{os.path.relpath(ROOT / name, path.parent)}#L{number}"
+            return f"[{shown}:{number}]({link}) `{fragment}`"
     raise ValueError(f"{path.name} refers to `{fragment}` in {name}, where no line contains it.")
 
 

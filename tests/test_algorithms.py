@@ -114,8 +114,8 @@ def test_hand_computed_losses_and_gradients():
     sampler = logprobs - torch.tensor([1.0, 1.5, 0.5, 1.5], dtype=torch.float64).log()
     advantages = torch.tensor([0.5, 0.5, -0.5, -0.5], dtype=torch.float64)
     ln2 = math.log(2)
-    # REC: token 1 rose beyond 1.2 with A > 0 and token 2 fell below 0.8 with A < 0: both masked. −A
-    # ln ½ = A ln 2.
+    # REC: token 1 rose beyond 1.2 with A > 0 and token 2 fell below 0.8 with A < 0: both masked.
+    # −A ln ½ = A ln 2.
     rec = loss(rec_oneside_nois, logprobs, sampler, advantages)
     assert rec.tolist() == pytest.approx([0.5 * ln2, 0, 0, -0.5 * ln2], abs=1e-15)
     assert gradient(rec_oneside_nois, logprobs, sampler, advantages).tolist() == [-0.5, 0, 0, 0.5]
@@ -191,15 +191,8 @@ def test_on_policy_all_but_red_agree_up_to_the_standard_deviation():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_equal_rewards_give_exactly_zero_advantage(script):
     for reward in (0.7, 0.1, 1e6, -3.3):
-        for group_size in (
-            2,
-            3,
-            6,
-            7,
-            8,
-            12,
-            49,
-        ):  # three 0.7s do not have the mean 0.7, not even in float64
+        # three 0.7s do not have the mean 0.7, not even in float64
+        for group_size in (2, 3, 6, 7, 8, 12, 49):
             rewards_PG = torch.full((1, group_size), reward, dtype=torch.float64)
             assert torch.equal(
                 script.advantages(rewards_PG, script.Args()), torch.zeros_like(rewards_PG)
@@ -259,8 +252,8 @@ def test_no_clamp_is_hidden_in_the_losses(log_ratio):
         )
 
 
-# Fixed data from another policy: three arms, pulled with probability 0.3, 0.6, 0.1, paying 0, 0.8,
-# 1
+# Fixed data from another policy: three arms, pulled with probability 0.3, 0.6, 0.1, paying
+# 0, 0.8, 1
 
 
 def bandit(label):

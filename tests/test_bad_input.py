@@ -139,15 +139,19 @@ def test_task_has_no_problems(given, refused, tmp_path):
     refused(*given(task=f"{path}:Digits"), names="--task ")
 
 
+MINE = "import common.tasks\nclass Mine(common.tasks.Task):\n"
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "class Mine:\n    def __init__(self, *args): raise ValueError('my own mistake')",
         "class Mine:\n    pass",  # takes no data options
-        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): raise KeyError('mistake')",
-        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): return [{'text': 'Why?'}]",
-        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): return [{'prompt': None}]",
-        "class Mine:\n    def __init__(self, *args): pass\n    def problems(self, split): return [{'prompt': 'Why?'}]",
+        f"{MINE}    def problems(self, split): raise KeyError('mistake')",
+        f"{MINE}    def problems(self, split): return [{{'text': 'Why?'}}]",
+        f"{MINE}    def problems(self, split): return [{{'prompt': None}}]",
+        "class Mine:\n    def __init__(self, *args): pass\n"
+        "    def problems(self, split): return [{'prompt': 'Why?'}]",
     ],
     ids=[
         "constructor_raises",
@@ -172,8 +176,10 @@ ROW = '{"question": "What is 1 + 1?", "answer": "#### 2"}'
     "bad_row",
     [
         "{'question': 1}", ROW[:-1], "not JSON", '{"question": "What is 1 + 1?"}',
-        '{"question": "What is 1 + 1?", "answer": null}', '{"question": "1 + 1?", "answer": "The answer is 2"}',
-        '{"question": "", "answer": "#### 2"}', '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
+        '{"question": "What is 1 + 1?", "answer": null}',
+        '{"question": "1 + 1?", "answer": "The answer is 2"}',
+        '{"question": "", "answer": "#### 2"}',
+        '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
         '["What is 1 + 1?", "#### 2"]', "3", "null",
     ],
 )  # fmt: skip
@@ -287,8 +293,7 @@ def test_model_directory_is_missing(given, refused, tmp_path):
 
 
 def test_model_directory_is_mistyped(given, refused, tmp_path, monkeypatch):
-    """Beside one that is there: it is no name on the hub, which would be tried for half a minute.
-    """
+    """Beside one that is there: no name on the hub, which would be tried for half a minute."""
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     line = refused(*given(model="models/mime"), names="--model models/mime")
@@ -339,7 +344,8 @@ def broken_model(model, directory, remove=(), truncate=(), write=None):
         {"write": {"config.json": '{"model_type": "no-such-architecture"}'}},
     ],
     ids=[
-        "no_config", "no_weights", "truncated_config", "truncated_tokenizer", "no_tokenizer", "unknown_architecture",
+        "no_config", "no_weights", "truncated_config", "truncated_tokenizer", "no_tokenizer",
+        "unknown_architecture",
     ],
 )  # fmt: skip
 def test_model_directory_is_broken(damage, given, refused, model, tmp_path):
@@ -457,11 +463,8 @@ def test_positions_that_would_change_in_the_middle_of_a_response(given, refused,
         "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "factor": 4.0,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    settings = {
-        "model": directory,
-        "task": dense_task(tmp_path),
-        "num_steps": 1,
-    }  # its prompts have up to 12 tokens
+    # its prompts have up to 12 tokens
+    settings = {"model": directory, "task": dense_task(tmp_path), "num_steps": 1}
     assert "prompt of 12" in refused(
         *given(**settings, max_response_tokens=13), names="--max-response-tokens 13"
     )

@@ -88,8 +88,9 @@ def test_a_good_command_line_calls_main(given, main):
 @pytest.mark.parametrize(
     "field",
     [
-        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens", "max_response_tokens",
-        "max_tokens_per_microbatch", "eval_interval", "eval_size", "checkpoint_interval", *FLOATS,
+        "num_steps", "prompts_per_step", "sync_interval", "max_prompt_tokens",
+        "max_response_tokens", "max_tokens_per_microbatch", "eval_interval", "eval_size",
+        "checkpoint_interval", *FLOATS,
     ],
 )  # fmt: skip
 def test_a_number_that_must_be_positive(field, value, given, refused):
@@ -137,9 +138,10 @@ def run_dir(tmp_path_factory):
 @pytest.mark.parametrize(
     "contradiction",
     [
-        {"seed": 7}, {"learning_rate": 0.5}, {"group_size": 8}, {"clip_high": 0.3}, {"sync_interval": 2},
-        {"task": "addition"}, {"model": TINY_MODEL}, {"temperature": 0.7}, {"reference_kl": False},
-        {"max_response_tokens": 8}, {"precision": "bfloat16"}, {"eval_size": 3}, {"max_prompt_tokens": 9},
+        {"seed": 7}, {"learning_rate": 0.5}, {"group_size": 8}, {"clip_high": 0.3},
+        {"sync_interval": 2}, {"task": "addition"}, {"model": TINY_MODEL}, {"temperature": 0.7},
+        {"reference_kl": False}, {"max_response_tokens": 8}, {"precision": "bfloat16"},
+        {"eval_size": 3}, {"max_prompt_tokens": 9},
     ],
     ids=str,
 )  # fmt: skip
@@ -160,8 +162,8 @@ def test_resume_with_arguments_repeated(run_dir):
 @pytest.mark.parametrize(
     "change",
     [
-        {"num_steps": 9}, {"eval_interval": 3}, {"checkpoint_interval": 3}, {"threads": 2}, {"sampler_timeout": 9.0},
-        {"track": True}, {"wandb_project": "p"},
+        {"num_steps": 9}, {"eval_interval": 3}, {"checkpoint_interval": 3}, {"threads": 2},
+        {"sampler_timeout": 9.0}, {"track": True}, {"wandb_project": "p"},
     ],
     ids=str,
 )  # fmt: skip

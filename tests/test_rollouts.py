@@ -63,9 +63,9 @@ def decide(monkeypatch):
         )
         model.generation_config.eos_token_id = 0
         make_rollouts(
-            Plan([[1, 2, 3], [4]], 2, 2, *schedule, 1), [[5, 6, 7, 8, 9]], model, types.SimpleNamespace(eos_token_id=1),
-            16, 1.0, "float32", engine=engine, serial=serial, timeout=60.0, threads=threads,
-            model_name="tiny", revision="",
+            Plan([[1, 2, 3], [4]], 2, 2, *schedule, 1), [[5, 6, 7, 8, 9]], model,
+            types.SimpleNamespace(eos_token_id=1), 16, 1.0, "float32", engine=engine, serial=serial,
+            timeout=60.0, threads=threads, model_name="tiny", revision="",
         )  # fmt: skip
         return dict(started)
 
@@ -105,16 +105,8 @@ def test_threads_are_two_or_one_where_two_processes_compute(decide):
 def test_an_engine_is_told_its_longest_prompt_and_whom_it_is_beside(decide):
     started = decide((1, 0), engine="vllm")
     arguments, keywords = started["make_vllm_sampler"]
-    assert arguments == (
-        "tiny",
-        "",
-        2,
-        {0, 1},
-        16,
-        1.0,
-        "float32",
-        5,
-    )  # the longest one is for evaluation
+    # the longest one is for evaluation
+    assert arguments == ("tiny", "", 2, {0, 1}, 16, 1.0, "float32", 5)
     assert keywords["beside"] is started["SerialRollouts"][0][0]
     assert started["SerialRollouts"][0][3] is True  # verified
     arguments, _ = decide((1, 1), engine="vllm")["OverlappedRollouts"]
@@ -179,8 +171,9 @@ def place(tmp_path_factory):
 
 def rollouts_of(model, tokenizer, prompts, eval_prompts, schedule):
     return make_rollouts(
-        Plan(prompts, 2, 2, *schedule, 1), eval_prompts, model, tokenizer, 8, 1.0, "float32", engine="transformers",
-        serial=False, timeout=60.0, threads=1, model_name=model.name_or_path, revision="",
+        Plan(prompts, 2, 2, *schedule, 1), eval_prompts, model, tokenizer, 8, 1.0, "float32",
+        engine="transformers", serial=False, timeout=60.0, threads=1, model_name=model.name_or_path,
+        revision="",
     )  # fmt: skip
 
 
@@ -201,9 +194,8 @@ def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
     previous = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(
-            AssertionError, match="was started"
-        ):  # which shows that this would have noticed
+        # It would have been noticed.
+        with pytest.raises(AssertionError, match="was started"):
             train(tmp_path, "other", **settings, sync_interval=2, sync_offset=0)
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -47,7 +47,8 @@ GSPO = [
     log_ratio_BT = (logprobs_BT - sampler_logprobs_BT) * mask_BT
     ratio_B1 = torch.exp(log_ratio_BT.sum(dim=1, keepdim=True) / mask_BT.sum(dim=1, keepdim=True))
     clipped_B1 = ratio_B1.clamp(1 - args.clip_low, 1 + args.clip_high)
-    return -torch.minimum(ratio_B1 * advantages_B1, clipped_B1 * advantages_B1).expand_as(logprobs_BT)
+    least_B1 = torch.minimum(ratio_B1 * advantages_B1, clipped_B1 * advantages_B1)
+    return -least_B1.expand_as(logprobs_BT)
 """,
 ]
 G = 4
@@ -167,8 +168,9 @@ def loss_and_gradient(script, model, batch, rows_of_micro_batches, precision):
     metrics, args = script.StepMetrics(), script.Args()
     names = vars(script) | {
         "split_by_token_budget": lambda lengths, max_tokens, group_by: rows_of_micro_batches,
-        "model": model, "reference": None, "batch": batch, "metrics": metrics, "args": args, "precision": precision,
-        "device": torch.device("cpu"), "advantages_B": script.advantages(REWARDS_PG, args).flatten(),
+        "model": model, "reference": None, "batch": batch, "metrics": metrics, "args": args,
+        "precision": precision, "device": torch.device("cpu"),
+        "advantages_B": script.advantages(REWARDS_PG, args).flatten(),
     }  # fmt: skip
     exec(textwrap.dedent(lines), names)
     gradient = {name: parameter.grad.double() for name, parameter in model.named_parameters()}

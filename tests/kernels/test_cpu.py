@@ -149,9 +149,8 @@ def heads_of(generator, heads, key_heads, queries, keys, dtype=torch.float32):
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 1), (6, 2), (4, 4)])
 def test_attention_of_one_token_against_float64(heads, key_heads, scaling, masked, monkeypatch):
-    monkeypatch.setattr(
-        cpu, "sdpa_attention_forward", None
-    )  # it is the two products that are tested
+    # it is the two products that are tested
+    monkeypatch.setattr(cpu, "sdpa_attention_forward", None)
     generator = torch.Generator().manual_seed(heads)
     query, key, value = (t.requires_grad_() for t in heads_of(generator, heads, key_heads, 1, 41))
     mask = None
@@ -245,9 +244,8 @@ def test_bf16_attention_with_gradient_is_computed_in_float32(queries, key_heads)
     true = F.scaled_dot_product_attention(*exact, is_causal=True, enable_gqa=True).transpose(1, 2)
     truths = torch.autograd.grad(true, exact, upstream.to(found.dtype).double())
     assert found.dtype == torch.bfloat16
-    for one, other in zip(
-        [found, *gradients], [true, *truths], strict=True
-    ):  # one rounding to bf16, at the end
+    # one rounding to bf16, at the end
+    for one, other in zip([found, *gradients], [true, *truths], strict=True):
         assert relative_error(one.detach(), other.detach()) < 2**-8
 
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():  # then it is left to PyTorch
@@ -259,9 +257,10 @@ def test_bf16_attention_with_gradient_is_computed_in_float32(queries, key_heads)
 # One model, and no other
 
 DEEPSEEK = dict(  # whose keys are longer than its values, both made from a common latent vector
-    vocab_size=300, hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_hidden_layers=2, n_group=1,
-    num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, topk_group=1,
-    kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, first_k_dense_replace=1,
+    vocab_size=300, hidden_size=64, intermediate_size=128, moe_intermediate_size=32,
+    num_hidden_layers=2, n_group=1, num_attention_heads=2, num_key_value_heads=2,
+    n_routed_experts=4, num_experts_per_tok=2, topk_group=1, kv_lora_rank=16, q_lora_rank=16,
+    qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, first_k_dense_replace=1,
 )  # fmt: skip
 
 
@@ -324,12 +323,10 @@ def test_speed_up_changes_one_model_and_no_other(family, padded, tmp_path, monke
     assert calls["plain"] == 6 and calls["convolution"] == 0  # two layers, three times
     softmaxes = calls["fast"]
     found = decode(fast, padded)
-    assert (
-        calls["plain"] == 6 + 2 and calls["fast"] == 2 * softmaxes + 4
-    )  # only the prompts are left to PyTorch
-    assert (
-        calls["convolution"] == 3 if family == "gpt2" else calls["convolution"] > 3
-    )  # GPT-2's head alone is `Linear`
+    # only the prompts are left to PyTorch
+    assert calls["plain"] == 6 + 2 and calls["fast"] == 2 * softmaxes + 4
+    # GPT-2's head alone is `Linear`
+    assert calls["convolution"] == 3 if family == "gpt2" else calls["convolution"] > 3
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     assert AttentionInterface()["sdpa"] is sdpa_attention_forward

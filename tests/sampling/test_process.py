@@ -1,5 +1,4 @@
-"""Sampling in a process of its own: the same run as in turns, bit for bit, whatever dies on the
-way.
+"""Sampling in a process of its own: the same run as in turns, bit for bit, whatever dies.
 
 Runs are real: `python grpo.py` in a process group of its own, signals to real processes, and a look
 into /proc for processes that remain. A failing test prints the seed of its random moments.
@@ -52,8 +51,8 @@ def place(tmp_path_factory):
     """A directory, and the settings that every run of this file starts from."""
     directory = tmp_path_factory.mktemp("overlap")
     settings = {
-        "model": build_model("qwen2", directory / "model"), "task": dense_task(directory), "num_steps": NUM_STEPS,
-        "eval_interval": 3, "checkpoint_interval": 1,
+        "model": build_model("qwen2", directory / "model"), "task": dense_task(directory),
+        "num_steps": NUM_STEPS, "eval_interval": 3, "checkpoint_interval": 1,
     }  # fmt: skip
     return directory, settings
 
@@ -85,8 +84,9 @@ def test_an_overlapped_run_equals_the_serial_one(schedule, place, serial, tmp_pa
 def test_a_long_run_of_the_embedded_model_equals_the_serial_one(schedule, tmp_path):
     # Rounding that depends on where a parameter lies in memory may show in one row of thousands.
     settings = {
-        "model": "tiny", "task": "addition", "num_steps": 60, "max_response_tokens": 32, "eval_size": 8,
-        "eval_interval": 30, "reference_kl": False, "sync_interval": schedule[0], "sync_offset": schedule[1],
+        "model": "tiny", "task": "addition", "num_steps": 60, "max_response_tokens": 32,
+        "eval_size": 8, "eval_interval": 30, "reference_kl": False, "sync_interval": schedule[0],
+        "sync_offset": schedule[1],
     }  # fmt: skip
     overlapped = train(tmp_path, "overlapped", **settings, serial=False)
     assert_same_run(overlapped, train(tmp_path, "serial", **settings))
@@ -95,9 +95,8 @@ def test_a_long_run_of_the_embedded_model_equals_the_serial_one(schedule, tmp_pa
         k - 1 - version_of_batch(k, *schedule) for k in range(1, 61)
     ]
     assert [record["step"] for record in records if "eval/accuracy" in record] == [0, 30, 60]
-    assert (
-        len({record["entropy"] for record in records[1:]}) == 60
-    )  # the policy moved at every step
+    # the policy moved at every step
+    assert len({record["entropy"] for record in records[1:]}) == 60
 
 
 @pytest.mark.parametrize("schedule", [(3, 2), (1, 1)], ids=str)
@@ -127,12 +126,10 @@ def test_killed_at_random_moments_it_ends_the_same(schedule, place, serial, tmp_
                 victim, [sampler, run.trainer.pid]
             )
         ]
-        code = run.end(
-            30, grace=30
-        )  # a sampler that is still importing PyTorch does not see its trainer die
-        print(
-            f"{victim} after line {lines}: {'killed' if all(killed) else 'too late'}, exit code {code}"
-        )
+        # a sampler that is still importing PyTorch does not see its trainer die
+        code = run.end(30, grace=30)
+        came = "killed" if all(killed) else "too late"
+        print(f"{victim} after line {lines}: {came}, exit code {code}")
         assert code == (1 if victim == "sampler" else -signal.SIGKILL) or code == 0, (
             run.log.read_text()
         )
@@ -187,7 +184,8 @@ def test_a_dead_sampler_ends_the_run_within_a_step(
     directory, settings = place
     monkeypatch.setenv("PYTHONPATH", str(directory))  # the task's file imports another
     begun, go_on = tmp_path / "begun", tmp_path / "go_on"
-    task = f"{write_task(tmp_path, SLOW_TASK.format(call=call, begun=str(begun), go_on=str(go_on)))}:Slow"
+    text = SLOW_TASK.format(call=call, begun=str(begun), go_on=str(go_on))
+    task = f"{write_task(tmp_path, text)}:Slow"
     run_dir = tmp_path / "run"
     argv = options(tmp_path, **{**settings, "task": task}, sync_interval=10, serial=False)
     run = Run(argv, tmp_path / "log")
@@ -278,7 +276,10 @@ class FailingSampler(Sampler):
         return self.sampler.sample(prompts, group_size, seeds)
 
 
-FAILED = r"The sampler's process failed while sampling batch 3 with weights of version 1: ValueError: thirteen"
+FAILED = (
+    "The sampler's process failed while sampling batch 3 with weights of version 1: "
+    "ValueError: thirteen"
+)
 
 
 @pytest.mark.parametrize(
@@ -295,9 +296,8 @@ def test_a_failure_of_the_sampler_is_the_runs(
         assert command(*argv) == code
     *before, last_line = capfd.readouterr().err.splitlines()
     assert last_line == f"grpo.py: error: {words}"
-    assert ("Traceback" in "\n".join(before)) == (
-        failure == "ValueError"
-    )  # where an unexpected failure came from
+    # where an unexpected failure came from
+    assert ("Traceback" in "\n".join(before)) == (failure == "ValueError")
     assert [record["step"] for record in metrics(tmp_path / "run")][-1] in (0, 1, 2)
     assert command(*resume(tmp_path / "run")) == 0
     assert_same_run(tmp_path / "run", serial((1, 1)))
@@ -326,8 +326,7 @@ class NotingSampler(Sampler):
 
 
 class SlowlyStartingSampler(NotingSampler):
-    """Takes as long to start as an engine does, compared with a step; its probes are always right.
-    """
+    """Takes as long to start as an engine, compared with a step; its probes are always right."""
 
     def __init__(self):
         time.sleep(2)
@@ -365,8 +364,7 @@ def set_weights(model, value):
 
 @pytest.fixture(autouse=True)
 def mismatch(monkeypatch):
-    """In place of the mismatch, where the model is a single layer: the weights it is measured with.
-    """
+    """In place of the mismatch, where the model is one layer: the weights it is measured with."""
     true = module.sampler_mismatch
 
     def measured(model, temperature, precision, batch):
@@ -485,9 +483,8 @@ def test_weights_that_are_not_the_announced_ones_are_not_trained_on():
     with rollouts:
         rollouts.next(1)
         write = rollouts.weights.write
-        rollouts.weights.write = lambda slot, version, model: write(
-            slot, version - 1, model
-        )  # one too old
+        # one too old
+        rollouts.weights.write = lambda slot, version, model: write(slot, version - 1, model)
         rollouts.publish(1)
         with pytest.raises(
             RunStopped,
