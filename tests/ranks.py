@@ -12,13 +12,14 @@ import secrets
 import socket
 import sys
 import textwrap
+import types
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 
 import grpo
-from common import commandline, distributed, logprobs
+from common import commandline, distributed, logprobs, runlog
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import verify
 from tests import helpers
@@ -85,6 +86,9 @@ def script(argv, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [grpo.__file__, *map(str, argv)]
+    runlog.plot_curves = lambda records, title, path: None  # as in the tests' own process
+    # A rank other than 0 waits before it says why it fails: under torchrun, it may be ended first.
+    commandline.time = types.SimpleNamespace(sleep=lambda seconds: None)
     with contextlib.suppress(SystemExit):
         commandline.run(grpo.main, grpo.Args, grpo.__file__)
         return 0

@@ -9,8 +9,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,11 +21,10 @@ from helpers import (
     metrics,
     options,
     resume,
+    run_module,
     train,
     write_task,
 )
-
-import grpo
 
 LOADING = "Loading weights"  # what transformers' progress bar says when a model is loaded
 
@@ -475,12 +472,8 @@ def test_wandb_without_a_login(given, model, tmp_path):
     # In a process of its own: wandb keeps what it was first set up with.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    argv = [
-        sys.executable,
-        grpo.__file__,
-        *given(model=model, task=dense_task(tmp_path), track=True),
-    ]
-    ended = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    argv = given(model=model, task=dense_task(tmp_path), track=True)
+    ended = run_module("grpo", *argv, environment=environment)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "error: --track: wandb does not start" in ended.stderr.splitlines()[-1]
     assert not list((tmp_path / "output").iterdir())  # the name is free

@@ -39,6 +39,7 @@ from tests.helpers import (
     num_logged,
     options,
     resume,
+    run_module,
     start,
     steps,
     train,
@@ -557,8 +558,8 @@ def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_
     # within the third step
     task = write_task(tmp_path, FULL_DISK.format(calls=4 + 2 * 16 + 1, limit=limit))
     argv = options(tmp_path, **{**settings, "task": f"{task}:Full"})
-    run_dir, run = tmp_path / "run", [sys.executable, grpo.__file__]
-    ended = subprocess.run([*run, *argv], capture_output=True, text=True, timeout=120)
+    run_dir = tmp_path / "run"
+    ended = run_module("grpo", *argv)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert (
         "grpo.py: error: " in ended.stderr.splitlines()[-1]
@@ -569,7 +570,8 @@ def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_
         "step_000002.pt",
     }
     monkeypatch.setenv("ROOM", "1")
-    subprocess.run([*run, *resume(run_dir)], check=True, capture_output=True, timeout=120)
+    monkeypatch.syspath_prepend(directory)
+    assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, expected)
 
 

@@ -183,7 +183,7 @@ def test_kl_to_the_reference_can_be_switched_off(settings, tmp_path):
         assert {key: value for key, value in record.items() if key not in KL_KEYS} == other
 
 
-def test_files_of_a_run(settings, tmp_path):
+def test_files_of_a_run(settings, curves, tmp_path):
     import matplotlib.image
 
     run_dir = train(tmp_path, **settings, checkpoint_interval=1, seed=3)

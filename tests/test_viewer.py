@@ -4,11 +4,11 @@ browser.
 Numbers are recorded to three significant digits: half a unit of the third is at most 0.5 %.
 """
 
+import functools
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from common.metrics import StepMetrics
 from common.models import TINY_MODEL, load_tokenizer
 from common.runlog import RunLog
 from common.sampling import Batch
-from tests.helpers import command, dense_task, metrics, resume, rollouts, train
+from tests.helpers import command, dense_task, metrics, resume, rollouts, run_module, train
 
 ROUNDED = 0.00501
 TEMPLATE = (REPOSITORY / "common" / "viewer.html").read_text(encoding="utf-8")
@@ -306,13 +306,7 @@ def test_a_page_that_cannot_be_written_does_not_hide_the_error(tmp_path, capsys)
 # The command
 
 
-def view(*argv):
-    return subprocess.run(
-        [sys.executable, "-m", "common.viewer", *map(str, argv)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+view = functools.partial(run_module, "common.viewer")
 
 
 def data_of(path):

@@ -4,6 +4,7 @@ Runs are real: `python grpo.py` in a process group of its own, signals to real p
 into /proc for processes that remain. A failing test prints the seed of its random moments.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -33,6 +34,7 @@ from tests.helpers import (
     assert_same_run,
     command,
     dense_task,
+    forked_samplers,
     kill,
     metrics,
     num_logged,
@@ -68,6 +70,18 @@ def serial(place):
         return train(directory, f"serial-{schedule[0]}-{schedule[1]}", **settings, **sync)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def sampler_processes(request):
+    """Forked, but for those of `Run`s and of tests that ask for `spawned`."""
+    with contextlib.nullcontext() if "spawned" in request.fixturenames else forked_samplers():
+        yield
+
+
+@pytest.fixture
+def spawned():
+    """The sampler's process is spawned, as it is outside of tests."""
 
 
 # The same run
@@ -134,8 +148,7 @@ def test_killed_at_random_moments_it_ends_the_same(schedule, place, serial, tmp_
             run.log.read_text()
         )
         argv = resume(run_dir)
-    run = Run(argv, tmp_path / "log")
-    assert run.end() == 0, run.log.read_text()
+    assert command(*argv) == 0
     assert_same_run(run_dir, serial(schedule))
 
 
@@ -144,13 +157,13 @@ def test_ctrl_c_stops_both_and_leaves_a_checkpoint(place, tmp_path):
     sync = {"sync_interval": 3, "sync_offset": 2, "serial": False}
     run_dir = tmp_path / "stopped"
     longer = {**settings, "checkpoint_interval": 50, "num_steps": 40}
-    run = Run(options(tmp_path, "stopped", **longer, **sync), tmp_path / "log")
+    run = Run(options(tmp_path, "stopped", **longer, **sync), tmp_path / "log", afresh=True)
     wait_for(lambda: num_logged(run_dir) >= 3 or run.trainer.poll() is not None)
     os.killpg(run.trainer.pid, signal.SIGINT)  # as a terminal does: to trainer and sampler
     assert run.end() == 0, run.log.read_text()
     assert "Traceback" not in run.log.read_text() and "KeyboardInterrupt" not in run.log.read_text()
     assert len(list(run_dir.glob("checkpoints/step_*.pt"))) == 1
-    assert Run(resume(run_dir), tmp_path / "log").end() == 0
+    assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, train(tmp_path, "serial", **{**longer, **sync, "serial": True}))
 
 
@@ -208,8 +221,8 @@ def test_a_dead_sampler_ends_the_run_within_a_step(
     assert [record["step"] for record in metrics(run_dir)] == list(range(last_step + 1))
     checkpoints = [f"step_{step:06d}.pt" for step in (last_step - 1, last_step)]
     assert sorted(path.name for path in run_dir.glob("checkpoints/*")) == checkpoints
-    run = Run(resume(run_dir), tmp_path / "log")
-    assert run.end() == 0, run.log.read_text()
+    monkeypatch.syspath_prepend(directory)
+    assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, serial((10, 0)))
 
 
@@ -245,7 +258,8 @@ def test_the_sampler_leaves_when_the_trainer_is_killed(place, tmp_path):
 def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     # No warning at the end that shared memory or semaphores were lost, for instance.
     _, settings = place
-    run = Run(options(tmp_path, **settings, sync_offset=1, serial=False), tmp_path / "log")
+    argv = options(tmp_path, **settings, sync_offset=1, serial=False)
+    run = Run(argv, tmp_path / "log", afresh=True)
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
     said = r"Held-out reward|Everything is in |$"
@@ -375,7 +389,7 @@ def mismatch(monkeypatch):
     monkeypatch.setattr(module, "sampler_mismatch", measured)
 
 
-def test_the_samplers_process_can_have_an_environment_of_its_own():
+def test_the_samplers_process_can_have_an_environment_of_its_own(spawned):
     _, rollouts = make_rollouts(1, 0, environment={"CUDA_VISIBLE_DEVICES": "1"})
     before = dict(os.environ)
     with rollouts:

@@ -14,9 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.tasks.grading import LONGEST_PART, MEMORY_LIMIT, MathGrader, graded_part
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
+from tests.conftest import GSM8K, REPOSITORY
 
 # Half the default, so that "less than two seconds" holds even where four processes share a core.
 SECONDS_PER_ANSWER = 0.5
@@ -34,12 +32,12 @@ def grader():
 
 @pytest.fixture(scope="module")
 def solutions():
-    if not GSM8K.exists():
+    if not GSM8K.is_dir():
         pytest.skip(
-            f"the 1,319 GSM8K test solutions are not at {GSM8K}, where GSM8K_DIR may say they are: "
-            "grading is NOT checked on real data"
+            f"the 1,319 GSM8K test solutions are not at {GSM8K} (GSM8K_DIR may name another "
+            "directory): grading is NOT checked on real data"
         )
-    texts = [json.loads(line)["answer"] for line in GSM8K.open()]
+    texts = [json.loads(line)["answer"] for line in (GSM8K / "test.jsonl").open()]
     assert len(texts) == 1319
     return texts
 
