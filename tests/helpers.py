@@ -142,6 +142,10 @@ def forked(function, *arguments, daemon=True):
 
 def _server():
     """`multiprocessing`'s context whose processes are forked from the server, which is running."""
+    state = forkserver._forkserver
+    if state._forkserver_address and state._forkserver_pid is None:
+        state.ensure_running = lambda: None  # in a process forked from it; it would start another
+        return _processes
     with pytest.MonkeyPatch.context() as patch:
         # Python 3.11 gives the server no other import path
         patch.setenv("PYTHONPATH", str(REPOSITORY))
@@ -176,6 +180,7 @@ def _module(module, argv, cwd, environment, ends):
     for number, end in enumerate(ends, start=1):
         os.dup2(end.fileno(), number)
         end.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
     os.chdir(cwd)
     _take(environment)
     sys.argv = [module, *argv]

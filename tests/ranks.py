@@ -80,8 +80,10 @@ def _rank(connection, environment, function, arguments):
     connection.close()
 
 
-def script(argv, log):
-    """`python grpo.py …` as one rank of several, its output in `log`; returns its exit code."""
+def script(argv, log, spawned=False):
+    """`python grpo.py …` as one rank of several, its output in `log`; returns its exit code. Its
+    sampler's process is forked, if not `spawned`.
+    """
     with open(f"{log}-{os.environ['RANK']}", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -89,7 +91,8 @@ def script(argv, log):
     runlog.plot_curves = lambda records, title, path: None  # as in the tests' own process
     # A rank other than 0 waits before it says why it fails: under torchrun, it may be ended first.
     commandline.time = types.SimpleNamespace(sleep=lambda seconds: None)
-    with contextlib.suppress(SystemExit):
+    samplers = contextlib.nullcontext() if spawned else helpers.forked_samplers()
+    with contextlib.suppress(SystemExit), samplers:
         commandline.run(grpo.main, grpo.Args, grpo.__file__)
         return 0
     return 1
