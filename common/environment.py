@@ -1,11 +1,12 @@
 """What a run ran on and with: what a later one needs to give the same numbers."""
 
+import contextlib
 import os
 import platform
 import re
 import subprocess
 import sys
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -23,7 +24,9 @@ def describe_environment():
     )
     lines = [f"command: {' '.join(sys.argv)}", f"commit: {git.stdout.strip() or 'unknown'}"]
     lines += [f"python: {platform.python_version()}", f"threads: {torch.get_num_threads()}"]
-    lines += sorted({f"{d.name}: {d.version}" for d in distributions() if d.name in PACKAGES})
+    for package in sorted(PACKAGES):
+        with contextlib.suppress(PackageNotFoundError):
+            lines.append(f"{package}: {version(package)}")
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     lines.append(f"cpu: {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores")
     lines += [f"gpu: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]

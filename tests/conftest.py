@@ -6,9 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before transformers is imported: a test never reaches for the network
-)
+# before transformers is imported: a test never reaches for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -16,23 +15,39 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
+from common import runlog
 from common.models import TINY_MODEL, load_tokenizer
 
 torch.set_num_threads(1)  # the tests run side by side, one process per core
 
+PLOT_CURVES = runlog.plot_curves
 REPOSITORY = Path(__file__).resolve().parent.parent
-GSM8K = REPOSITORY.parent / "shared" / "data" / "gsm8k"
-"""directory with train.jsonl and test.jsonl, where this machine has it; tests ask for it with the
-fixture `gsm8k`
-"""
+GSM8K = Path(os.environ.get("GSM8K_DIR", REPOSITORY.parent / "shared" / "data" / "gsm8k"))
 
 
 @pytest.fixture(scope="session")
 def gsm8k():
-    """The directory of the GSM8K files; skips where it is absent."""
+    """The directory with GSM8K's train.jsonl and test.jsonl, which the environment variable
+    GSM8K_DIR names (default: ../shared/data/gsm8k, seen from the repository); skips where it is
+    absent.
+    """
     if not GSM8K.is_dir():
-        pytest.skip(f"there is no GSM8K data at {GSM8K}")
+        pytest.skip(f"there is no GSM8K data at {GSM8K}: GSM8K_DIR may name another directory")
     return GSM8K
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_runs():
+    """No run plots its curves (see `curves`): that would take half of the time of a small one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runlog, "plot_curves", lambda records, title, path: None)
+        yield
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """Runs plot their curves, as they do outside of tests, and in those of `helpers.Run`."""
+    monkeypatch.setattr(runlog, "plot_curves", PLOT_CURVES)
 
 
 # Three families with different position encodings, norms, biases and heads. Head size 32, the
@@ -59,13 +74,12 @@ def build_model(family, directory, **overrides):
         family: "qwen2" (tied embeddings), "llama" (untied) or "gpt2" (tied).
         directory: where to; it is created.
         overrides: fields of the model's config, e.g. `tie_word_embeddings=False`; `seed` picks
-        other weights.
+            other weights.
 
     Returns the directory as a string, to be given to `load_model` or `--model`.
     """
-    tokenizer = load_tokenizer(
-        TINY_MODEL
-    )  # byte-level, so that any text encodes, and with a chat template
+    # byte-level, so that any text encodes, and with a chat template
+    tokenizer = load_tokenizer(TINY_MODEL)
     config_class, sizes = FAMILIES[family]
     ids = {
         "bos_token_id": None,

@@ -6,14 +6,18 @@ imported them and done nothing else (`multiprocessing`'s forkserver). Each is a 
 command line, signals and an exit code.
 """
 
+import contextlib
 import importlib.util
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import pytest
 import torch
 
 import grpo
-from common import commandline
+from common import commandline, runlog
 from common.curves import read_metrics
 
 REPOSITORY = Path(grpo.__file__).resolve().parent
@@ -131,15 +135,67 @@ def forked(function, *arguments, daemon=True):
     """Start a process that calls a function; returns a `multiprocessing.Process`. A daemon has no
     children.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(
-            "PYTHONPATH", str(REPOSITORY)
-        )  # Python 3.11 gives the server no other import path
-        _processes.set_forkserver_preload(["grpo", "matplotlib.pyplot", "pytest"])
-        forkserver.ensure_running()  # the first time only
-    process = _processes.Process(target=function, args=arguments, daemon=daemon)
+    process = _server().Process(target=function, args=arguments, daemon=daemon)
     process.start()
     return process
+
+
+def _server():
+    """`multiprocessing`'s context whose processes are forked from the server, which is running."""
+    state = forkserver._forkserver
+    if state._forkserver_address and state._forkserver_pid is None:
+        state.ensure_running = lambda: None  # in a process forked from it; it would start another
+        return _processes
+    with pytest.MonkeyPatch.context() as patch:
+        # Python 3.11 gives the server no other import path
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        _processes.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()  # the first time only
+    return _processes
+
+
+def run_module(module, *argv, cwd=REPOSITORY, environment=None):
+    """`python -m module …` in a process of its own, forked; returns what `subprocess.run` does."""
+    ours, theirs = zip(*(multiprocessing.Pipe(duplex=False) for _ in range(2)), strict=True)
+    said = ["", ""]
+
+    def read(number):
+        with open(ours[number].fileno(), encoding="utf-8", closefd=False) as file:
+            said[number] = file.read()
+
+    environment = dict(os.environ if environment is None else environment)
+    words = [str(word) for word in argv]
+    process = forked(_module, module, words, str(cwd), environment, theirs, daemon=False)
+    readers = [threading.Thread(target=read, args=(number,)) for number in range(2)]
+    for end, reader in zip(theirs, readers, strict=True):
+        end.close()
+        reader.start()
+    for each in (*readers, process):
+        each.join(120)
+    assert process.exitcode is not None, f"still running after two minutes: {said}"
+    return types.SimpleNamespace(returncode=process.exitcode, stdout=said[0], stderr=said[1])
+
+
+def _module(module, argv, cwd, environment, ends):
+    for number, end in enumerate(ends, start=1):
+        os.dup2(end.fileno(), number)
+        end.close()
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
+    os.chdir(cwd)
+    _take(environment)
+    sys.argv = [module, *argv]
+    sys.modules.pop(module, None)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@contextlib.contextmanager
+def forked_samplers():
+    """Inside, the sampler's process is forked from the server, too, instead of spawned, which takes
+    seconds of imports. All else about it is the same: its arguments are pickled, its memory shared.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.multiprocessing, "get_context", lambda method: _server())
+        yield
 
 
 def import_script(path):
@@ -154,6 +210,10 @@ def import_script(path):
     return module
 
 
+FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3")]
+PRELOADED = ["grpo", "matplotlib.pyplot", "pytest", "torch.distributed.run", *FAMILIES]
+"""modules that the server imports, for all of the processes forked from it"""
+
 _processes = multiprocessing.get_context("forkserver")
 
 
@@ -162,6 +222,7 @@ def _script(argv, log):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [grpo.__file__, *argv]
+    runlog.plot_curves = lambda records, title, path: None  # as in the tests' own process
     commandline.run(grpo.main, grpo.Args, grpo.__file__)
 
 
@@ -219,21 +280,74 @@ def assert_same_run(run_dir, other):
         assert record == expected
     for name in ("completions.jsonl", "rollouts.jsonl", "model/model.safetensors"):
         same = (Path(run_dir) / name).read_bytes() == (Path(other) / name).read_bytes()
-        assert same, (
-            f"{name} differs between {run_dir} and {other}"
-        )  # without pytest's diff, which takes minutes
+        # without pytest's diff, which takes minutes
+        assert same, f"{name} differs between {run_dir} and {other}"
+
+
+class Forked:
+    """What `subprocess.Popen` is of a command, of a function in a process forked from the server.
+
+    Its output goes to the file `log`. It has a session of its own, the environment `environment`,
+    and Ctrl-C interrupts it.
+    """
+
+    def __init__(self, function, argv, log, environment):
+        words = [str(word) for word in argv]
+        self.process = forked(_leader, function, words, str(log), dict(environment), daemon=False)
+        self.pid = self.process.pid
+
+    def poll(self):
+        return self.returncode
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def wait(self, seconds=None):
+        self.process.join(seconds)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked process", seconds)
+        return self.returncode
+
+    def send_signal(self, number):
+        os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def _leader(function, argv, log, environment):
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    _take(environment)
+    function(argv, log)
+
+
+def _take(environment):
+    """Give this process an environment, as far as it is not too late for that."""
+    os.environ.clear()
+    os.environ.update(environment)
+    if paths := environment.get("PYTHONPATH"):
+        sys.path[:0] = paths.split(os.pathsep)
 
 
 class Run:
-    """`python grpo.py …` in a process group of its own, with whatever processes it starts."""
+    """`python grpo.py …` in a process group of its own, with whatever processes it starts.
 
-    def __init__(self, argv, log):
+    It is forked, which saves seconds of imports; `afresh`, it is that very command. The sampler's
+    process is spawned in any case.
+    """
+
+    def __init__(self, argv, log, afresh=False):
         self.log = Path(log)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if not afresh:
+            self.trainer = Forked(_script, argv, log, environment)
+            return
         with open(log, "ab") as file:
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             self.trainer = subprocess.Popen(
-                [sys.executable, str(REPOSITORY / "grpo.py"), *map(str, argv)],
-                stdout=file, stderr=file, stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
+                [sys.executable, str(REPOSITORY / "grpo.py"), *map(str, argv)], stdout=file,
+                stderr=file, stdin=subprocess.DEVNULL, start_new_session=True, env=environment,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             )  # fmt: skip
 
@@ -268,7 +382,7 @@ class Run:
         return wait_for(look)
 
     def end(self, seconds=120, grace=5):
-        """Wait for the trainer's end; returns its exit code, once no process of the group is left."""
+        """Wait for the trainer's end; returns its exit code, once its group has no process left."""
         code = self.trainer.wait(seconds)
         deadline = time.monotonic() + grace
         while self.members():

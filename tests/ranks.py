@@ -12,17 +12,18 @@ import secrets
 import socket
 import sys
 import textwrap
+import types
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from tests.test_sequence_level_loss import LOOP
 
 import grpo
-from common import commandline, distributed, logprobs
+from common import commandline, distributed, logprobs, runlog
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import verify
 from tests import helpers
-from tests.test_sequence_level_loss import LOOP
 
 CPU = torch.device("cpu")
 
@@ -74,19 +75,24 @@ def free_port():
 def _rank(connection, environment, function, arguments):
     os.environ.update({name: str(value) for name, value in environment.items()})
     torch.set_num_threads(1)
-    connection.send_bytes(
-        pickle.dumps(function(*arguments))
-    )  # tensors themselves, not handles of shared memory
+    # tensors themselves, not handles of shared memory
+    connection.send_bytes(pickle.dumps(function(*arguments)))
     connection.close()
 
 
-def script(argv, log):
-    """`python grpo.py …` as one rank of several, its output in `log`; returns its exit code."""
+def script(argv, log, spawned=False):
+    """`python grpo.py …` as one rank of several, its output in `log`; returns its exit code. Its
+    sampler's process is forked, if not `spawned`.
+    """
     with open(f"{log}-{os.environ['RANK']}", "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.argv = [grpo.__file__, *map(str, argv)]
-    with contextlib.suppress(SystemExit):
+    runlog.plot_curves = lambda records, title, path: None  # as in the tests' own process
+    # A rank other than 0 waits before it says why it fails: under torchrun, it may be ended first.
+    commandline.time = types.SimpleNamespace(sleep=lambda seconds: None)
+    samplers = contextlib.nullcontext() if spawned else helpers.forked_samplers()
+    with contextlib.suppress(SystemExit), samplers:
         commandline.run(grpo.main, grpo.Args, grpo.__file__)
         return 0
     return 1
@@ -109,8 +115,9 @@ def loss_and_gradients(cases):
         (lines,) = LOOP.findall(Path(module.__file__).read_text())
         args = module.Args(max_tokens_per_microbatch=case["budget"])
         names = vars(module) | {
-            "model": model, "reference": None, "batch": case["batch"], "metrics": module.StepMetrics(), "args": args,
-            "precision": case["precision"], "device": CPU, "advantages_B": case["advantages"],
+            "model": model, "reference": None, "batch": case["batch"],
+            "metrics": module.StepMetrics(), "args": args, "precision": case["precision"],
+            "device": CPU, "advantages_B": case["advantages"],
         }  # fmt: skip
         before, logprobs.LARGE_VOCABULARY = logprobs.LARGE_VOCABULARY, case["large"]
         exec(textwrap.dedent(lines), names)

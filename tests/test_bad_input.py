@@ -9,8 +9,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -23,11 +21,10 @@ from helpers import (
     metrics,
     options,
     resume,
+    run_module,
     train,
     write_task,
 )
-
-import grpo
 
 LOADING = "Loading weights"  # what transformers' progress bar says when a model is loaded
 
@@ -139,15 +136,19 @@ def test_task_has_no_problems(given, refused, tmp_path):
     refused(*given(task=f"{path}:Digits"), names="--task ")
 
 
+MINE = "import common.tasks\nclass Mine(common.tasks.Task):\n"
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "class Mine:\n    def __init__(self, *args): raise ValueError('my own mistake')",
         "class Mine:\n    pass",  # takes no data options
-        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): raise KeyError('mistake')",
-        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): return [{'text': 'Why?'}]",
-        "import common.tasks\nclass Mine(common.tasks.Task):\n    def problems(self, split): return [{'prompt': None}]",
-        "class Mine:\n    def __init__(self, *args): pass\n    def problems(self, split): return [{'prompt': 'Why?'}]",
+        f"{MINE}    def problems(self, split): raise KeyError('mistake')",
+        f"{MINE}    def problems(self, split): return [{{'text': 'Why?'}}]",
+        f"{MINE}    def problems(self, split): return [{{'prompt': None}}]",
+        "class Mine:\n    def __init__(self, *args): pass\n"
+        "    def problems(self, split): return [{'prompt': 'Why?'}]",
     ],
     ids=[
         "constructor_raises",
@@ -172,8 +173,10 @@ ROW = '{"question": "What is 1 + 1?", "answer": "#### 2"}'
     "bad_row",
     [
         "{'question': 1}", ROW[:-1], "not JSON", '{"question": "What is 1 + 1?"}',
-        '{"question": "What is 1 + 1?", "answer": null}', '{"question": "1 + 1?", "answer": "The answer is 2"}',
-        '{"question": "", "answer": "#### 2"}', '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
+        '{"question": "What is 1 + 1?", "answer": null}',
+        '{"question": "1 + 1?", "answer": "The answer is 2"}',
+        '{"question": "", "answer": "#### 2"}',
+        '{"question": "What is 1 + 1?", "answer": "2 ####"}', "[" * 100_000,
         '["What is 1 + 1?", "#### 2"]', "3", "null",
     ],
 )  # fmt: skip
@@ -287,7 +290,7 @@ def test_model_directory_is_missing(given, refused, tmp_path):
 
 
 def test_model_directory_is_mistyped(given, refused, tmp_path, monkeypatch):
-    """Beside one that is there: it is no name on the hub, which would be tried for half a minute."""
+    """Beside one that is there: no name on the hub, which would be tried for half a minute."""
     (tmp_path / "models" / "mine").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     line = refused(*given(model="models/mime"), names="--model models/mime")
@@ -338,7 +341,8 @@ def broken_model(model, directory, remove=(), truncate=(), write=None):
         {"write": {"config.json": '{"model_type": "no-such-architecture"}'}},
     ],
     ids=[
-        "no_config", "no_weights", "truncated_config", "truncated_tokenizer", "no_tokenizer", "unknown_architecture",
+        "no_config", "no_weights", "truncated_config", "truncated_tokenizer", "no_tokenizer",
+        "unknown_architecture",
     ],
 )  # fmt: skip
 def test_model_directory_is_broken(damage, given, refused, model, tmp_path):
@@ -456,11 +460,8 @@ def test_positions_that_would_change_in_the_middle_of_a_response(given, refused,
         "short_factor": [1.0] * 16, "long_factor": [4.0] * 16, "factor": 4.0,
     }  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config))
-    settings = {
-        "model": directory,
-        "task": dense_task(tmp_path),
-        "num_steps": 1,
-    }  # its prompts have up to 12 tokens
+    # its prompts have up to 12 tokens
+    settings = {"model": directory, "task": dense_task(tmp_path), "num_steps": 1}
     assert "prompt of 12" in refused(
         *given(**settings, max_response_tokens=13), names="--max-response-tokens 13"
     )
@@ -471,12 +472,8 @@ def test_wandb_without_a_login(given, model, tmp_path):
     # In a process of its own: wandb keeps what it was first set up with.
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    argv = [
-        sys.executable,
-        grpo.__file__,
-        *given(model=model, task=dense_task(tmp_path), track=True),
-    ]
-    ended = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=120)
+    argv = given(model=model, task=dense_task(tmp_path), track=True)
+    ended = run_module("grpo", *argv, environment=environment)
     assert ended.returncode == 2 and "Traceback" not in ended.stderr
     assert "error: --track: wandb does not start" in ended.stderr.splitlines()[-1]
     assert not list((tmp_path / "output").iterdir())  # the name is free

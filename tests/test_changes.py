@@ -13,7 +13,9 @@ CHANGES = {
     "kl": (
         "red_weight.py",  # which has no KL penalty; in grpo.py it is the option --kl-coef
         {
-            "    return weights_PG.masked_fill(advantages_PG == 0, 0.0)\n": "    return weights_PG\n",
+            "    return weights_PG.masked_fill(advantages_PG == 0, 0.0)\n": (
+                "    return weights_PG\n"
+            ),
             "    return -weight_B1 * micro.advantages_B1 * micro.logprobs_BT\n": (
                 "    d_BT = micro.logprobs_BT - micro.reference_logprobs_BT\n"
                 "    k3_BT = torch.exp(-d_BT) + d_BT - 1\n"

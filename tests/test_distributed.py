@@ -3,27 +3,34 @@ one of them fails.
 """
 
 import contextlib
+import functools
 import json
 import os
 import random
 import re
+import shutil
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.test_sequence_level_loss import write_gspo
+from torch.distributed.run import main as torchrun
+from transformers import AutoModelForCausalLM
 
 from common import distributed
+from common.models import TINY_MODEL, load_model, load_tokenizer
 from common.sampling import Batch
 from tests import ranks
 from tests.conftest import REPOSITORY, build_model
 from tests.helpers import (
     DENSE_TASK,
+    Forked,
     assert_same_run,
     dense_task,
     finish,
@@ -35,7 +42,6 @@ from tests.helpers import (
     wait_for,
     write_task,
 )
-from tests.test_sequence_level_loss import write_gspo
 
 SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
@@ -85,9 +91,8 @@ def cases(tmp_path_factory):
     uneven, few = [1, 30, 2, 17, 9, 3, 22, 5], [12, 4]
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, -0.7, 0.9, -2.0], dtype=torch.float64)
     half = advantages.masked_fill(torch.arange(8) % 2 == 0, 0.0)
-    lone = advantages.masked_fill(
-        torch.arange(8) != 6, 0.0
-    )  # one response with a gradient: one rank has it
+    # one response with a gradient: one rank has it
+    lone = advantages.masked_fill(torch.arange(8) != 6, 0.0)
     plain = {
         "model": tied,
         "precision": "float32",
@@ -198,6 +203,7 @@ def test_weights_that_only_the_config_calls_tied_are_apart_on_all_ranks(tmp_path
 
 # Whole runs
 
+# Four steps that are resumed, of six; version 3 of schedule (3, 2) is that of batch 6.
 RUN = {
     "num_steps": 6,
     "eval_size": 5,
@@ -209,16 +215,26 @@ RUN |= {"learning_rate": 5e-5}  # Adam makes updates of gradients that are nothi
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    return dense_task(tmp_path_factory.mktemp("task"))
+def settings(tmp_path_factory):
+    """A dense task, and half of the bundled model's layers: each costs time, however small."""
+    place = tmp_path_factory.mktemp("settings")
+    tiny = load_model(TINY_MODEL, "", torch.device("cpu"))
+    layers = {"num_hidden_layers": 2, "layer_types": tiny.config.layer_types[:2]}
+    half = AutoModelForCausalLM.from_config(type(tiny.config)(**tiny.config.to_dict() | layers))
+    half.load_state_dict(tiny.state_dict(), strict=False)
+    half.save_pretrained(place / "model")
+    load_tokenizer(TINY_MODEL).save_pretrained(place / "model")
+    return {"model": str(place / "model"), "task": dense_task(place)}
 
 
-def run_on(count, argv, log):
+def run_on(count, argv, log, spawned=False):
     """A run of `grpo.py` on some ranks; fails with their output if one of them does."""
     codes = ["no answer"]
     with contextlib.suppress(AssertionError):
         codes = (
-            [finish(argv, log)] if count == 1 else ranks.run_ranks(count, ranks.script, argv, log)
+            [finish(argv, log)]
+            if count == 1
+            else ranks.run_ranks(count, ranks.script, argv, log, spawned)
         )
     assert not any(codes), "\n".join(
         path.read_text()[-3000:] for path in log.parent.glob(f"{log.name}*")
@@ -226,9 +242,9 @@ def run_on(count, argv, log):
 
 
 @pytest.fixture(scope="module")
-def lone_run(task, tmp_path_factory):
+def lone_run(settings, tmp_path_factory):
     place = tmp_path_factory.mktemp("lone")
-    run_on(1, options(place, task=task, **RUN), place / "log")
+    run_on(1, options(place, **settings, **RUN), place / "log")
     return place / "run"
 
 
@@ -263,55 +279,80 @@ def assert_nearly_the_same(run_dir, other):
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_run_on_several_ranks_is_that_of_one(count, task, lone_run, tmp_path):
-    run_on(count, options(tmp_path, task=task, **RUN), tmp_path / "log")
+def test_a_run_on_several_ranks_is_that_of_one(count, settings, lone_run, tmp_path):
+    run_on(count, options(tmp_path, **settings, **RUN), tmp_path / "log")
     assert_nearly_the_same(tmp_path / "run", lone_run)
 
 
 @pytest.mark.parametrize("schedule", [(2, 0), (1, 1), (3, 2)])
-def test_samplers_beside_the_ranks(schedule, task, tmp_path):
+def test_samplers_beside_the_ranks(schedule, settings, tmp_path):
     lag = {"sync_interval": schedule[0], "sync_offset": schedule[1]}
     for count, name, serial in ((1, "one", True), (2, "two", False)):
         run_on(
             count,
-            options(tmp_path, name=name, task=task, **{**RUN, **lag, "serial": serial}),
+            options(tmp_path, name=name, **settings, **{**RUN, **lag, "serial": serial}),
             tmp_path / f"{name}.log",
+            spawned=schedule == (1, 1),  # once as outside of tests
         )
     assert_nearly_the_same(tmp_path / "two", tmp_path / "one")
 
 
-def test_two_ranks_resume_bit_for_bit(task, tmp_path):
+def test_two_ranks_resume_bit_for_bit(settings, tmp_path):
     lag = {"sync_interval": 2, "sync_offset": 1}
-    run_on(2, options(tmp_path, name="whole", task=task, **{**RUN, **lag}), tmp_path / "log")
+    run_on(2, options(tmp_path, name="whole", **settings, **{**RUN, **lag}), tmp_path / "log")
     run_on(
         2,
-        options(tmp_path, name="parts", task=task, **{**RUN, **lag, "num_steps": 4}),
+        options(tmp_path, name="parts", **settings, **{**RUN, **lag, "num_steps": 4}),
         tmp_path / "log",
     )
     run_on(2, resume(tmp_path / "parts", "--num-steps", 6), tmp_path / "log")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def first_steps(settings, tmp_path_factory):
+    """A function that runs the first four steps on some ranks, once, and returns a copy."""
+
+    @functools.cache
+    def run(count, task):
+        place = tmp_path_factory.mktemp("first")
+        argv = options(place, **{**settings, **RUN, "num_steps": 4, "task": task})
+        run_on(count, argv, place / "log")
+        return place / "run"
+
+    def copied(count, directory, task=settings["task"]):
+        return shutil.copytree(run(count, task), directory / "run")
+
+    return copied
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (2, 3)])
-def test_another_number_of_ranks_goes_on(before, after, task, lone_run, tmp_path):
-    run_on(before, options(tmp_path, task=task, **{**RUN, "num_steps": 4}), tmp_path / "log")
-    run_on(after, resume(tmp_path / "run", "--num-steps", 6), tmp_path / "log")
-    assert_nearly_the_same(tmp_path / "run", lone_run)
+def test_another_number_of_ranks_goes_on(before, after, first_steps, lone_run, tmp_path):
+    run_dir = first_steps(before, tmp_path)
+    run_on(after, resume(run_dir, "--num-steps", 6), tmp_path / "log")
+    assert_nearly_the_same(run_dir, lone_run)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A task for whose readers every model is large, from the first byte on."""
+    text = f"{DENSE_TASK}\n\nfrom common import checkpoints\n\ncheckpoints.ONE_FILE = 0\n"
+    return f"{write_task(tmp_path_factory.mktemp('large'), text)}:Digits"
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (2, 3)])
-def test_a_large_model_is_saved_in_parts(before, after, lone_run, tmp_path):
-    """A model is large here from the first byte on, in every rank that reads the task."""
-    text = f"{DENSE_TASK}\n\nfrom common import checkpoints\n\ncheckpoints.ONE_FILE = 0\n"
-    task = f"{write_task(tmp_path, text)}:Digits"
-    run_on(before, options(tmp_path, task=task, **{**RUN, "num_steps": 4}), tmp_path / "log")
+def test_a_large_model_is_saved_in_parts(
+    before, after, large, first_steps, settings, lone_run, tmp_path
+):
+    first_steps(before, tmp_path, large)
     made = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in made] == ["step_000002.shards", "step_000004.shards"]
     assert len([*made[1].glob("*.distcp")]) == before
     run_on(after, resume(tmp_path / "run", "--num-steps", 6), tmp_path / "log")
     assert_nearly_the_same(tmp_path / "run", lone_run)
     if before == after:
-        run_on(2, options(tmp_path, name="whole", task=task, **RUN), tmp_path / "log")
+        whole = {**settings, **RUN, "name": "whole", "task": large}
+        run_on(2, options(tmp_path, **whole), tmp_path / "log")
         assert_same_run(tmp_path / "run", tmp_path / "whole")
         (tmp_path / "run" / "checkpoints" / "step_000006.shards" / "__1_0.distcp").write_bytes(
             b"damaged"
@@ -323,33 +364,41 @@ def test_a_large_model_is_saved_in_parts(before, after, lone_run, tmp_path):
 # Failing together
 
 
+def _torchrun(argv, log):
+    """`torchrun …` in this process, its output in `log`."""
+    with open(log, "ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(REPOSITORY)
+    try:
+        torchrun(argv)
+    except Exception as error:
+        traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))  # without us
+        sys.exit(1)
+
+
 class Torchrun:
-    """`torchrun grpo.py …`, with whatever it starts; all of it has the log's path in its
+    """`torchrun grpo.py …`, forked, with whatever it starts; all of that has the log's path in its
     environment.
     """
 
     def __init__(self, argv, log, *more):
         self.log, self.mark = Path(log), f"STARTED_FOR={log}"
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *more]
         environment = {
             **os.environ,
             "STARTED_FOR": str(log),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
         }
-        with open(log, "ab") as file:
-            self.agent = subprocess.Popen(
-                [*command, str(REPOSITORY / "grpo.py"), *map(str, argv)],
-                stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=REPOSITORY, env=environment,
-            )  # fmt: skip
-
+        words = ["--nproc-per-node", "2", *more, REPOSITORY / "grpo.py", *argv]
+        self.agent = Forked(_torchrun, words, log, environment)
         Torchrun.started.append(self)
 
     started: ClassVar = []
 
     def processes(self):
         """Ids and command lines of all that are alive."""
-        found = {}
+        found = {self.agent.pid: "torchrun"} if self.agent.poll() is None else {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 state = (path / "stat").read_text().rpartition(")")[2].split()[0]
@@ -396,37 +445,37 @@ def nothing_stays():
 LONG = {"num_steps": 10_000, "max_tokens_per_microbatch": 60}
 
 
-def started(task, tmp_path, *more, **settings):
-    run = Torchrun(options(tmp_path, task=task, **{**LONG, **settings}), tmp_path / "log", *more)
+def started(settings, tmp_path, *more, **lag):
+    run = Torchrun(options(tmp_path, **{**settings, **LONG, **lag}), tmp_path / "log", *more)
     wait_for(lambda: num_logged(tmp_path / "run") > 2 or run.agent.poll() is not None)
     assert run.agent.poll() is None, run.log.read_text()[-4000:]
     return run
 
 
-def test_a_killed_rank_ends_all(task, tmp_path):
-    run = started(task, tmp_path)
+def test_a_killed_rank_ends_all(settings, tmp_path):
+    run = started(settings, tmp_path)
     os.kill(run.find("grpo.py", "-u"), signal.SIGKILL)
     assert run.is_over()
     assert "exitcode  : -9" in run.said and run.agent.returncode
 
 
-def test_ranks_do_not_outlive_torchrun_nor_their_samplers(task, tmp_path):
-    run = started(task, tmp_path, sync_interval=2, serial=False)
+def test_ranks_do_not_outlive_torchrun_nor_their_samplers(settings, tmp_path):
+    run = started(settings, tmp_path, sync_interval=2, serial=False)
     assert run.find("spawn_main")
     run.agent.kill()
     assert run.is_over()
 
 
-def test_a_killed_sampler_is_named_once(task, tmp_path):
-    run = started(task, tmp_path, sync_interval=2, serial=False)
+def test_a_killed_sampler_is_named_once(settings, tmp_path):
+    run = started(settings, tmp_path, sync_interval=2, serial=False)
     os.kill(run.find("spawn_main"), signal.SIGKILL)
     assert run.is_over()
     assert run.said.count("The sampler's process died (exit code -9") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_lets_all_ranks_finish_the_step(number, task, tmp_path):
-    run = started(task, tmp_path)
+def test_a_signal_lets_all_ranks_finish_the_step(number, settings, tmp_path):
+    run = started(settings, tmp_path)
     run.agent.send_signal(number)
     assert run.is_over(20)
     step = num_logged(tmp_path / "run") - 1
@@ -435,7 +484,7 @@ def test_a_signal_lets_all_ranks_finish_the_step(number, task, tmp_path):
     run_on(1, resume(tmp_path / "run", "--num-steps", step + 1), tmp_path / "log-2")
 
 
-def test_two_machines(task, lone_run, tmp_path):
+def test_two_machines(settings, lone_run, tmp_path):
     """Two agents on this machine, with a rank each, meet at a port."""
     port = ranks.free_port()
     meet = [
@@ -448,7 +497,7 @@ def test_two_machines(task, lone_run, tmp_path):
         "--rdzv-endpoint",
         f"127.0.0.1:{port}",
     ]
-    argv = options(tmp_path, task=task, **RUN)
+    argv = options(tmp_path, **settings, **RUN)
     agents = [
         Torchrun(argv, tmp_path / f"log-{number}", *meet, "--rdzv-id", "1") for number in range(2)
     ]
@@ -478,15 +527,20 @@ def test_a_reward_that_raises_on_one_rank_names_it(tmp_path):
 
 
 def test_a_rank_that_hangs_is_named(tmp_path):
-    task = failing_on_rank_1(tmp_path, "time.sleep(20)")
+    # Until rank 0 has said so.
+    said = f"'ranks failed' in open({str(tmp_path / 'log-0')!r}).read()"
+    task = failing_on_rank_1(tmp_path, f"while not {said}: time.sleep(0.1)")
     _, (zero, _) = said_by_ranks(
         tmp_path, options(tmp_path, task=task, sampler_timeout=4.0, eval_size=1)
     )
     assert re.search(r"Communication between ranks failed \(.*[Rr]ank.? 1", zero), zero
 
 
-def test_bad_input_is_said_once_with_exit_code_2(task, tmp_path):
-    run = Torchrun(options(tmp_path, task=task, prompts_per_step=1), tmp_path / "log")
+def test_bad_input_is_said_once_with_exit_code_2(settings, tmp_path):
+    run = Torchrun(options(tmp_path, **settings, prompts_per_step=1), tmp_path / "log")
     assert run.is_over(60)
     assert run.said.count("--prompts-per-step 1 is less than 2 ranks: raise it.") == 1
-    assert "exitcode  : 2" in run.said and f'File "{REPOSITORY}' not in run.said
+    # No traceback but torchrun's, whose files may lie below the repository, in a .venv.
+    files = re.findall(rf'File "({re.escape(str(REPOSITORY))}[^"]*)"', run.said)
+    packages = Path(torch.__file__).parents[1]
+    assert "exitcode  : 2" in run.said and all(Path(f).is_relative_to(packages) for f in files)

@@ -1,11 +1,11 @@
 """GRPO's advantages and per-token loss, against numbers worked out by hand and loops written from
 the equations.
 
-    A = (r − r̄) / (σ + 1e-6)        loss = −min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A)        ρ =
-    exp(logprob − old)
+    A = (r − r̄) / (σ + 1e-6)
+    loss = −min(ρ A, clip(ρ, 1−ε_low, 1+ε_high) A)
+    ρ = exp(logprob − old)
 
-In float64 the tolerance is 1e-12 relative, some thousand roundings; in float32 it is 1e-6, some
-ten.
+In float64 the tolerance is 1e-12 relative, some thousand roundings; in float32 1e-6, some ten.
 """
 
 import math
@@ -62,8 +62,8 @@ def mask_by_the_equation(new, old, advantage, low, high):
 def test_advantages_by_hand():
     rewards_PG = torch.tensor([[1, 0, 0, 1], [0, 0, 0, 1], [3, 5, 1, 3]], dtype=torch.float64)
     # Group 1: mean 1/2, deviations ±1/2,                       variance  1/4,               σ = 0.5
-    # Group 2: mean 1/4, deviations −1/4 (three times) and 3/4, variance (3/16 + 9/16) / 4,  σ =
-    # √3/4
+    # Group 2: mean 1/4, deviations −1/4 (three times) and 3/4, variance (3/16 + 9/16) / 4,
+    # σ = √3/4
     # Group 3: mean 3,   deviations 0, 2, −2, 0,                variance  8/4,               σ = √2
     a, b, c = 0.5 / (0.5 + 1e-6), 0.25 / (math.sqrt(3) / 4 + 1e-6), 2 / (math.sqrt(2) + 1e-6)
     expected = [[a, -a, -a, a], [-b, -b, -b, 3 * b], [0, c, -c, 0]]
@@ -102,9 +102,8 @@ def test_equal_rewards_have_exactly_zero_advantage(reward, group_size):
 
 
 def test_large_rewards_keep_their_differences():
-    rewards_PG = torch.tensor(
-        [[1e6, 1e6 + 1, 1e6, 1e6 + 1]], dtype=torch.float64
-    )  # mean 1e6 + 1/2, σ = 1/2
+    # mean 1e6 + 1/2, σ = 1/2
+    rewards_PG = torch.tensor([[1e6, 1e6 + 1, 1e6, 1e6 + 1]], dtype=torch.float64)
     assert advantages(rewards_PG, Args()).tolist()[0] == pytest.approx(
         [-0.999998, 0.999998] * 2, rel=1e-9
     )
@@ -165,9 +164,10 @@ def test_clipping_bounds_are_two_tenths():
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_positive_advantage_by_hand(dtype, tolerance):
     # A = 2, bounds 0.8 and 1.2.
-    # ρ = 1.5: min(3.0, 1.2 · 2) = 2.4, clipped: no gradient     ρ = 0.9: min(1.8, 1.8) = 1.8
-    # ρ = 1.1: min(2.2, 2.2) = 2.2                               ρ = 0.5: min(1.0, 0.8 · 2) = 1.0,
-    # not clipped
+    # ρ = 1.5: min(3.0, 1.2 · 2) = 2.4, clipped: no gradient
+    # ρ = 1.1: min(2.2, 2.2) = 2.2
+    # ρ = 0.9: min(1.8, 1.8) = 1.8
+    # ρ = 0.5: min(1.0, 0.8 · 2) = 1.0, not clipped
     # Unclipped, the loss is −ρ A, whose derivative by the log-prob is −ρ A again.
     log_ratios = [math.log(ratio) for ratio in (1.5, 1.1, 0.9, 0.5)]
     loss, gradient = loss_and_gradient(log_ratios, 2.0, Args(), dtype)
@@ -178,9 +178,11 @@ def test_positive_advantage_by_hand(dtype, tolerance):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_negative_advantage_by_hand(dtype, tolerance):
-    # A = −2. ρ = 1.5: min(−3.0, 1.2 · −2) = −3.0, not clipped   ρ = 0.9: min(−1.8, −1.8) = −1.8
-    #         ρ = 1.1: min(−2.2, −2.2) = −2.2                    ρ = 0.5: min(−1.0, 0.8 · −2) =
-    #         −1.6, clipped
+    # A = −2, bounds 0.8 and 1.2.
+    # ρ = 1.5: min(−3.0, 1.2 · −2) = −3.0, not clipped
+    # ρ = 1.1: min(−2.2, −2.2) = −2.2
+    # ρ = 0.9: min(−1.8, −1.8) = −1.8
+    # ρ = 0.5: min(−1.0, 0.8 · −2) = −1.6, clipped
     log_ratios = [math.log(ratio) for ratio in (1.5, 1.1, 0.9, 0.5)]
     loss, gradient = loss_and_gradient(log_ratios, -2.0, Args(), dtype)
     assert loss == pytest.approx([3.0, 2.2, 1.8, 1.6], rel=tolerance)
@@ -189,8 +191,8 @@ def test_negative_advantage_by_hand(dtype, tolerance):
 
 
 def test_two_bounds_by_hand():
-    # ε_low = 0.1, ε_high = 0.5: ρ = 1.4 is inside for A = 1, ρ = 1.6 outside; ρ = 0.95 is inside
-    # for A = −1, 0.85 not.
+    # ε_low = 0.1, ε_high = 0.5. For A = 1, ρ = 1.4 is inside and ρ = 1.6 outside; for A = −1,
+    # ρ = 0.95 is inside and ρ = 0.85 outside.
     args = Args(clip_low=0.1, clip_high=0.5)
     loss, gradient = loss_and_gradient([math.log(1.4), math.log(1.6)], 1.0, args)
     assert loss == pytest.approx([-1.4, -1.5], rel=1e-12) and gradient == pytest.approx(
@@ -210,10 +212,8 @@ def test_loss_against_a_loop(low, high):
         for n, o, a in zip(new, old, advantage, strict=True)
     ]
     args = Args(clip_low=low, clip_high=high)
-    for dtype, tolerance in (
-        (torch.float64, 1e-12),
-        (torch.float32, 3e-6),
-    ):  # float32: log-probs of −10 are rounded
+    # float32: log-probs of −10 are rounded
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-6)):
         found = loss_of(*(torch.tensor(x, dtype=dtype) for x in (new, old, advantage)), args)
         assert found.dtype == dtype
         assert found.tolist() == pytest.approx(expected, rel=tolerance)
@@ -227,9 +227,8 @@ def test_gradient_against_differences_of_a_loop():
     # central differences: error h² in the equation and 1e-16 / h in rounding, each below 1e-9
     h = 1e-6
     for n, o, a, found in zip(new, old, advantage, logprobs.grad.tolist(), strict=True):
-        if (
-            min(abs(math.exp(n - o) - bound) for bound in (0.8, 1.2)) > 1e-5
-        ):  # there the loss has a kink
+        # there the loss has a kink
+        if min(abs(math.exp(n - o) - bound) for bound in (0.8, 1.2)) > 1e-5:
             slope = loss_by_the_equation(n + h, o, a, 0.2, 0.2) - loss_by_the_equation(
                 n - h, o, a, 0.2, 0.2
             )
@@ -268,8 +267,8 @@ def test_on_policy_gradient_is_reinforce_with_a_normalised_baseline():
     loss = per_token_loss(micro, Args()).sum() / tokens_PGT.numel()
     (found_PV,) = torch.autograd.grad(loss, logits_PV)
 
-    # REINFORCE by hand: ∂ log softmax(z)_y / ∂z = onehot(y) − softmax(z), weighted by (r −
-    # baseline) / scale.
+    # REINFORCE by hand: ∂ log softmax(z)_y / ∂z = onehot(y) − softmax(z), weighted by
+    # (r − baseline) / scale.
     expected_PV = torch.zeros(3, 11, dtype=torch.float64)
     for p in range(3):
         baseline, scale = rewards_PG[p].mean(), rewards_PG[p].std(correction=0) + 1e-6

@@ -320,9 +320,8 @@ def test_gradient_checkpointing_changes_nothing(name, directories):
     checkpointed.gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    for (
-        module
-    ) in checkpointed.train().modules():  # it acts in training mode only, where GPT-2 has dropout
+    # it acts in training mode only, where GPT-2 has dropout
+    for module in checkpointed.train().modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     calls = {plain: 0, checkpointed: 0}
@@ -334,16 +333,14 @@ def test_gradient_checkpointing_changes_nothing(name, directories):
         def count(module, inputs, model=model):
             calls[model] += 1
 
-        mlp.register_forward_pre_hook(
-            count
-        )  # before: the recomputation stops inside, at the last tensor needed
+        # A hook before the module: the recomputation stops inside, at the last tensor needed.
+        mlp.register_forward_pre_hook(count)
     batch = make_batch()
     loss, gradient = loss_and_gradient(plain, batch, [range(6)])
     loss_again, gradient_again = loss_and_gradient(checkpointed, batch, [range(6)])
     assert (calls[plain], calls[checkpointed]) == (1, 2)  # recomputed in the backward pass
-    assert loss_again == loss and torch.equal(
-        gradient_again, gradient
-    )  # the same operations in the same order
+    # the same operations in the same order
+    assert loss_again == loss and torch.equal(gradient_again, gradient)
 
 
 # Numbers at the edges
@@ -368,9 +365,8 @@ def test_a_head_with_a_bias_and_masked_vocabulary_entries(directories):
             logits_TV = twin(input_ids=torch.tensor([prompts[b] + responses[b]])).logits[
                 0, len(prompts[b]) - 1 : -1
             ]
-            truth_TV = torch.log_softmax(
-                logits_TV[:, :250] / 0.7, dim=-1
-            )  # only what is left of the vocabulary
+            # only what is left of the vocabulary
+            truth_TV = torch.log_softmax(logits_TV[:, :250] / 0.7, dim=-1)
             found = entropy_BT[b][micro.mask_BT[b]].double()
             torch.testing.assert_close(
                 found, -(truth_TV.exp() * truth_TV).sum(-1), rtol=0, atol=1e-5
@@ -402,6 +398,5 @@ def test_bfloat16_autocast_stays_near_float32(model):
     _, expected = loss_and_gradient(model, batch, [range(6)])
     _, found = loss_and_gradient(model, batch, [range(6)], precision="bfloat16")
     assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
-    assert_close_gradients(
-        found, expected, tolerance=0.1
-    )  # a log-prob off by 0.1 is a ratio off by 10 %
+    # a log-prob off by 0.1 is a ratio off by 10 %
+    assert_close_gradients(found, expected, tolerance=0.1)

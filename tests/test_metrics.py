@@ -96,10 +96,10 @@ def statistics_of(*micro_batches, num_tokens=None, lag=0):
 
 def test_all_of_them_by_hand():
     # Two tokens.  lp: −1, −3    reference: −2, −2.5    sampler: −1.5, −2.75    entropy: 2, 1
-    # lp − ref:      1, −0.5  →  k1 = 0.25, k2 = (1/2 + 1/8) / 2, k3 = ((1/e + 1 − 1) + (e^0.5 − 0.5
-    # − 1)) / 2
-    # lp − sampler:  0.5, −0.25  →  k3 = ((e^0.5 − 0.5 − 1) + (e^−0.25 + 0.25 − 1)) / 2; largest
-    # ratio e^0.5
+    # lp − ref:      1, −0.5     →  k1 = 0.25, k2 = (1/2 + 1/8) / 2,
+    #                               k3 = ((1/e + 1 − 1) + (e^0.5 − 0.5 − 1)) / 2
+    # lp − sampler:  0.5, −0.25  →  k3 = ((e^0.5 − 0.5 − 1) + (e^−0.25 + 0.25 − 1)) / 2;
+    #                               largest ratio e^0.5
     result = statistics_of(one_row([-1, -3], [-1.5, -2.75], [2, 1], [-2, -2.5]))
     expected = {
         "entropy": 1.5,
@@ -139,17 +139,16 @@ def test_all_of_them_against_numpy():
 
 def test_estimators_estimate_what_they_are_named_after():
     # Policy (1/2, 1/4, 1/4), reference (1/4, 1/4, 1/2). Four tokens sampled in exactly the policy's
-    # proportions make the mean of k1 and of k3 the divergence itself: KL(policy ‖ reference) = ½ ln
-    # 2 + 0 + ¼ ln ½ = ¼ ln 2.
+    # proportions make the mean of k1 and of k3 the divergence itself:
+    # KL(policy ‖ reference) = ½ ln 2 + 0 + ¼ ln ½ = ¼ ln 2.
     policy, other, tokens = [0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0, 0, 1, 2]
     lp, ref = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
     result = statistics_of(one_row(lp, lp, [0.0] * 4, ref))
-    assert result["kl/ref_k1"] == pytest.approx(
-        math.log(2) / 4, rel=1e-6
-    )  # the log-probs are float32
+    # the log-probs are float32
+    assert result["kl/ref_k1"] == pytest.approx(math.log(2) / 4, rel=1e-6)
     assert result["kl/ref_k3"] == pytest.approx(math.log(2) / 4, rel=1e-6)
-    # Had the reference sampled them for the policy to train on, the divergence to it is KL(sampler
-    # ‖ trainer).
+    # Had the reference sampled them for the policy to train on, the divergence to it is
+    # KL(sampler ‖ trainer).
     tokens = [0, 1, 2, 2]
     lp, sampler = ([math.log(probs[token]) for token in tokens] for probs in (policy, other))
     truth = sum(q * math.log(q / p) for p, q in zip(policy, other, strict=True))
@@ -169,9 +168,8 @@ def test_equal_logprobs_have_exactly_zero_divergence():
 def test_small_divergences_survive():
     # After one update log-probs differ by 1e-4: k3 is 5e-9, lost if it were computed in float32.
     lp = [-1.0, -2.0]
-    result = statistics_of(
-        one_row(lp, lp, [0.0, 0.0], [-1.0 + 2**-13, -2.0 - 2**-13])
-    )  # exact in float32
+    # exact in float32
+    result = statistics_of(one_row(lp, lp, [0.0, 0.0], [-1.0 + 2**-13, -2.0 - 2**-13]))
     truth = (math.expm1(2**-13) - 2**-13 + math.expm1(-(2**-13)) + 2**-13) / 2
     assert result["kl/ref_k3"] == pytest.approx(truth, rel=1e-6)
     assert result["kl/ref_k2"] == pytest.approx(2**-27, rel=1e-13)

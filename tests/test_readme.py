@@ -58,15 +58,13 @@ def test_generated_parts_are_fresh(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_line_begins_with_a_generated_number(name):
-    assert not re.findall(
-        r"^ *<!--=.*", text(name), re.MULTILINE
-    )  # Markdown would end the paragraph before a comment
+    # Markdown would end the paragraph before a comment
+    assert not re.findall(r"^ *<!--=.*", text(name), re.MULTILINE)
 
 
 def test_the_readme_is_short():
-    assert (
-        len(README.split()) <= MOST_WORDS
-    )  # as `wc -w` counts: code blocks, tables and markers included
+    # as `wc -w` counts: code blocks, tables and markers included
+    assert len(README.split()) <= MOST_WORDS
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -90,9 +88,8 @@ def test_ci_runs_the_commands_as_printed():
     fragments = re.findall(r"grep -m1 .*?'([^']+)' README.md", text(".ci/run"))
     assert len(fragments) == 2
     for fragment in fragments:
-        (line,) = (
-            line for line in README.splitlines() if fragment in line
-        )  # what .ci/run finds is the only one
+        # what .ci/run finds is the only one
+        (line,) = (line for line in README.splitlines() if fragment in line)
         assert line in bash(README).splitlines()
 
 
@@ -106,9 +103,8 @@ def test_every_command_parses(name):
         if script == "mine.py":  # the reader's own, a copy of grpo.py
             script = "grpo.py"
         if script in SCRIPTS and options != ["--help"]:
-            tyro.cli(
-                SCRIPTS[script].Args, args=options
-            )  # exits on an unknown option or a bad value
+            # exits on an unknown option or a bad value
+            tyro.cli(SCRIPTS[script].Args, args=options)
             continue
         code = text(script)  # a benchmark's: options are its own, or for some those of the scripts
         for option in re.findall(r"(?<= --)(?:no-)?([a-z][a-z0-9-]*)", command):

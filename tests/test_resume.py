@@ -41,6 +41,7 @@ from tests.helpers import (
     num_logged,
     options,
     resume,
+    run_module,
     start,
     steps,
     train,
@@ -60,8 +61,8 @@ def place(tmp_path_factory):
     directory = tmp_path_factory.mktemp("resume")
     model, task = build_model("qwen2", directory / "model"), dense_task(directory)
     settings = {
-        "model": model, "task": task, "num_steps": NUM_STEPS, "eval_interval": 3, "checkpoint_interval": 1,
-        "warmup_steps": 4, "rollouts_interval": 2,
+        "model": model, "task": task, "num_steps": NUM_STEPS, "eval_interval": 3,
+        "checkpoint_interval": 1, "warmup_steps": 4, "rollouts_interval": 2,
     }  # fmt: skip
     return directory, settings
 
@@ -118,9 +119,8 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
         time.sleep(delay)
         killed = kill(process)  # on a busy machine the last one may come too late
         kills += killed
-        print(
-            f"{'killed' if killed else 'too late'} {delay:.3f} s after line {lines} of metrics.jsonl"
-        )
+        came = "killed" if killed else "too late"
+        print(f"{came} {delay:.3f} s after line {lines} of metrics.jsonl")
         if run_dir.exists():
             argv = resume(run_dir)  # else the same command starts it again
     assert kills >= 2, log.read_text()
@@ -129,7 +129,7 @@ def test_killed_again_and_again_it_ends_the_same(schedule, place, uninterrupted,
 
 
 class Killed(BaseException):
-    """Ends a start at a chosen instant; nothing in the code handles it, as nothing handles SIGKILL."""
+    """Ends a start at a chosen instant; nothing in the code handles it, as with SIGKILL."""
 
 
 def new_log(directory):
@@ -267,9 +267,8 @@ def test_what_was_logged_after_the_last_checkpoint_is_written_again(place, unint
     expected = uninterrupted((1, 0))
     run_dir = train(tmp_path, **{**settings, "num_steps": 3})
     with open(run_dir / "metrics.jsonl", "a") as file:
-        file.write(
-            '{"step": 4, "reward/mean": 0.0}\n{"step": 5, "rew'
-        )  # two steps more, the second half-written
+        # two steps more, the second half-written
+        file.write('{"step": 4, "reward/mean": 0.0}\n{"step": 5, "rew')
     for name in ("completions.jsonl", "rollouts.jsonl"):
         with open(run_dir / name, "a") as file:
             file.write('{"step": 4, "prompt": "')
@@ -311,12 +310,8 @@ def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(
     assert 2 <= last_step < NUM_STEPS, "it came too late to interrupt anything"
     assert f"Stopped after step {last_step} of {NUM_STEPS}" in output
     (hint,) = [line for line in output.splitlines() if "--resume" in line]
-    assert shlex.split(hint) == [
-        "python",
-        "grpo.py",
-        "--resume",
-        str(run_dir),
-    ]  # as a shell understands it
+    # as a shell understands it
+    assert shlex.split(hint) == ["python", "grpo.py", "--resume", str(run_dir)]
     assert [path.name for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}.pt"]
     assert not (run_dir / "model").exists()
     assert finish(resume(run_dir), log) == 0, log.read_text()
@@ -365,7 +360,7 @@ from dense import Digits
 
 
 class Interrupting(Digits):
-    """Presses Ctrl-C while the {call}th response is graded, the first time that this run gets there."""
+    """Presses Ctrl-C while the {call}th response is graded, the first time the run gets there."""
     calls = 0
 
     def reward(self, problem, response):
@@ -562,12 +557,11 @@ def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_
     directory, settings = place
     expected = uninterrupted((1, 0))
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{directory}")
-    task = write_task(
-        tmp_path, FULL_DISK.format(calls=4 + 2 * 16 + 1, limit=limit)
-    )  # within the third step
+    # within the third step
+    task = write_task(tmp_path, FULL_DISK.format(calls=4 + 2 * 16 + 1, limit=limit))
     argv = options(tmp_path, **{**settings, "task": f"{task}:Full"})
-    run_dir, run = tmp_path / "run", [sys.executable, grpo.__file__]
-    ended = subprocess.run([*run, *argv], capture_output=True, text=True, timeout=120)
+    run_dir = tmp_path / "run"
+    ended = run_module("grpo", *argv)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert (
         "grpo.py: error: " in ended.stderr.splitlines()[-1]
@@ -578,7 +572,8 @@ def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_
         "step_000002.pt",
     }
     monkeypatch.setenv("ROOM", "1")
-    subprocess.run([*run, *resume(run_dir)], check=True, capture_output=True, timeout=120)
+    monkeypatch.syspath_prepend(directory)
+    assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, expected)
 
 

@@ -121,16 +121,8 @@ def test_threads_are_two_or_one_where_two_processes_compute(decide):
 def test_an_engine_is_told_its_longest_prompt_and_whom_it_is_beside(decide):
     started = decide((1, 0), engine="vllm")
     arguments, keywords = started["make_vllm_sampler"]
-    assert arguments == (
-        "tiny",
-        "",
-        2,
-        {0, 1},
-        16,
-        1.0,
-        "float32",
-        5,
-    )  # the longest one is for evaluation
+    # the longest one is for evaluation
+    assert arguments == ("tiny", "", 2, {0, 1}, 16, 1.0, "float32", 5)
     assert keywords["beside"] is started["SerialRollouts"][0][0]
     assert started["SerialRollouts"][0][3] is True  # verified
     arguments, _ = decide((1, 1), engine="vllm")["OverlappedRollouts"]
@@ -215,9 +207,8 @@ def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):
     assert not multiprocessing.active_children()
     previous = signal.getsignal(signal.SIGINT)
     try:
-        with pytest.raises(
-            AssertionError, match="was started"
-        ):  # which shows that this would have noticed
+        # It would have been noticed.
+        with pytest.raises(AssertionError, match="was started"):
             train(tmp_path, "other", **settings, sync_interval=2, sync_offset=0)
     finally:
         signal.signal(signal.SIGINT, previous)

@@ -48,16 +48,17 @@ from common.tasks.gsm8k import GSM8K
 
 class Shaped(GSM8K):
     def rewards(self, problems, responses):
-        digits = [sum(c.isdigit() for c in response) / max(1, len(response)) for response in responses]
-        graded = super().rewards(problems, responses)
-        return [{**g, "reward": g["reward"] + d, "digits": d} for g, d in zip(graded, digits, strict=True)]
+        digits = [sum(c.isdigit() for c in text) / max(1, len(text)) for text in responses]
+        pairs = zip(super().rewards(problems, responses), digits, strict=True)
+        return [{**g, "reward": g["reward"] + d, "digits": d} for g, d in pairs]
 """
 
 STEP_KEYS = [
-    "step", "reward/mean", "reward/std", "reward/zero_std_groups", "response_length/mean", "response_length/max",
-    "response_length/truncated", "kl/behaviour_k3", "ratio/clip_fraction", "ratio/max", "entropy", "grad_norm", "loss",
-    "lr", "lag", "weights_version", "update_skipped", "time/sample", "time/grade", "time/wait", "time/train",
-    "time/sync", "time/step", "time/elapsed_hours", "throughput/sampled_tokens_per_second",
+    "step", "reward/mean", "reward/std", "reward/zero_std_groups", "response_length/mean",
+    "response_length/max", "response_length/truncated", "kl/behaviour_k3", "ratio/clip_fraction",
+    "ratio/max", "entropy", "grad_norm", "loss", "lr", "lag", "weights_version", "update_skipped",
+    "time/sample", "time/grade", "time/wait", "time/train", "time/sync", "time/step",
+    "time/elapsed_hours", "throughput/sampled_tokens_per_second",
     "throughput/trained_tokens_per_second", "memory/peak_gib",
 ]  # fmt: skip
 KL_KEYS = ["kl/ref_k1", "kl/ref_k2", "kl/ref_k3"]
@@ -133,8 +134,8 @@ def test_two_steps_on_gsm8k(script, family, some_rows, tmp_path):
     model = build_model(family, tmp_path / "model")
     task = f"{write_task(tmp_path, SHAPED_TASK)}:Shaped"
     run_dir = train(
-        tmp_path, script=script, model=model, task=task, data=some_rows, max_prompt_tokens=900, max_response_tokens=24,
-        eval_interval=1,
+        tmp_path, script=script, model=model, task=task, data=some_rows, max_prompt_tokens=900,
+        max_response_tokens=24, eval_interval=1,
     )  # fmt: skip
     before, *records = metrics(run_dir, timings=True)
     others = [
@@ -182,7 +183,7 @@ def test_kl_to_the_reference_can_be_switched_off(settings, tmp_path):
         assert {key: value for key, value in record.items() if key not in KL_KEYS} == other
 
 
-def test_files_of_a_run(settings, tmp_path):
+def test_files_of_a_run(settings, curves, tmp_path):
     import matplotlib.image
 
     run_dir = train(tmp_path, **settings, checkpoint_interval=1, seed=3)
@@ -210,8 +211,8 @@ def test_files_of_a_run(settings, tmp_path):
         assert picture[top : top + height, left : left + width].std() > 0.05
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
-        "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png", "checkpoints", "model",
-        "lock", "rollouts.jsonl", "rollouts.html",
+        "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png",
+        "checkpoints", "model", "lock", "rollouts.jsonl", "rollouts.html",
     }  # fmt: skip
 
 
@@ -289,7 +290,8 @@ def test_a_step_is_what_the_equations_say(script, settings, keep_all, all_comple
     # Step 4 of schedule (5, 0) trains on a batch that waits, with what the sampler reported, in
     # checkpoint 3.
     run_dir = train(
-        tmp_path, script=script, **settings, num_steps=4, sync_interval=5, checkpoint_interval=1, learning_rate=5e-3,
+        tmp_path, script=script, **settings, num_steps=4, sync_interval=5, checkpoint_interval=1,
+        learning_rate=5e-3,
     )  # fmt: skip
     logged = steps(run_dir)[3]
     before, after = checkpoint(run_dir, 3), checkpoint(run_dir, 4)
@@ -345,9 +347,8 @@ def test_a_step_is_what_the_equations_say(script, settings, keep_all, all_comple
             ratios.append(ratio)
             clipped += script != "red_weight" and not masked(ratio, advantages[row])
     means = {key: total / num_tokens for key, total in sums.items()}
-    assert (
-        logged["lag"] == 3 and means["k2"] > 1e-3 and max(ratios) > 1.2
-    )  # far enough off-policy to tell
+    # far enough off-policy to tell
+    assert logged["lag"] == 3 and means["k2"] > 1e-3 and max(ratios) > 1.2
     assert logged["entropy"] == pytest.approx(means["entropy"], rel=1e-5)
     for estimator in ("k1", "k2", "k3"):
         assert logged[f"kl/ref_{estimator}"] == pytest.approx(means[estimator], rel=1e-4, abs=1e-6)
@@ -413,9 +414,8 @@ def test_gradient_of_a_step_is_the_same_however_it_is_split(settings, tmp_path):
             max_tokens_per_microbatch=budget,
             max_grad_norm=math.inf,
         )
-        moments = checkpoint(run_dir, 1)["optimizer"][
-            "state"
-        ]  # after one update, the mean is 0.1 of the gradient
+        # after one update, the mean is 0.1 of the gradient
+        moments = checkpoint(run_dir, 1)["optimizer"]["state"]
         gradients[budget] = torch.cat(
             [moments[index]["exp_avg"].double().flatten() for index in sorted(moments)]
         )
@@ -469,7 +469,8 @@ def test_batches_are_sampled_by_the_version_that_the_schedule_names(
     interval, offset = schedule
     versions, lags = SCHEDULES[schedule]
     run_dir = train(
-        tmp_path, **settings, num_steps=8, sync_interval=interval, sync_offset=offset, checkpoint_interval=1,
+        tmp_path, **settings, num_steps=8, sync_interval=interval, sync_offset=offset,
+        checkpoint_interval=1,
     )  # fmt: skip
     records = steps(run_dir)
     assert [record["weights_version"] for record in records] == versions
@@ -503,7 +504,8 @@ def test_batches_are_sampled_by_the_version_that_the_schedule_names(
 @pytest.mark.parametrize("script", ["grpo", "rec_oneside_nois", "red_weight"])
 def test_sampler_and_trainer_have_the_same_temperature(script, settings, tmp_path):
     run_dir = train(
-        tmp_path, script=script, **settings, num_steps=3, sync_interval=2, temperature=0.7, checkpoint_interval=1,
+        tmp_path, script=script, **settings, num_steps=3, sync_interval=2, temperature=0.7,
+        checkpoint_interval=1,
     )  # fmt: skip
     first, _, third = steps(run_dir)
     assert first["sampler_mismatch/max"] < 1e-5 and third["sampler_mismatch/max"] < 1e-5
@@ -713,10 +715,8 @@ def test_diverged_policy_that_must_sample_stops_the_run(settings, tmp_path, caps
     line = error.splitlines()[-1]
     assert line.startswith("grpo.py: error: ") and "no longer finite" in line
     assert "metrics.jsonl" in line and "--learning-rate" in line
-    assert [record["step"] for record in metrics(tmp_path / "run")] == [
-        0,
-        1,
-    ]  # what it says to look at is there
+    # what it says to look at is there
+    assert [record["step"] for record in metrics(tmp_path / "run")] == [0, 1]
 
 
 @pytest.mark.parametrize("learns", [False, True])
@@ -753,9 +753,8 @@ def test_skipped_updates_that_are_not_in_a_row_are_survived(
         torch.equal(states[0]["model"][key], states[1]["model"][key]) for key in states[0]["model"]
     )
     moments = [state["optimizer"]["state"][0]["exp_avg"] for state in states]
-    assert torch.equal(
-        moments[0], moments[1]
-    )  # nothing of the bad gradient stays in the optimizer either
+    # nothing of the bad gradient stays in the optimizer either
+    assert torch.equal(moments[0], moments[1])
     assert not torch.equal(states[1]["model"][key], states[2]["model"][key])
     assert all(tensor.isfinite().all() for tensor in weights(run_dir / "model").values())
 
@@ -798,9 +797,8 @@ def test_wandb_gets_what_the_log_gets(settings, monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run_dir = train(tmp_path, **settings, num_steps=3, eval_interval=2, track=True)
     (segment,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    wait_for(
-        lambda: len(read_wandb(segment)) == 4, seconds=30
-    )  # wandb's service writes on after `finish` returns
+    # wandb's service writes on after `finish` returns
+    wait_for(lambda: len(read_wandb(segment)) == 4, seconds=30)
     assert read_wandb(segment) == read_metrics(run_dir)
     assert [row["step"] for row in read_wandb(segment)] == [0, 1, 2, 3]
 
@@ -837,9 +835,8 @@ def test_copied_script_and_common_run_as_they_are(copied):
     assert [record["step"] for record in metrics(directory / "out" / "run")] == [0, 1]
     assert "Held-out accuracy" in ended.stdout
     saved = json.loads((directory / "out" / "run" / "args.json").read_text())
-    assert (
-        saved["model"] == TINY_MODEL
-    )  # a name, not a path: the run can be resumed from another place
+    # a name, not a path: the run can be resumed from another place
+    assert saved["model"] == TINY_MODEL
     assert "commit: unknown" in (directory / "out" / "run" / "environment.txt").read_text()
     assert {path.name for path in directory.iterdir()} == {"grpo.py", "common", "out"}
 

@@ -4,11 +4,11 @@ browser.
 Numbers are recorded to three significant digits: half a unit of the third is at most 0.5 %.
 """
 
+import functools
 import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,14 +29,17 @@ from common.metrics import StepMetrics
 from common.models import TINY_MODEL, load_tokenizer
 from common.runlog import RunLog
 from common.sampling import Batch
-from tests.helpers import command, dense_task, metrics, resume, rollouts, train
+from tests.helpers import command, dense_task, metrics, resume, rollouts, run_module, train
 
 ROUNDED = 0.00501
 TEMPLATE = (REPOSITORY / "common" / "viewer.html").read_text(encoding="utf-8")
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-HOSTILE = "</script><script>document.title = 'hacked'</script><img src=x onerror=\"document.title='hacked'\"> &amp; \u2028"
+HOSTILE = (
+    "</script><script>document.title = 'hacked'</script>"
+    "<img src=x onerror=\"document.title='hacked'\"> &amp; \u2028"
+)
 CHARACTERS = "naïve 🙂👩‍👩‍👧 日本 שלום עולם مرحبا \ud7ff\n\ttab  two spaces"
 
 
@@ -49,9 +52,8 @@ def groups_of(run_dir):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(
-        TINY_MODEL
-    )  # byte-level: most characters outside ASCII are several tokens
+    # byte-level: most characters outside ASCII are several tokens
+    return load_tokenizer(TINY_MODEL)
 
 
 @pytest.mark.parametrize("text", [CHARACTERS, HOSTILE, "", "plain 12+3"])
@@ -304,13 +306,7 @@ def test_a_page_that_cannot_be_written_does_not_hide_the_error(tmp_path, capsys)
 # The command
 
 
-def view(*argv):
-    return subprocess.run(
-        [sys.executable, "-m", "common.viewer", *map(str, argv)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+view = functools.partial(run_module, "common.viewer")
 
 
 def data_of(path):
@@ -483,7 +479,10 @@ def test_colours_sort_and_filter_change_what_is_shown(run_dir, open_page):
     backgrounds, legends = set(), set()
     for lens in ("loss", "ratio", "logprob", "reference", "entropy"):
         page.select_option("#lens", lens)
-        computed = "spans => spans.map(s => getComputedStyle(s).backgroundColor + getComputedStyle(s).backgroundImage)"
+        computed = (
+            "spans => spans.map(s => getComputedStyle(s))"
+            ".map(style => style.backgroundColor + style.backgroundImage)"
+        )
         backgrounds.add(tuple(page.locator("#groups .t").evaluate_all(computed)))
         legends.add(page.inner_text("#legend"))
     assert len(backgrounds) == len(legends) == 5
@@ -576,9 +575,8 @@ def test_two_runs_stand_side_by_side(run_dir, open_page, tmp_path):
         column = page.locator(".group").first.locator(".runs > div").nth(number)
         texts = [paragraph.text_content() for paragraph in column.locator(".tokens").all()]
         assert texts == ["".join(r["tokens"]).replace("\n", "↵\n") for r in group["responses"]]
-    assert (
-        page.locator(".group pre").count() == 2 + 4
-    )  # both runs had the same prompts, so each is shown once
+    # both runs had the same prompts, so each is shown once
+    assert page.locator(".group pre").count() == 2 + 4
     assert page.locator("#curves path").count() == 2 * 8
 
 

@@ -116,10 +116,8 @@ def test_large_vocabularies(V, monkeypatch):
 
 
 def test_splits_fill_the_gpu():
-    blocks, cpu = (
-        {"BLOCK_N": 128, "BLOCK_V": 256},
-        torch.device("cpu"),
-    )  # which counts as 132 multiprocessors
+    # A CPU counts as 132 multiprocessors.
+    blocks, cpu = {"BLOCK_N": 128, "BLOCK_V": 256}, torch.device("cpu")
     for N, V, width in ((768, 151_936, 6912), (16_384, 151_936, 8192), (1, 300, 256)):
         assert CHOOSE_SPLIT(N, V, blocks, cpu) == width
 
@@ -179,9 +177,8 @@ def test_certain_targets():
 
 def test_float32_weights_with_bfloat16_products():
     hidden, weight, targets = problem(127, 64, 1000, BF16)
-    weights = weight.float() * (
-        1 + 2**-10 * torch.rand(1000, 64, device=DEVICE)
-    )  # less than bf16 can tell
+    # less than bf16 can tell
+    weights = weight.float() * (1 + 2**-10 * torch.rand(1000, 64, device=DEVICE))
     a, b = torch.randn(2, 127, device=DEVICE)
     found = run(hidden, weights, targets, a, b)
     assert found[3].dtype == F32

@@ -44,9 +44,8 @@ def test_batches_of_a_version_by_trying_all(interval, offset):
     sampled_with = {}
     for k in range(1, 100):
         sampled_with.setdefault(version_of_batch(k, interval, offset), []).append(k)
-    complete = sorted(sampled_with)[
-        :-1
-    ]  # the newest version's batches may reach beyond those tried
+    # the newest version's batches may reach beyond those tried
+    complete = sorted(sampled_with)[:-1]
     assert len(complete) > 10
     for version in complete:
         assert (
@@ -168,9 +167,8 @@ def test_batches_are_sampled_as_soon_as_their_version_exists(interval, offset):
         ]
         assert (batch.number, batch.version) == (step, version_of_batch(step, interval, offset))
         assert batch.responses == [[batch.version, row] for row in range(12)]
-        assert (
-            rollouts.greedy(PROMPTS).responses == [[step - 1]] * 10
-        )  # with the present weights, whatever waits
+        # with the present weights, whatever waits
+        assert rollouts.greedy(PROMPTS).responses == [[step - 1]] * 10
         update(rollouts, sampler, step)
 
 
@@ -196,9 +194,8 @@ def test_the_schedule_changes_neither_problems_nor_seeds():
             update(rollouts, sampler, step)
         asked[mode] = [(prompts, seeds) for _, prompts, _, seeds in sampler.calls[:20]]
         assert asked[mode] == asked[MODES[0]]
-    assert (
-        len({seed for _, seeds in asked[MODES[0]] for seed in seeds}) == 20 * 4
-    )  # one random stream per prompt
+    # one random stream per prompt
+    assert len({seed for _, seeds in asked[MODES[0]] for seed in seeds}) == 20 * 4
     rollouts, sampler = make_rollouts(1, 0, seed=4)
     rollouts.next(1)
     assert not set(sampler.calls[0][3]) & set(asked[MODES[0]][0][1])

@@ -29,9 +29,8 @@ from tests.conftest import FAMILIES, build_model
 
 CPU = torch.device("cpu")
 VOCABULARY = 299
-MANY_EOS = set(
-    range(0, VOCABULARY, 12)
-)  # of a random model's tokens about one in twelve ends the response
+# of a random model's tokens about one in twelve ends the response
+MANY_EOS = set(range(0, VOCABULARY, 12))
 NO_EOS = {VOCABULARY + 5}  # never sampled
 
 
@@ -133,9 +132,8 @@ def test_rows_that_outlive_others_keep_their_own_past(model, temperature):
     sampler = TransformersSampler(model, MANY_EOS, 32, temperature)
     samples, sizes = batch_sizes(model, lambda: sampler.sample(prompts, 4, seeds(2)))
     assert sizes[0] == 6 and sizes[1] <= 24 and sizes[1:] == sorted(sizes[1:], reverse=True)
-    assert (
-        len(set(sizes[1:])) >= 5
-    )  # the batch shrank several times while its longest responses went on
+    # the batch shrank several times while its longest responses went on
+    assert len(set(sizes[1:])) >= 5
     twin = in_float64(model)
     for b, response in enumerate(samples.responses):
         naive_TV = naive_logprobs_TV(twin, prompts[b // 4], response, temperature)
@@ -311,9 +309,8 @@ def test_first_tokens_have_the_policys_frequencies(qwen2, temperature):
         counts = [0] * VOCABULARY
         for (token,) in samples.responses[p * group_size : (p + 1) * group_size]:
             counts[token] += 1
-        rare = [
-            v for v in range(VOCABULARY) if expected[v] < 5
-        ]  # too few to be normal: together, one cell
+        # too few to be normal: together, one cell
+        rare = [v for v in range(VOCABULARY) if expected[v] < 5]
         cells = [(counts[v], expected[v]) for v in range(VOCABULARY) if expected[v] >= 5]
         cells.append((sum(counts[v] for v in rare), sum(expected[v] for v in rare)))
         chi_square = sum((count - mean) ** 2 / mean for count, mean in cells)
@@ -391,24 +388,14 @@ def test_an_ids_share_of_the_unit_interval_is_its_probability():
 
 
 def test_no_number_stands_for_an_impossible_id():
-    # The least and greatest numbers, and the borders between shares, with impossible ids on every
-    # side of them.
-    numbers = (
-        0,
-        math.ulp(0),
-        0.25,
-        math.nextafter(0.25, 0),
-        0.5,
-        BELOW_1,
-        1.0,
-    )  # 1.0 is what rounding might make
+    # The least and greatest numbers (1.0 is what rounding might make), and the borders between
+    # shares, with impossible ids on every side of them.
+    numbers = (0, math.ulp(0), 0.25, math.nextafter(0.25, 0), 0.5, BELOW_1, 1.0)
     assert ids_of(log_of(0, 0, 0.25, 0, 0, 0.75, 0, 0), *numbers) == [2, 2, 5, 2, 5, 5, 5]
     assert ids_of(log_of(0, 0, 1, 0), *numbers) == [2] * 7  # one id is all there is
     assert ids_of(log_of(1), *numbers) == [0] * 7
-    assert ids_of(log_of(0.5, 0.5, 1e-60), *numbers)[-2:] == [
-        1,
-        1,
-    ]  # float32 makes it 0, although its log is finite
+    # float32 makes it 0, although its log is finite
+    assert ids_of(log_of(0.5, 0.5, 1e-60), *numbers)[-2:] == [1, 1]
 
 
 def test_a_masked_vocabulary_against_a_loop():
@@ -455,9 +442,8 @@ def test_weights_that_are_not_finite_stop_the_run(directories, bad):
     sampler = TransformersSampler(model, MANY_EOS, 4, 1.0)
     with pytest.raises(RunStopped, match=r"no longer finite.*--learning-rate"):
         sampler.sample(make_prompts(), 2, seeds(18))
-    sampler.greedy(
-        make_prompts()
-    )  # an evaluation must not lose the metrics of the step that shows why
+    # an evaluation must not lose the metrics of the step that shows why
+    sampler.greedy(make_prompts())
 
 
 def test_bf16_weights_are_cast_once_for_all_tokens(qwen2):

@@ -44,9 +44,8 @@ def test_order_counts():
     torch.manual_seed(0)
     square = torch.randn(6, 6)
     assert checksum(square.t()) != checksum(square) != checksum(square.flip(0))
-    assert checksum(square.t()) == checksum(
-        square.t().contiguous()
-    )  # of the elements in order, not of the memory
+    # of the elements in order, not of the memory
+    assert checksum(square.t()) == checksum(square.t().contiguous())
     assert checksum(square[:, :3]) == checksum(square[:, :3].clone())
     assert checksum(torch.tensor([0.0])) != checksum(torch.tensor([-0.0]))
 
@@ -58,9 +57,8 @@ def test_in_a_large_tensor_every_element_and_its_place_count(shape, dtype):
     tensor = torch.randn(shape).to(dtype)
     expected, flat = checksum(tensor), tensor.view(-1)
     assert checksum(tensor.clone()) == expected
-    assert (
-        checksum(torch.cat([torch.zeros(1, dtype=dtype), flat])[1:].view(shape)) == expected
-    )  # wherever it lies
+    # wherever it lies
+    assert checksum(torch.cat([torch.zeros(1, dtype=dtype), flat])[1:].view(shape)) == expected
     integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
     for at in torch.randperm(len(flat))[:200].tolist():
         other = flat.clone()
@@ -71,9 +69,8 @@ def test_in_a_large_tensor_every_element_and_its_place_count(shape, dtype):
         other[[first, second]] = flat[[second, first]]
         assert (checksum(other) == expected) == (flat[first] == flat[second])
     assert checksum(flat.flip(0)) != expected and checksum(flat.roll(1)) != expected
-    assert (
-        len(flat) < 4096 or checksum(flat.roll(4096)) != expected
-    )  # whole rows of the sums, moved
+    # whole rows of the sums, moved
+    assert len(flat) < 4096 or checksum(flat.roll(4096)) != expected
     if len(shape) == 2:
         assert checksum(tensor.t()) != expected != checksum(tensor.flip(0))
 

