@@ -11,7 +11,7 @@ Advantage. With the reward r of a response, and the mean r̄ of its group,
 
 is the advantage of all tokens of the response. In a group of equal rewards, A is 0.
 
-Loss. Each batch gives one update, with N its number of response tokens, EOS tokens included:
+Loss. Each update lowers a sum over the N response tokens of a batch, EOS tokens included:
 
     ρ_t = π(y_t) / π_old(y_t)
     M_t = 1 if (A ≥ 0 and ρ_t ≤ 1+ε_high) or (A ≤ 0 and ρ_t ≥ 1−ε_low), else 0
@@ -19,13 +19,13 @@ Loss. Each batch gives one update, with N its number of response tokens, EOS tok
 
 π(y_t) is the probability of token y_t after those before it, under the current policy; π_old is the
 policy that sampled it. By default the two are the same: a batch is sampled with the newest weights,
-and trained on once. Then ρ = 1 and M = 1: this is REINFORCE with the group's mean as baseline. A
-positive A raises the probabilities of a response's tokens, a negative A lowers them.
+and trained on once. Then ρ = 1 up to rounding, and M = 1: REINFORCE with the group's mean as
+baseline. A positive A raises the probabilities of a response's tokens, a negative A lowers them.
 
 The mask. π differs from π_old if the sampler gets new weights late (--sync-interval, --sync-offset)
-or if a batch gives several updates (--updates-per-batch). M then leaves out a token that has
-already been raised far enough (A > 0) or lowered far enough (A < 0). "One side": a token that has
-moved against its advantage is not left out.
+or if a batch is split into parts with an update each (--updates-per-batch; N then counts a part).
+M leaves out a token that has already been raised far enough (A > 0) or lowered far enough (A < 0).
+"One side": a token that has moved against its advantage is not left out.
 
 No importance sampling ("NoIS"). GRPO has the same mask, and multiplies each token's gradient by ρ,
 since another policy sampled it. Here ρ only decides about M. The paper derives the loss without
@@ -52,15 +52,17 @@ Usage:
 # Suffixes of tensor names are their dimensions:
 #   P  prompts of a batch
 #   G  responses to each prompt, the group
-#   B  sequences (a prompt and its response) of a batch, P·G, or of a part of it
-#   T  tokens of the longest sequence of a micro-batch, to which the others are padded
+#   B  sequences (a prompt and its response) of a micro-batch
+#   T  tokens of its longest sequence, to which the others are padded
 #   1  a dimension with one value for all
 #
-# grpo.py, rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm" only.
+# grpo.py and the other two algorithms, rec_oneside_nois.py and red_weight.py, differ in the regions
+# marked "algorithm" only.
 #
-# On several GPUs, torchrun starts one process per GPU, a rank. Each rank samples and grades some of
-# the prompts (`rollouts.next`, `graded`), then gets all others' responses (`gather_batch`). It
-# computes some of the micro-batches (`micro_batches`), and `loss.backward()` sums over ranks.
+# On several GPUs, torchrun starts one process per GPU, a rank, which holds a shard of the weights.
+# It samples and grades some of the prompts (`rollouts.next`, `graded`), gets the other ranks'
+# responses (`gather_batch`), and computes some of the micro-batches (`micro_batches`). For each,
+# all ranks make a forward and a backward pass together, in which gradients are summed over ranks.
 
 import math
 from dataclasses import dataclass
@@ -86,9 +88,9 @@ from common.tasks.problems import load_problem_sets
 class Args(RunOptions):  # which adds device, engine, output and the like; see --help
     # --- algorithm ---
     clip_low: float = option(0.2, at_least=0)
-    """ε_low: a token with A < 0 has no gradient once its ratio is below 1 − ε_low"""
+    """ε_low: a token with A < 0 is masked once its ratio is below 1 − ε_low"""
     clip_high: float = option(0.2, at_least=0)
-    """ε_high: a token with A > 0 has no gradient once its ratio is above 1 + ε_high"""
+    """ε_high: a token with A > 0 is masked once its ratio is above 1 + ε_high"""
     # --- end algorithm ---
 
     model: str = "tiny"
@@ -109,11 +111,11 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     """divides the logits, when sampling and when training"""
 
     sync_interval: int = option(1, at_least=1)
-    """I: the sampler gets new weights after every I-th step"""
+    """I: the sampler gets the newest weights after every I-th step, and keeps them in between"""
     sync_offset: int = option(0, at_least=0)
-    """O: a batch is sampled O steps before it is trained on; I = O = 1 is one-step off-policy"""
+    """O: how many steps ahead of training batches are sampled; 1 with I = 1: one-step off-policy"""
     updates_per_batch: int = option(1, at_least=1)
-    """split a batch by groups into that many parts, with one update for each"""
+    """split a batch into that many parts, between groups, and make one update with each"""
 
     learning_rate: float = option(2e-4, above=0)
     """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones"""
@@ -141,7 +143,7 @@ def token_weights(advantages_PG, lengths_PG, args):
     """What each token of a response weighs in the loss: 1/N, or 0 if it has nothing to learn."""
     N = lengths_PG.sum()  # of all responses, also those with nothing to learn
     weights_PG = torch.ones_like(advantages_PG) / N
-    # Their gradient is 0 in any case; with weight 0, they get no backward pass.
+    # Without an advantage, the gradient is 0 in any case. Weight 0 saves the backward pass.
     return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
 
@@ -161,12 +163,12 @@ def gradient(part, policy, reference, args, precision, metrics):
     """Leave the gradient of the loss in the policy's parameters, and return the loss.
 
     `part` is the batch, or a part of it with an update of its own. It is split into micro-batches,
-    as many sequences as fit into memory. Since a token's weight depends on the whole part, their
-    gradients just add up: how it is split changes nothing but rounding.
+    as many sequences as fit into memory. A token's weight, 1/N, is that in the whole part. So the
+    micro-batches' gradients are simply added, and the split changes nothing but rounding.
     """
     weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
     for parameter in policy.parameters():
-        # Zeros, since AdamW passes over None: it should follow its momentum if no token learns.
+        # Zeros rather than None: even if no token learns, AdamW should follow its momentum.
         parameter.grad = torch.zeros_like(parameter)
     total_loss = 0.0
     for micro in micro_batches(part, weights_PG, args.max_tokens_per_microbatch, policy.device):
@@ -175,14 +177,14 @@ def gradient(part, policy, reference, args, precision, metrics):
                 micro.reference_logprobs_BT, _ = token_logprobs(
                     reference, micro, args.temperature, precision
                 )
-        with torch.set_grad_enabled(micro.learns):  # whether any of its tokens weighs more than 0
+        with torch.set_grad_enabled(micro.learns):  # False if all its tokens weigh 0
             micro.logprobs_BT, micro.entropy_BT = token_logprobs(
                 policy, micro, args.temperature, precision
             )
             losses_BT = micro.weights_B1 * per_token_loss(micro, args)
             loss = losses_BT[micro.mask_BT].sum()  # over response tokens: no prompt, no padding
         if micro.learns:
-            micro.logprobs_BT.retain_grad()  # to count clipped tokens: their gradient is 0
+            micro.logprobs_BT.retain_grad()  # a metric: where it is 0 although A is not, clipped
             loss.backward()
         metrics.add_micro_batch(micro)
         total_loss += loss.item()
@@ -194,7 +196,7 @@ def update(policy, optimizer, loss, lr, args, metrics):
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     grad_norm = distributed.whole(grad_norm).item()  # a rank has a shard of the parameters
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:  # else the update is skipped; several in a row end the run
+    if finite:  # else the update is skipped; the log ends the run after several in a row
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
     metrics.add_update(loss, grad_norm, lr, skipped=not finite)
@@ -227,7 +229,7 @@ def main(args):
             log.write(0, {}, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))  # rows recorded token by token
+            metrics = StepMetrics(log.recorded_rows(step))  # responses to record token by token
 
             # Sample G responses to each of P prompts, with the log-prob of every token. With a
             # schedule other than the default, that may have been done during training.
@@ -240,13 +242,13 @@ def main(args):
             batch = distributed.gather_batch(batch)
             batch.advantages_PG = advantages(batch.rewards_PG, args)
 
-            # Train on the batch: by default it is the only part.
+            # Train: by default in one part, the whole batch.
             metrics.phase("train")
             for part in mini_batches(batch, args.updates_per_batch, args.seed):
                 loss = gradient(part, policy, reference, args, precision, metrics)
                 update(policy, optimizer, loss, learning_rate(step, args), args, metrics)
 
-            # Evaluate, always with the newest weights.
+            # Evaluate with the newest weights, whichever the sampler has for the next batch.
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("eval")

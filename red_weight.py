@@ -11,7 +11,7 @@ Advantage. With the reward r of a response, and the mean r̄ of its group,
 
 is the advantage of all tokens of the response. In a group of equal rewards, A is 0.
 
-Loss. Each batch gives one update, with N its number of response tokens, EOS tokens included:
+Loss. Each update lowers a sum over the N response tokens of a batch, EOS tokens included:
 
     w = exp(A / τ)
     loss = −1/N Σ_t w A log π(y_t)
@@ -26,12 +26,13 @@ exp(−s/τ) times the weight of a right one. For τ → ∞ that is 1, which is
 mean as baseline; for small τ, wrong responses hardly count.
 
 Older policies. Another policy, π_old, has sampled the batch if the sampler gets new weights late
-(--sync-interval, --sync-offset) or if a batch gives several updates (--updates-per-batch). The loss
-stays the same, without a ratio of π to π_old and without clipping. The paper derives it without
-asking where responses came from. Maximising the reward minus a multiple of KL(π ‖ π_old) has a
-solution for which the reward minus that multiple of log(π/π_old) is the same for all responses to a
-prompt. A step on the squared differences within a group, taken at π_old, is this loss with w = 1.
-That leaves the data distribution, and so w, to our choice.
+(--sync-interval, --sync-offset) or if a batch is split into parts with an update each
+(--updates-per-batch; N then counts a part). The loss stays the same, without a ratio of π to π_old
+and without clipping. The paper derives it without asking where responses came from. Maximising the
+reward minus a multiple of KL(π ‖ π_old) has a solution for which the reward minus that multiple of
+log(π/π_old) is the same for all responses to a prompt. A step on the squared differences within a
+group, taken at π_old, is this loss with w = 1. That leaves the data distribution, and so w, to our
+choice.
 
 Differences from the paper and the authors' code (Trinity-RFT, `rec_policy_loss.py`):
 - Every token weighs w/N, with N counted over the whole batch. Their code averages within each
@@ -52,15 +53,17 @@ Usage:
 # Suffixes of tensor names are their dimensions:
 #   P  prompts of a batch
 #   G  responses to each prompt, the group
-#   B  sequences (a prompt and its response) of a batch, P·G, or of a part of it
-#   T  tokens of the longest sequence of a micro-batch, to which the others are padded
+#   B  sequences (a prompt and its response) of a micro-batch
+#   T  tokens of its longest sequence, to which the others are padded
 #   1  a dimension with one value for all
 #
-# grpo.py, rec_oneside_nois.py and red_weight.py differ in the regions marked "algorithm" only.
+# grpo.py and the other two algorithms, rec_oneside_nois.py and red_weight.py, differ in the regions
+# marked "algorithm" only.
 #
-# On several GPUs, torchrun starts one process per GPU, a rank. Each rank samples and grades some of
-# the prompts (`rollouts.next`, `graded`), then gets all others' responses (`gather_batch`). It
-# computes some of the micro-batches (`micro_batches`), and `loss.backward()` sums over ranks.
+# On several GPUs, torchrun starts one process per GPU, a rank, which holds a shard of the weights.
+# It samples and grades some of the prompts (`rollouts.next`, `graded`), gets the other ranks'
+# responses (`gather_batch`), and computes some of the micro-batches (`micro_batches`). For each,
+# all ranks make a forward and a backward pass together, in which gradients are summed over ranks.
 
 import math
 from dataclasses import dataclass
@@ -107,11 +110,11 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     """divides the logits, when sampling and when training"""
 
     sync_interval: int = option(1, at_least=1)
-    """I: the sampler gets new weights after every I-th step"""
+    """I: the sampler gets the newest weights after every I-th step, and keeps them in between"""
     sync_offset: int = option(0, at_least=0)
-    """O: a batch is sampled O steps before it is trained on; I = O = 1 is one-step off-policy"""
+    """O: how many steps ahead of training batches are sampled; 1 with I = 1: one-step off-policy"""
     updates_per_batch: int = option(1, at_least=1)
-    """split a batch by groups into that many parts, with one update for each"""
+    """split a batch into that many parts, between groups, and make one update with each"""
 
     learning_rate: float = option(2e-4, above=0)
     """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones"""
@@ -139,7 +142,7 @@ def token_weights(advantages_PG, lengths_PG, args):
     """What each token of a response weighs in the loss: 1/N, or 0 if it has nothing to learn."""
     N = lengths_PG.sum()  # of all responses, also those with nothing to learn
     weights_PG = torch.ones_like(advantages_PG) / N
-    # Their gradient is 0 in any case; with weight 0, they get no backward pass.
+    # Without an advantage, the gradient is 0 in any case. Weight 0 saves the backward pass.
     return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
 
@@ -156,12 +159,12 @@ def gradient(part, policy, reference, args, precision, metrics):
     """Leave the gradient of the loss in the policy's parameters, and return the loss.
 
     `part` is the batch, or a part of it with an update of its own. It is split into micro-batches,
-    as many sequences as fit into memory. Since a token's weight depends on the whole part, their
-    gradients just add up: how it is split changes nothing but rounding.
+    as many sequences as fit into memory. A token's weight, 1/N, is that in the whole part. So the
+    micro-batches' gradients are simply added, and the split changes nothing but rounding.
     """
     weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
     for parameter in policy.parameters():
-        # Zeros, since AdamW passes over None: it should follow its momentum if no token learns.
+        # Zeros rather than None: even if no token learns, AdamW should follow its momentum.
         parameter.grad = torch.zeros_like(parameter)
     total_loss = 0.0
     for micro in micro_batches(part, weights_PG, args.max_tokens_per_microbatch, policy.device):
@@ -170,14 +173,14 @@ def gradient(part, policy, reference, args, precision, metrics):
                 micro.reference_logprobs_BT, _ = token_logprobs(
                     reference, micro, args.temperature, precision
                 )
-        with torch.set_grad_enabled(micro.learns):  # whether any of its tokens weighs more than 0
+        with torch.set_grad_enabled(micro.learns):  # False if all its tokens weigh 0
             micro.logprobs_BT, micro.entropy_BT = token_logprobs(
                 policy, micro, args.temperature, precision
             )
             losses_BT = micro.weights_B1 * per_token_loss(micro, args)
             loss = losses_BT[micro.mask_BT].sum()  # over response tokens: no prompt, no padding
         if micro.learns:
-            micro.logprobs_BT.retain_grad()  # to count clipped tokens: their gradient is 0
+            micro.logprobs_BT.retain_grad()  # a metric: where it is 0 although A is not, clipped
             loss.backward()
         metrics.add_micro_batch(micro)
         total_loss += loss.item()
@@ -189,7 +192,7 @@ def update(policy, optimizer, loss, lr, args, metrics):
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
     grad_norm = distributed.whole(grad_norm).item()  # a rank has a shard of the parameters
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
-    if finite:  # else the update is skipped; several in a row end the run
+    if finite:  # else the update is skipped; the log ends the run after several in a row
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
     metrics.add_update(loss, grad_norm, lr, skipped=not finite)
@@ -222,7 +225,7 @@ def main(args):
             log.write(0, {}, eval_set.evaluate(rollouts))
 
         for step in range(log.step + 1, args.num_steps + 1):
-            metrics = StepMetrics(log.recorded_rows(step))  # rows recorded token by token
+            metrics = StepMetrics(log.recorded_rows(step))  # responses to record token by token
 
             # Sample G responses to each of P prompts, with the log-prob of every token. With a
             # schedule other than the default, that may have been done during training.
@@ -235,13 +238,13 @@ def main(args):
             batch = distributed.gather_batch(batch)
             batch.advantages_PG = advantages(batch.rewards_PG, args)
 
-            # Train on the batch: by default it is the only part.
+            # Train: by default in one part, the whole batch.
             metrics.phase("train")
             for part in mini_batches(batch, args.updates_per_batch, args.seed):
                 loss = gradient(part, policy, reference, args, precision, metrics)
                 update(policy, optimizer, loss, learning_rate(step, args), args, metrics)
 
-            # Evaluate, always with the newest weights.
+            # Evaluate with the newest weights, whichever the sampler has for the next batch.
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("eval")

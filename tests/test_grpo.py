@@ -360,7 +360,7 @@ def test_one_advantage_per_row():
 
 
 def test_kl_penalty_by_hand():
-    # A = 0, so that only the penalty is left, with β = 1/2. d = log π − log π_ref is ln 2, −ln 2, 0:
+    # A = 0, so that only the penalty is left, with β = 1/2. d = log π − log π_ref: ln 2, −ln 2, 0.
     # k3 = e^−d + d − 1 = 1/2 + ln 2 − 1, 2 − ln 2 − 1, 0        slope of k3 by log π: 1 − e^−d
     old, zeros = torch.full((3,), -1.0, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     ln2 = math.log(2)

@@ -101,7 +101,7 @@ class ProblemSet:
         return Evaluation(metrics, answers)
 
     def checksum(self):
-        """A number that depends on the prompts' tokens and, as far as JSON goes, on the problems."""
+        """A number that depends on the prompts' tokens and, as far as JSON goes, the problems."""
         everything = [self.prompts, self.problems]
         text = json.dumps(everything, skipkeys=True, default=lambda value: str(type(value)))
         return zlib.crc32(text.encode())
