@@ -9,7 +9,8 @@ of the rewards in its group,
 
     A = (r − r̄) / (σ + 1e-6)
 
-is the advantage of all tokens of the response. In a group of equal rewards, A is 0.
+is the advantage of all tokens of the response. The group's mean is the baseline: there is no value
+function. In a group of equal rewards, A is 0.
 
 Loss. Each update lowers a sum over the N response tokens of a batch, EOS tokens included:
 
@@ -19,22 +20,23 @@ Loss. Each update lowers a sum over the N response tokens of a batch, EOS tokens
 π(y_t) is the probability of token y_t after those before it, under the current policy; π_old is the
 policy that sampled it. By default the two are the same: a batch is sampled with the newest weights,
 and trained on once. Then ρ = 1 up to rounding, and the gradient is that of −1/N Σ_t A log π(y_t).
-A positive A raises the probabilities of a response's tokens, a negative A lowers them.
+A positive A raises the probabilities of a response's tokens, a negative A lowers them. Otherwise ρ
+is an importance weight: it partly corrects for tokens that an older policy has sampled.
 
 Clipping. π differs from π_old if the sampler gets new weights late (--sync-interval, --sync-offset)
 or if a batch is split into parts with an update each (--updates-per-batch; N then counts a part).
-In two cases the minimum is the clipped term, a constant, which has no gradient:
+In two cases the minimum is the clipped term, a constant, so that the token has no gradient:
 
-    A > 0 and ρ > 1+ε_high                  it has been raised far enough
-    A < 0 and ρ < 1−ε_low                   it has been lowered far enough
+    A > 0 and ρ > 1+ε_high                  its probability has been raised far enough
+    A < 0 and ρ < 1−ε_low                   its probability has been lowered far enough
 
 KL penalty. --kl-coef β adds the following to the loss, to keep π near the initial policy π_ref:
 
     d_t = log π(y_t) − log π_ref(y_t)
     β/N Σ_t (exp(−d_t) + d_t − 1)           "k3", an estimate of KL(π ‖ π_ref)
 
-Averaged over tokens sampled from π, its value is KL(π ‖ π_ref), but its gradient is that of the
-reverse divergence, KL(π_ref ‖ π) (arXiv 2506.09477).
+Its mean over tokens sampled from π is KL(π ‖ π_ref). But the gradient goes through log π(y_t) only,
+not through which tokens are sampled, and on average is that of KL(π_ref ‖ π) (arXiv 2506.09477).
 
 Differences from the GRPO paper:
 - Every token weighs 1/N. The paper averages within each response first, so that a token of a long
@@ -64,9 +66,9 @@ Usage:
 # marked "algorithm" only.
 #
 # On several GPUs, torchrun starts one process per GPU, a rank, which holds a shard of the weights.
-# It samples and grades some of the prompts (`rollouts.next`, `graded`), gets the other ranks'
-# responses (`gather_batch`), and computes some of the micro-batches (`micro_batches`). For each,
-# all ranks make a forward and a backward pass together, in which gradients are summed over ranks.
+# Each rank samples and grades its share of the prompts, then gets the whole batch (`gather_batch`).
+# It computes its share of the micro-batches (`micro_batches`), in lockstep with the others, since a
+# pass needs all shards; gradients are summed over ranks. With a single process, skip `distributed`.
 
 import math
 from dataclasses import dataclass
@@ -119,9 +121,9 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     sync_interval: int = option(1, at_least=1)
     """I: the sampler gets the newest weights after every I-th step, and keeps them in between"""
     sync_offset: int = option(0, at_least=0)
-    """O: how many steps ahead of training batches are sampled; 1 with I = 1: one-step off-policy"""
+    """O: a batch is sampled O steps before it is trained on; I = O = 1 is one-step off-policy"""
     updates_per_batch: int = option(1, at_least=1)
-    """split a batch into that many parts, between groups, and make one update with each"""
+    """split a batch into that many parts of whole groups, and make one update with each"""
 
     learning_rate: float = option(2e-4, above=0)
     """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones"""
@@ -151,7 +153,7 @@ def token_weights(advantages_PG, lengths_PG, args):
     N = lengths_PG.sum()  # of all responses, also those with nothing to learn
     weights_PG = torch.ones_like(advantages_PG) / N
     if args.kl_coef == 0:
-        # Without an advantage, the gradient is 0 in any case. Weight 0 saves the backward pass.
+        # No other term has a gradient where A is 0. `gradient` makes no backward pass for weight 0.
         weights_PG = weights_PG.masked_fill(advantages_PG == 0, 0.0)
     return weights_PG
 
@@ -175,8 +177,8 @@ def gradient(part, policy, reference, args, precision, metrics):
     """Leave the gradient of the loss in the policy's parameters, and return the loss.
 
     `part` is the batch, or a part of it with an update of its own. It is split into micro-batches,
-    as many sequences as fit into memory. A token's weight, 1/N, is that in the whole part. So the
-    micro-batches' gradients are simply added, and the split changes nothing but rounding.
+    as many sequences as fit into memory. N counts the tokens of the whole part, so the gradients
+    of micro-batches are simply added, and the split changes nothing but rounding.
     """
     weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
     for parameter in policy.parameters():
@@ -189,14 +191,14 @@ def gradient(part, policy, reference, args, precision, metrics):
                 micro.reference_logprobs_BT, _ = token_logprobs(
                     reference, micro, args.temperature, precision
                 )
-        with torch.set_grad_enabled(micro.learns):  # False if all its tokens weigh 0
+        with torch.set_grad_enabled(micro.learns):  # False, on all ranks, if all its tokens weigh 0
             micro.logprobs_BT, micro.entropy_BT = token_logprobs(
                 policy, micro, args.temperature, precision
             )
             losses_BT = micro.weights_B1 * per_token_loss(micro, args)
             loss = losses_BT[micro.mask_BT].sum()  # over response tokens: no prompt, no padding
         if micro.learns:
-            micro.logprobs_BT.retain_grad()  # a metric: where it is 0 although A is not, clipped
+            micro.logprobs_BT.retain_grad()  # for a metric: if it is 0 and A is not, clipped
             loss.backward()
         metrics.add_micro_batch(micro)
         total_loss += loss.item()
@@ -260,7 +262,7 @@ def main(args):
                 loss = gradient(part, policy, reference, args, precision, metrics)
                 update(policy, optimizer, loss, learning_rate(step, args), args, metrics)
 
-            # Evaluate with the newest weights, whichever the sampler has for the next batch.
+            # Evaluate with the newest weights, which the sampler gets for this in any case.
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("eval")

@@ -9,7 +9,8 @@ Advantage. With the reward r of a response, and the mean r̄ of its group,
 
     A = r − r̄
 
-is the advantage of all tokens of the response. In a group of equal rewards, A is 0.
+is the advantage of all tokens of the response. The group's mean is the baseline: there is no value
+function. In a group of equal rewards, A is 0.
 
 Loss. Each update lowers a sum over the N response tokens of a batch, EOS tokens included:
 
@@ -60,9 +61,9 @@ Usage:
 # marked "algorithm" only.
 #
 # On several GPUs, torchrun starts one process per GPU, a rank, which holds a shard of the weights.
-# It samples and grades some of the prompts (`rollouts.next`, `graded`), gets the other ranks'
-# responses (`gather_batch`), and computes some of the micro-batches (`micro_batches`). For each,
-# all ranks make a forward and a backward pass together, in which gradients are summed over ranks.
+# Each rank samples and grades its share of the prompts, then gets the whole batch (`gather_batch`).
+# It computes its share of the micro-batches (`micro_batches`), in lockstep with the others, since a
+# pass needs all shards; gradients are summed over ranks. With a single process, skip `distributed`.
 
 import math
 from dataclasses import dataclass
@@ -113,9 +114,9 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     sync_interval: int = option(1, at_least=1)
     """I: the sampler gets the newest weights after every I-th step, and keeps them in between"""
     sync_offset: int = option(0, at_least=0)
-    """O: how many steps ahead of training batches are sampled; 1 with I = 1: one-step off-policy"""
+    """O: a batch is sampled O steps before it is trained on; I = O = 1 is one-step off-policy"""
     updates_per_batch: int = option(1, at_least=1)
-    """split a batch into that many parts, between groups, and make one update with each"""
+    """split a batch into that many parts of whole groups, and make one update with each"""
 
     learning_rate: float = option(2e-4, above=0)
     """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones"""
@@ -143,7 +144,7 @@ def token_weights(advantages_PG, lengths_PG, args):
     """What each token of a response weighs in the loss: 1/N, or 0 if it has nothing to learn."""
     N = lengths_PG.sum()  # of all responses, also those with nothing to learn
     weights_PG = torch.ones_like(advantages_PG) / N
-    # Without an advantage, the gradient is 0 in any case. Weight 0 saves the backward pass.
+    # The gradient is 0 where A is 0. `gradient` makes no backward pass for weight 0.
     return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
 
@@ -163,8 +164,8 @@ def gradient(part, policy, reference, args, precision, metrics):
     """Leave the gradient of the loss in the policy's parameters, and return the loss.
 
     `part` is the batch, or a part of it with an update of its own. It is split into micro-batches,
-    as many sequences as fit into memory. A token's weight, 1/N, is that in the whole part. So the
-    micro-batches' gradients are simply added, and the split changes nothing but rounding.
+    as many sequences as fit into memory. N counts the tokens of the whole part, so the gradients
+    of micro-batches are simply added, and the split changes nothing but rounding.
     """
     weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
     for parameter in policy.parameters():
@@ -177,14 +178,14 @@ def gradient(part, policy, reference, args, precision, metrics):
                 micro.reference_logprobs_BT, _ = token_logprobs(
                     reference, micro, args.temperature, precision
                 )
-        with torch.set_grad_enabled(micro.learns):  # False if all its tokens weigh 0
+        with torch.set_grad_enabled(micro.learns):  # False, on all ranks, if all its tokens weigh 0
             micro.logprobs_BT, micro.entropy_BT = token_logprobs(
                 policy, micro, args.temperature, precision
             )
             losses_BT = micro.weights_B1 * per_token_loss(micro, args)
             loss = losses_BT[micro.mask_BT].sum()  # over response tokens: no prompt, no padding
         if micro.learns:
-            micro.logprobs_BT.retain_grad()  # a metric: where it is 0 although A is not, clipped
+            micro.logprobs_BT.retain_grad()  # for a metric: if it is 0 and A is not, clipped
             loss.backward()
         metrics.add_micro_batch(micro)
         total_loss += loss.item()
@@ -248,7 +249,7 @@ def main(args):
                 loss = gradient(part, policy, reference, args, precision, metrics)
                 update(policy, optimizer, loss, learning_rate(step, args), args, metrics)
 
-            # Evaluate with the newest weights, whichever the sampler has for the next batch.
+            # Evaluate with the newest weights, which the sampler gets for this in any case.
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("eval")
