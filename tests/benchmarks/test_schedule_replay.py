@@ -48,7 +48,7 @@ def test_the_shortest_step_is_the_formula(sample, train):
 
 @pytest.mark.parametrize("mode", [*MODES.values(), (3, 2), (4, 7)], ids=str)
 def test_it_agrees_with_two_workers_on_a_ticking_clock(mode):
-    """Whole ticks of time; at each, whoever is free looks whether the next piece of work can begin."""
+    """Whole ticks of time; at each, whoever is free looks whether the next work can begin."""
     interval, offset = mode
     seed = random.SystemRandom().randrange(10**9)
     print(f"seed: {seed}")

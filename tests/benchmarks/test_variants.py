@@ -151,7 +151,7 @@ EQUATIONS = {
 
 
 def loss_and_gradient(script, new, old, split):
-    """What the script makes of the responses: the loss, and the gradient of each token's log-prob."""
+    """What the script makes of the responses: the loss, and each token's log-prob's gradient."""
     rewards, args = torch.tensor(REWARDS, dtype=torch.float64), script.Args()
     advantages = script.advantages(rewards, args).flatten()
     total, gradient = 0.0, [None] * len(new)
