@@ -490,6 +490,19 @@ def test_sequences_longer_than_the_model_can_read(given, refused, tmp_path):
     refused(*given(model=model, task=dense_task(tmp_path), max_response_tokens=32), names="--max-")
 
 
+# Sizes
+
+
+def test_more_updates_than_groups(given, refused):
+    argv = given(prompts_per_step=8, updates_per_batch=9)
+    assert " 8 groups" in refused(*argv, names="--updates-per-batch 9 ")
+
+
+def test_a_penalty_without_the_reference_that_it_needs(given, refused):
+    argv = given(kl_coef=0.1, reference_kl=False)
+    assert "leave out --no-reference-kl." in refused(*argv, names="--kl-coef 0.1 ")
+
+
 # Device and output
 
 

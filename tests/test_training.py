@@ -33,7 +33,7 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import checkpoints, commandline, runlog
+from common import checkpoints, progress, runlog, watch
 from common.curves import read_metrics
 from common.errors import RunStopped
 from common.models import TINY_MODEL
@@ -545,6 +545,25 @@ def test_warm_up_is_linear_then_constant(settings, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "warmup, expected", [(0, [5.0, 4.0, 3.0, 2.0, 1.0]), (3, [5 / 3, 8 / 3, 3.0, 2.0, 1.0])]
+)
+def test_a_linear_learning_rate_falls_to_0_over_the_run(warmup, expected, settings, tmp_path):
+    run_dir = train(
+        tmp_path, **settings, num_steps=5, lr_schedule="linear", warmup_steps=warmup,
+        learning_rate=5e-4, checkpoint_interval=1,
+    )  # fmt: skip
+    rates = [rate * 1e-4 for rate in expected]
+    assert [record["lr"] for record in steps(run_dir)] == pytest.approx(rates, rel=1e-12)
+    # It is what AdamW updates with: a step's largest entry is about the learning rate.
+    for step in (4, 5):
+        groups = checkpoint(run_dir, step)["optimizer"]["param_groups"]
+        assert [group["lr"] for group in groups] == pytest.approx([rates[step - 1]], rel=1e-12)
+    before, after = (checkpoint(run_dir, step)["model"] for step in (4, 5))
+    largest = max((after[key] - before[key]).abs().max().item() for key in before)
+    assert 0.3 * rates[-1] < largest < 3 * rates[-1]
+
+
 def test_evaluations_come_before_training_at_the_interval_and_at_the_end(settings, tmp_path):
     run_dir = train(tmp_path, **{**settings, "num_steps": 5, "eval_interval": 2})
     assert [record["step"] for record in metrics(run_dir) if "eval/reward" in record] == [
@@ -723,14 +742,14 @@ def test_diverged_policy_that_must_sample_stops_the_run(settings, tmp_path, caps
 def test_a_run_without_signal_says_so_once(learns, tmp_path, capsys):
     text = DENSE_TASK if learns else DENSE_TASK.replace("return sum", "return 0.0 and sum")
     task = f"{write_task(tmp_path, text)}:Digits"
-    train(tmp_path, task=task, num_steps=runlog.STEPS_WITHOUT_SIGNAL + 2)
+    train(tmp_path, task=task, num_steps=watch.STEPS_WITHOUT_SIGNAL + 2)
     assert capsys.readouterr().err.count("all rewards of each group were equal") == (
         0 if learns else 1
     )
 
 
 def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(commandline, "SHOW_AFTER", 0)
+    monkeypatch.setattr(progress, "SHOW_AFTER", 0)
     train(tmp_path, num_steps=1)
     shown = capsys.readouterr().err
     assert "tokens sampled, at most: " in shown and "micro-batches: " in shown
@@ -739,7 +758,7 @@ def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch
 def test_skipped_updates_that_are_not_in_a_row_are_survived(
     settings, keep_all, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(runlog, "MOST_SKIPPED_UPDATES", 2)
+    monkeypatch.setattr(watch, "MOST_SKIPPED_UPDATES", 2)
     # Rewards so large that their sum overflows in steps 2 and 4: the advantages, and so the loss,
     # are not numbers.
     task = counting_task(tmp_path, "(calls - 5) // 16 in (1, 3) and calls % 4", "return 1.7e308")

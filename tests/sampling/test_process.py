@@ -23,8 +23,8 @@ import torch
 from common.errors import BadInput, RunStopped
 from common.models import load_model
 from common.rollouts import load_sampler
-from common.sampling import Plan, Sampler, Samples, version_of_batch
-from common.sampling import process as module
+from common.sampling import Plan, Sampler, Samples, shared_weights, version_of_batch
+from common.sampling import overlapped as module
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.shared_weights import SharedWeights
@@ -266,7 +266,7 @@ def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     run = Run(argv, tmp_path / "log", afresh=True)
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
-    said = r"Held-out reward|Everything is in |$"
+    said = r"Watch the reward\. |Held-out reward|Everything is in |$"
     progress = re.compile(r"(Loading weights: |Writing model shards: )? *\d+%\||" + said)
     assert [line for line in lines if not progress.match(line)] == []
     assert len(lines) > NUM_STEPS
@@ -424,7 +424,7 @@ def test_every_batch_is_sampled_with_the_weights_of_its_version(schedule):
 
     model, continued = make_rollouts(*schedule)
     set_weights(model, 20)
-    continued.load_state_dict(state)
+    continued.load_state_dict(state, model)
     with continued:
         for step in range(21, 41):
             batch = continued.next(step)
@@ -468,7 +468,7 @@ def test_a_resumed_sampler_may_start_later_than_the_next_weights_come(monkeypatc
     monkeypatch.setattr(module, "describe", manifest_of)
     _, continued = make_rollouts(1, 0, SlowlyStartingSampler, verified=True)
     continued.model = model
-    continued.load_state_dict(state)
+    continued.load_state_dict(state, model)
     with continued:
         assert continued.next(2).responses[0] == [1]
         set_weights(model, 2)
@@ -483,9 +483,9 @@ def test_a_run_goes_on_in_the_way_it_began():
         beside.next(1)
         state = beside.state_dict()
     with pytest.raises(BadInput, match=r"--resume: .* in a process of its own"):
-        in_turns.load_state_dict(state)
+        in_turns.load_state_dict(state, model)
     with pytest.raises(BadInput, match=r"--resume: .* in turns with training .*--serial"):
-        beside.load_state_dict(in_turns.state_dict())
+        beside.load_state_dict(in_turns.state_dict(), model)
 
 
 def test_a_version_that_was_never_published_raises():
@@ -546,9 +546,8 @@ def test_a_failed_sampler_leaves_the_state_complete_and_is_reported_afterwards(f
 
     model, continued = make_rollouts(3, 2)
     set_weights(model, 3)
-    for tensor in state["weights"][3].values():
-        tensor.fill_(3)
-    continued.load_state_dict(state)
+    assert state["weights"][3] is None  # they are the model's own
+    continued.load_state_dict(state, model)
     with continued:
         for step in range(4, 12):
             assert {response[0] for response in continued.next(step).responses} == {
@@ -662,7 +661,7 @@ def test_after_resuming_stored_weights_are_verified_though_the_trainer_has_moved
     state |= {"waiting": [expected[5]], "last_arrived": 5}
     resumed, continued = begin()
     resumed.load_state_dict(model.state_dict())
-    continued.load_state_dict(state)
+    continued.load_state_dict(state, resumed)
     with continued:
         for step in (5, 6, 7, 8):
             batch = continued.next(step)
@@ -747,8 +746,9 @@ def test_too_little_shared_memory_is_one_line(place, tmp_path, capfd, monkeypatc
     with pytest.raises(BadInput, match=r"takes \d{8,} MiB of shared memory .*--shm-size.*--serial"):
         SharedWeights(torch.nn.Linear(2**24, 2**22, bias=False, device="meta"), num_slots=2)
     _, settings = place
-    usage = module.shutil.disk_usage("/dev/shm")._replace(free=100_000)  # less than the model
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: {"/dev/shm": usage}[path])
+    shutil = shared_weights.shutil
+    usage = shutil.disk_usage("/dev/shm")._replace(free=100_000)  # less than the model
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: {"/dev/shm": usage}[path])
     assert command(*options(tmp_path, **settings, sync_offset=1, serial=False)) == 2
     assert "MiB of shared memory" in capfd.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run").exists()

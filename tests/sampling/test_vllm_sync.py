@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
-from common import rollouts as rollouts_module
 from common.errors import RunStopped
 from common.sampling import Plan
+from common.sampling import serial as serial_module
 from common.sampling import vllm as vllm_module
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
@@ -386,7 +386,7 @@ def test_in_turns_a_faulty_delivery_stops_the_run_before_a_batch_is_sampled_from
         return manifest
 
     rollouts, model, asked = take_turns(1, 0)
-    monkeypatch.setattr(rollouts_module, "describe", then_spoil)
+    monkeypatch.setattr(serial_module, "describe", then_spoil)
     rollouts.next(1)
     change(model, 0.1)
     rollouts.publish(1)
