@@ -60,7 +60,7 @@ SMALL = {
     "learning_rate": 2e-4,  # which a model other than the bundled one needs to be told
 }
 """settings of a run that takes a second; the sampler's own process takes seconds to start, see
-test_overlap.py
+sampling/test_process.py
 """
 
 
@@ -294,6 +294,7 @@ class Forked:
     def __init__(self, function, argv, log, environment):
         words = [str(word) for word in argv]
         self.process = forked(_leader, function, words, str(log), dict(environment), daemon=False)
+        self.process._config["daemon"] = True  # it may have children, but ends with the tests
         self.pid = self.process.pid
 
     def poll(self):

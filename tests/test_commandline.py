@@ -456,7 +456,7 @@ def test_any_other_error_keeps_its_traceback(monkeypatch):
         run(main, grpo.Args, "grpo.py")
 
 
-# Ctrl-C; what it does to a whole run is in test_resume.py and test_overlap.py
+# Ctrl-C; what it does to a whole run is in test_resume.py and sampling/test_process.py
 
 
 def press_ctrl_c():

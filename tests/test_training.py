@@ -832,10 +832,9 @@ def test_wandb_gets_what_the_log_gets(settings, monkeypatch, tmp_path):
 # The script as a command
 
 
-@pytest.fixture(scope="module")
-def copied(tmp_path_factory):
-    """A directory that holds `grpo.py`, `common/` and a run of theirs, and what it printed."""
-    directory = tmp_path_factory.mktemp("copied")
+def test_copied_script_and_common_run_as_they_are_and_import_no_wandb(tmp_path):
+    directory = tmp_path / "copied"
+    directory.mkdir()
     shutil.copy(REPOSITORY / "grpo.py", directory)
     shutil.copytree(
         REPOSITORY / "common", directory / "common", ignore=shutil.ignore_patterns("__pycache__")
@@ -843,13 +842,9 @@ def copied(tmp_path_factory):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # -X importtime prints a line for every module imported.
     argv = [sys.executable, "-X", "importtime", "grpo.py", *options("out", num_steps=1)]
-    return directory, subprocess.run(
+    ended = subprocess.run(
         argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=200
     )
-
-
-def test_copied_script_and_common_run_as_they_are(copied):
-    directory, ended = copied
     assert ended.returncode == 0, ended.stderr
     assert [record["step"] for record in metrics(directory / "out" / "run")] == [0, 1]
     assert "Held-out accuracy" in ended.stdout
@@ -859,9 +854,6 @@ def test_copied_script_and_common_run_as_they_are(copied):
     assert "commit: unknown" in (directory / "out" / "run" / "environment.txt").read_text()
     assert {path.name for path in directory.iterdir()} == {"grpo.py", "common", "out"}
 
-
-def test_wandb_is_not_imported_unless_asked_for(copied):
-    _, ended = copied
     imported = {
         line.rpartition("|")[2].strip()
         for line in ended.stderr.splitlines()

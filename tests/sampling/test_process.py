@@ -8,6 +8,7 @@ import contextlib
 import copy
 import functools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -160,7 +161,7 @@ def test_ctrl_c_stops_both_and_leaves_a_checkpoint(place, tmp_path):
     _, settings = place
     sync = {"sync_interval": 3, "sync_offset": 2, "serial": False}
     run_dir = tmp_path / "stopped"
-    longer = {**settings, "checkpoint_interval": 50, "num_steps": 40}
+    longer = {**settings, "checkpoint_interval": 50, "num_steps": 20}
     run = Run(options(tmp_path, "stopped", **longer, **sync), tmp_path / "log", afresh=True)
     wait_for(lambda: num_logged(run_dir) >= 3 or run.trainer.poll() is not None)
     os.killpg(run.trainer.pid, signal.SIGINT)  # as a terminal does: to trainer and sampler
@@ -310,6 +311,8 @@ def test_a_failure_of_the_sampler_is_the_runs(
     _, settings = place
     argv = options(tmp_path, **settings, sync_offset=1, serial=False)
     with monkeypatch.context() as patch:
+        if failure == "ValueError":  # a traceback on this process's stderr: not that of the server
+            patch.setattr(torch.multiprocessing, "get_context", multiprocessing.get_context)
         patch.setattr("common.rollouts.load_sampler", partial(FailingSampler, failure))
         assert command(*argv) == code
     *before, last_line = capfd.readouterr().err.splitlines()

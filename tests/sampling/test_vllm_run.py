@@ -21,11 +21,11 @@ from common.sampling import Plan
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import make_vllm_sampler
+from tests import helpers
 from tests.benchmarks.test_evaluate import LENIENT
 from tests.conftest import REPOSITORY, build_model
 from tests.helpers import (
     DENSE_TASK,
-    Run,
     dense_task,
     kill,
     metrics,
@@ -41,6 +41,8 @@ from tests.sampling import vllm_engines  # noqa: F401 (skips this file where the
 from tests.sampling.test_transformers import trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
 from tests.test_distributed import Torchrun, nothing_stays  # noqa: F401 (the latter is a fixture)
+
+Run = partial(helpers.Run, afresh=True)  # an engine wants a process that has imported nothing
 
 
 @pytest.fixture(scope="module")
