@@ -11,11 +11,7 @@ import re
 import secrets
 import socket
 import sys
-<<<<<<< ours
-import textwrap
 import types
-=======
->>>>>>> theirs
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -23,12 +19,8 @@ import torch
 from tests.test_sequence_level_loss import LOOP
 
 import grpo
-<<<<<<< ours
 from common import commandline, distributed, logprobs, runlog
-=======
-from common import commandline, distributed, logprobs
 from common.metrics import StepMetrics
->>>>>>> theirs
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import verify
 from tests import helpers
@@ -120,14 +112,6 @@ def loss_and_gradients(cases):
         policy = load_model(case["model"], "", CPU, case["checkpointing"])
         distributed.shard(policy, CPU, case.get("replicas", 1))
         args = module.Args(max_tokens_per_microbatch=case["budget"])
-<<<<<<< ours
-        names = vars(module) | {
-            "model": model, "reference": None, "batch": case["batch"],
-            "metrics": module.StepMetrics(), "args": args, "precision": case["precision"],
-            "device": CPU, "advantages_B": case["advantages"],
-        }  # fmt: skip
-=======
->>>>>>> theirs
         before, logprobs.LARGE_VOCABULARY = logprobs.LARGE_VOCABULARY, case["large"]
         metrics = StepMetrics()
         loss = module.gradient(case["batch"], policy, None, args, case["precision"], metrics)

@@ -103,15 +103,9 @@ def cases(tmp_path_factory):
     uneven, few = [1, 30, 2, 17, 9, 3, 22, 5], [12, 4]
     advantages = torch.tensor([1.0, -0.5, 2.0, -1.0, 0.3, -0.7, 0.9, -2.0], dtype=torch.float64)
     half = advantages.masked_fill(torch.arange(8) % 2 == 0, 0.0)
-<<<<<<< ours
     # one response with a gradient: one rank has it
     lone = advantages.masked_fill(torch.arange(8) != 6, 0.0)
-=======
-    lone = advantages.masked_fill(
-        torch.arange(8) != 6, 0.0
-    )  # one response with a gradient: one rank has it
     variants.write("gspo", place / "gspo.py")
->>>>>>> theirs
     plain = {
         "model": tied,
         "precision": "float32",
