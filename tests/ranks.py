@@ -16,7 +16,6 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-from tests.test_sequence_level_loss import LOOP
 
 import grpo
 from common import commandline, distributed, logprobs, runlog

@@ -19,7 +19,6 @@ from typing import ClassVar
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.test_sequence_level_loss import write_gspo
 from torch.distributed.run import main as torchrun
 from transformers import AutoModelForCausalLM
 
