@@ -38,7 +38,6 @@ Writes `report.md`, `step_time.json` with its numbers, and `steps.csv` with ever
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -50,6 +49,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 import tyro
 from tqdm import tqdm
 
@@ -60,6 +60,7 @@ from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import Run, run_all, run_once, train
 from common.environment import describe_environment
 from common.layers import use_threads
+from common.metrics import peak_bytes
 from common.models import load_tokenizer, location
 from common.sampling import problems_of_batch
 from common.tasks import load_task
@@ -143,15 +144,6 @@ def run_trl(*arguments):
     return json.loads(Path(directory, "steps.json").read_text())
 
 
-def peak_gib(device):
-    """The largest memory of this process so far, as `grpo.py` measures its own."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
-
-
 def train_with_trl(work, model, threads, reference, steps, directory, batch_size):
     """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json`
     into `directory`.
@@ -185,7 +177,7 @@ def train_with_trl(work, model, threads, reference, steps, directory, batch_size
 
         def on_step_end(self, *_, **__):
             records[-1].insert(0, time.perf_counter() - self.started)
-            records[-1].append(peak_gib(work["device"]))
+            records[-1].append(peak_bytes(torch.device(work["device"])) / 2**30)
             # What is timed must contain the sampling and grading of exactly one batch.
             sampled = len(records) - self.batches_before
             assert sampled == 1, "TRL generates outside of the timed part of a step"
