@@ -11,7 +11,6 @@ import re
 import secrets
 import socket
 import sys
-import textwrap
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -19,10 +18,10 @@ import torch
 
 import grpo
 from common import commandline, distributed, logprobs
+from common.metrics import StepMetrics
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import verify
 from tests import helpers
-from tests.test_sequence_level_loss import LOOP
 
 CPU = torch.device("cpu")
 
@@ -93,10 +92,9 @@ def script(argv, log):
 
 
 def loss_and_gradients(cases):
-    """For each case, what the lines of a script's loop make of it: total loss, and whole gradients
-    by name.
+    """For each case, what a script's `gradient` makes of it: loss, and whole gradients by name.
 
-    A case has the script's module (or its path), a model directory, a batch, its advantages, a
+    A case has the script's module (or its path), a model directory, a batch with advantages, a
     token budget, precision, the vocabulary from which on slices are taken, and whether activations
     are recomputed.
     """
@@ -104,21 +102,17 @@ def loss_and_gradients(cases):
     results = []
     for case in cases:
         module = helpers.import_script(case["script"])
-        model = load_model(case["model"], "", CPU, case["checkpointing"])
-        distributed.shard(model, CPU, case.get("replicas", 1))
-        (lines,) = LOOP.findall(Path(module.__file__).read_text())
+        policy = load_model(case["model"], "", CPU, case["checkpointing"])
+        distributed.shard(policy, CPU, case.get("replicas", 1))
         args = module.Args(max_tokens_per_microbatch=case["budget"])
-        names = vars(module) | {
-            "model": model, "reference": None, "batch": case["batch"], "metrics": module.StepMetrics(), "args": args,
-            "precision": case["precision"], "device": CPU, "advantages_B": case["advantages"],
-        }  # fmt: skip
         before, logprobs.LARGE_VOCABULARY = logprobs.LARGE_VOCABULARY, case["large"]
-        exec(textwrap.dedent(lines), names)
+        metrics = StepMetrics()
+        loss = module.gradient(case["batch"], policy, None, args, case["precision"], metrics)
         logprobs.LARGE_VOCABULARY = before
         gradients = {
-            name: distributed.whole(parameter.grad) for name, parameter in model.named_parameters()
+            name: distributed.whole(parameter.grad) for name, parameter in policy.named_parameters()
         }
-        results.append((names["total_loss"], gradients))
+        results.append((loss, gradients))
     return results if distributed.rank() == 0 else None
 
 

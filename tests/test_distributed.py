@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks import variants
 from common import distributed
 from common.sampling import Batch
 from tests import ranks
@@ -25,6 +26,7 @@ from tests.conftest import REPOSITORY, build_model
 from tests.helpers import (
     DENSE_TASK,
     assert_same_run,
+    checkpoint,
     dense_task,
     finish,
     metrics,
@@ -32,10 +34,10 @@ from tests.helpers import (
     options,
     resume,
     rollouts,
+    steps,
     wait_for,
     write_task,
 )
-from tests.test_sequence_level_loss import write_gspo
 
 SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
@@ -52,28 +54,37 @@ def test_every_micro_batch_counts_once_and_all_ranks_make_equally_many_passes(mo
         for rank in range(size):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
             dealt.append(distributed.deal(splits, kinds))
-        counted = [rows for mine in dealt for rows, counts in mine if counts]
+        counted = [rows for mine in dealt for rows, repeated in mine if not repeated]
         assert sorted(counted) == sorted(splits)
         for passes in zip(*dealt, strict=True):  # raises where one rank makes fewer
             assert len({kinds[rows[0]] for rows, _ in passes}) == 1
     monkeypatch.setattr(distributed, "size", lambda: 1)
     monkeypatch.setattr(distributed, "rank", lambda: 0)
-    assert distributed.deal(splits, kinds) == [(rows, True) for rows in splits]
+    assert distributed.deal(splits, kinds) == [(rows, False) for rows in splits]
 
 
 # Gradients
 
 
-def make_batch(vocab_size, seed, lengths):
-    """Sequences with responses of these lengths; the sampler's log-probs are near those of a
-    uniform policy.
+def make_batch(vocab_size, seed, lengths, advantages):
+    """Sequences with responses of these lengths and these advantages, in groups of two.
+
+    The sampler's log-probs are near those of a uniform policy.
     """
     rng = random.Random(seed)
     prompts = [[rng.randrange(vocab_size) for _ in range(rng.randint(2, 9))] for _ in lengths]
     responses = [[rng.randrange(vocab_size) for _ in range(length)] for length in lengths]
     logprobs = [[rng.uniform(-7, -4) for _ in response] for response in responses]
     return Batch(
-        1, 0, list(range(len(lengths))), prompts, responses, logprobs, [False] * len(lengths)
+        number=1,
+        version=0,
+        group_size=2,
+        problems=list(range(len(lengths))),
+        prompts=prompts,
+        responses=responses,
+        logprobs=logprobs,
+        truncated=[False] * len(lengths),
+        advantages_PG=advantages.view(-1, 2),
     )
 
 
@@ -88,6 +99,7 @@ def cases(tmp_path_factory):
     lone = advantages.masked_fill(
         torch.arange(8) != 6, 0.0
     )  # one response with a gradient: one rank has it
+    variants.write("gspo", place / "gspo.py")
     plain = {
         "model": tied,
         "precision": "float32",
@@ -98,7 +110,7 @@ def cases(tmp_path_factory):
     made = {
         **{name: {"script": name, "lengths": uneven, "advantages": advantages} for name in SCRIPTS},
         "sequence-level loss": {
-            "script": str(write_gspo(place)),
+            "script": str(place / "gspo.py"),
             "lengths": uneven,
             "advantages": advantages,
         },
@@ -125,7 +137,7 @@ def cases(tmp_path_factory):
         "bfloat16": {"lengths": uneven, "advantages": half, "precision": "bfloat16"},
     }
     for number, case in enumerate(made.values()):
-        case |= {"batch": make_batch(280, number, case["lengths"])}
+        case["batch"] = make_batch(280, number, case["lengths"], case["advantages"])
         case |= {key: value for key, value in plain.items() if key not in case}
         case.setdefault("script", "grpo")
     return made
@@ -266,6 +278,18 @@ def assert_nearly_the_same(run_dir, other):
 def test_a_run_on_several_ranks_is_that_of_one(count, task, lone_run, tmp_path):
     run_on(count, options(tmp_path, task=task, **RUN), tmp_path / "log")
     assert_nearly_the_same(tmp_path / "run", lone_run)
+
+
+def test_several_updates_per_batch_on_two_ranks_are_those_of_one(task, tmp_path):
+    more = {**RUN, "updates_per_batch": 4, "num_steps": 4, "rollouts_interval": 1}
+    for count in (1, 2):
+        argv = options(tmp_path, name=str(count), task=task, **more)
+        run_on(count, argv, tmp_path / f"{count}.log")
+    assert_nearly_the_same(tmp_path / "2", tmp_path / "1")
+    assert all(record["ratio/max"] > 1.0001 for record in steps(tmp_path / "1"))
+    for name in ("1", "2"):
+        moments = checkpoint(tmp_path / name, 4)["optimizer"]["state"].values()
+        assert {int(moment["step"]) for moment in moments} == {16}
 
 
 @pytest.mark.parametrize("schedule", [(2, 0), (1, 1), (3, 2)])

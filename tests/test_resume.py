@@ -28,6 +28,7 @@ from common import checkpoints
 from common.commandline import parse
 from common.errors import BadInput
 from common.interrupt import STOP_SIGNALS
+from common.runfiles import RunFiles
 from common.runlog import RunLog
 from tests.conftest import build_model
 from tests.helpers import (
@@ -152,8 +153,10 @@ def begin(log):
         (Path, "mkdir"),
         (Path, "write_text"),
         (os, "rename"),
-        (RunLog, "_create"),
-        (RunLog, "_write_environment"),
+        (RunFiles, "create"),
+        (RunFiles, "take_lock"),
+        (RunFiles, "open"),
+        (RunFiles, "write_environment"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

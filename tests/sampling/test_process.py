@@ -5,6 +5,7 @@ Runs are real: `python grpo.py` in a process group of its own, signals to real p
 into /proc for processes that remain. A failing test prints the seed of its random moments.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.checkpoints import Checkpoints
 from common.errors import BadInput, RunStopped
 from common.models import load_model
 from common.rollouts import load_sampler
@@ -418,6 +420,57 @@ def test_every_batch_is_sampled_with_the_weights_of_its_version(schedule):
             }
             set_weights(model, step)
             continued.publish(step)
+
+
+class Logged:
+    """Of a run's log, what checkpoints need: its directory and its step."""
+
+    def __init__(self, directory):
+        self.dir, self.step = directory, 0
+
+    def state_dict(self):
+        return {"step": self.step}
+
+    def load_state_dict(self, state):
+        self.step = state["step"]
+
+
+@pytest.mark.parametrize("schedule", [(2, 5), (3, 2)], ids=str)
+def test_a_checkpoints_weights_reach_the_sampler(schedule, tmp_path):
+    """Whatever is done first, loading or starting, and though the model begins with others."""
+    problems = types.SimpleNamespace(checksum=lambda: 1)
+
+    def begin():
+        model, rollouts = make_rollouts(*schedule)
+        set_weights(model, 0)
+        optimizer = torch.optim.AdamW(model.parameters())
+        parts = (Logged(tmp_path), model, optimizer, rollouts, problems, problems)
+        return model, rollouts, Checkpoints(*parts)
+
+    model, rollouts, checkpoints = begin()
+    with rollouts:
+        for step in range(1, 10):
+            rollouts.next(step)
+            set_weights(model, step)
+            rollouts.publish(step)
+        checkpoints.log.step = 9
+        checkpoints.save()
+
+    for loaded_first in (True, False):
+        model, resumed, checkpoints = begin()
+        with contextlib.ExitStack() as started:
+            if not loaded_first:
+                started.enter_context(resumed)
+            checkpoints.load_newest()
+            assert checkpoints.log.step == 9 and (model.weight == 9).all()
+            if loaded_first:
+                started.enter_context(resumed)
+            for step in range(10, 21):
+                version = version_of_batch(step, *schedule)
+                assert {response[0] for response in resumed.next(step).responses} == {version}
+                assert (model.weight == step - 1).all()
+                set_weights(model, step)
+                resumed.publish(step)
 
 
 @pytest.mark.parametrize("schedule", [(1, 1), (2, 5), (4, 0), (3, 2)], ids=str)
