@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.errors import RunStopped
+from common.errors import BadInput, RunStopped
 
 
 def join_ranks(device, timeout):
@@ -40,6 +40,16 @@ def join_ranks(device, timeout):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=_patience)
     _between_cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+
+
+def check_number_of_ranks(args):
+    """Raise `BadInput` for options that do not fit it."""
+    if args.prompts_per_step < size():
+        what = f"--prompts-per-step {args.prompts_per_step} is less than {size()} ranks"
+        raise BadInput(f"{what}: raise it.")
+    if size() % args.replicas:
+        what = f"--replicas {args.replicas} does not divide {size()} ranks"
+        raise BadInput(f"{what}: give a divisor.")
 
 
 def _exit_with(parent):

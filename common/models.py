@@ -11,7 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from common.distributed import broadcast, rank, shard, size, whole, whole_state
+from common.distributed import (
+    broadcast,
+    check_number_of_ranks,
+    rank,
+    shard,
+    size,
+    whole,
+    whole_state,
+)
 from common.errors import NOT_FINITE, BadInput, RunStopped
 from common.layers import speed_up
 
@@ -64,6 +72,7 @@ def load_tokenizer(name, revision=""):
 
 def load_policy(args, device):
     """The model to train; under torchrun, this rank's shard of it. Raises `BadInput`."""
+    check_number_of_ranks(args)
     policy = load_model(args.model, args.revision, device, args.gradient_checkpointing)
     shard(policy, device, args.replicas)
     return policy

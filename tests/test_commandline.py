@@ -20,6 +20,7 @@ from helpers import REPOSITORY, as_options, command, dense_task, options, resume
 import grpo
 import rec_oneside_nois
 import red_weight
+from common import distributed
 from common.commandline import check, parse, run
 from common.errors import BadInput, RunStopped
 from common.interrupt import finish_step_on_interrupt
@@ -205,21 +206,22 @@ def test_more_updates_than_groups(given, refused, main):
     assert command(*given(prompts_per_step=8, updates_per_batch=8)) == 0 and main.pop()
 
 
-def test_fewer_prompts_than_ranks(given, refused, main, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "5")
-    line = refused(*given(prompts_per_step=4), names="--prompts-per-step 4 ")
-    assert "less than 5 ranks: raise it." in line
-    assert command(*given(prompts_per_step=5)) == 0 and main.pop()
+def test_fewer_prompts_than_ranks(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 5)
+    with pytest.raises(BadInput, match="--prompts-per-step 4 is less than 5 ranks: raise it"):
+        distributed.check_number_of_ranks(grpo.Args(prompts_per_step=4))
+    distributed.check_number_of_ranks(grpo.Args(prompts_per_step=5))
 
 
-def test_replicas_that_do_not_divide_the_ranks(given, refused, main, monkeypatch):
-    assert "does not divide 1 ranks" in refused(*given(replicas=2), names="--replicas 2 ")
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    for replicas in (3, 8):
-        line = refused(*given(replicas=replicas), names=f"--replicas {replicas} ")
-        assert "does not divide 4 ranks: give a divisor." in line
-    for replicas in (1, 2, 4):
-        assert command(*given(replicas=replicas)) == 0 and main.pop()
+def test_replicas_that_do_not_divide_the_ranks(monkeypatch):
+    for ranks, refused, accepted in ((1, (2,), (1,)), (4, (3, 8), (1, 2, 4))):
+        monkeypatch.setattr(distributed, "size", lambda ranks=ranks: ranks)
+        for replicas in refused:
+            what = f"--replicas {replicas} does not divide {ranks} ranks: give a divisor"
+            with pytest.raises(BadInput, match=what):
+                distributed.check_number_of_ranks(grpo.Args(replicas=replicas))
+        for replicas in accepted:
+            distributed.check_number_of_ranks(grpo.Args(replicas=replicas))
 
 
 def test_a_resumed_run_is_checked_as_well(run_dir, refused):

@@ -296,10 +296,10 @@ def test_a_run_on_several_ranks_is_that_of_one(count, settings, lone_run, tmp_pa
     assert_nearly_the_same(tmp_path / "run", lone_run)
 
 
-def test_several_updates_per_batch_on_two_ranks_are_those_of_one(task, tmp_path):
+def test_several_updates_per_batch_on_two_ranks_are_those_of_one(settings, tmp_path):
     more = {**RUN, "updates_per_batch": 4, "num_steps": 4, "rollouts_interval": 1}
     for count in (1, 2):
-        argv = options(tmp_path, name=str(count), task=task, **more)
+        argv = options(tmp_path, name=str(count), **settings, **more)
         run_on(count, argv, tmp_path / f"{count}.log")
     assert_nearly_the_same(tmp_path / "2", tmp_path / "1")
     assert all(record["ratio/max"] > 1.0001 for record in steps(tmp_path / "1"))

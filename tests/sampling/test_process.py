@@ -452,10 +452,9 @@ class Logged:
         self.step = state["step"]
 
 
-@pytest.mark.parametrize("when", ["before it is started", "when it has been started"])
-@pytest.mark.parametrize("schedule", [(1, 4), (2, 5), (4, 0), (3, 2)], ids=str)
-def test_a_checkpoints_weights_reach_the_sampler(schedule, when, tmp_path):
-    """Whatever a resumed run does first, and though its model begins with other weights."""
+@pytest.mark.parametrize("schedule", [(2, 5), (3, 2)], ids=str)
+def test_a_checkpoints_weights_reach_the_sampler(schedule, tmp_path):
+    """Whatever is done first, loading or starting, and though the model begins with others."""
     problems = types.SimpleNamespace(checksum=lambda: 1)
 
     def begin():
@@ -474,20 +473,21 @@ def test_a_checkpoints_weights_reach_the_sampler(schedule, when, tmp_path):
         checkpoints.log.step = 9
         checkpoints.save()
 
-    model, resumed, checkpoints = begin()
-    with contextlib.ExitStack() as started:
-        if when == "when it has been started":
-            started.enter_context(resumed)
-        checkpoints.load_newest()
-        assert checkpoints.log.step == 9 and (model.weight == 9).all()
-        if when == "before it is started":
-            started.enter_context(resumed)
-        for step in range(10, 21):
-            version = version_of_batch(step, *schedule)
-            assert {response[0] for response in resumed.next(step).responses} == {version}
-            assert (model.weight == step - 1).all()
-            set_weights(model, step)
-            resumed.publish(step)
+    for loaded_first in (True, False):
+        model, resumed, checkpoints = begin()
+        with contextlib.ExitStack() as started:
+            if not loaded_first:
+                started.enter_context(resumed)
+            checkpoints.load_newest()
+            assert checkpoints.log.step == 9 and (model.weight == 9).all()
+            if loaded_first:
+                started.enter_context(resumed)
+            for step in range(10, 21):
+                version = version_of_batch(step, *schedule)
+                assert {response[0] for response in resumed.next(step).responses} == {version}
+                assert (model.weight == step - 1).all()
+                set_weights(model, step)
+                resumed.publish(step)
 
 
 @pytest.mark.parametrize("schedule", [(1, 1), (2, 5), (4, 0), (3, 2)], ids=str)
