@@ -19,9 +19,10 @@ Loss. Each update lowers a sum over the N response tokens of a batch, EOS tokens
     loss = −1/N Σ_t A M_t log π(y_t)        M is a constant: no gradient goes through it
 
 π(y_t) is the probability of token y_t after those before it, under the current policy; π_old is the
-policy that sampled it. By default the two are the same: a batch is sampled with the newest weights,
+policy that sampled it. A positive A raises the probabilities of a response's tokens, a negative A
+lowers them. By default the two policies are the same: a batch is sampled with the newest weights,
 and trained on once. Then ρ = 1 up to rounding, and M = 1: REINFORCE with the group's mean as
-baseline. A positive A raises the probabilities of a response's tokens, a negative A lowers them.
+baseline.
 
 The mask. π differs from π_old if the sampler gets new weights late (--sync-interval, --sync-offset)
 or if a batch is split into parts with an update each (--updates-per-batch; N then counts a part).
@@ -114,7 +115,7 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     sync_interval: int = option(1, at_least=1)
     """I: the sampler gets the newest weights after every I-th step, and keeps them in between"""
     sync_offset: int = option(0, at_least=0)
-    """O: a batch is sampled O steps before it is trained on; I = O = 1 is one-step off-policy"""
+    """O: step s trains on what was sampled with the weights of step s − O (with I = 1)"""
     updates_per_batch: int = option(1, at_least=1)
     """split a batch into that many parts of whole groups, and make one update with each"""
 
@@ -144,7 +145,7 @@ def token_weights(advantages_PG, lengths_PG, args):
     """What each token of a response weighs in the loss: 1/N, or 0 if it has nothing to learn."""
     N = lengths_PG.sum()  # of all responses, also those with nothing to learn
     weights_PG = torch.ones_like(advantages_PG) / N
-    # The gradient is 0 where A is 0. `gradient` makes no backward pass for weight 0.
+    # This changes no gradient, but responses of weight 0 are spared the backward pass.
     return weights_PG.masked_fill(advantages_PG == 0, 0.0)
 
 
@@ -178,15 +179,15 @@ def gradient(part, policy, reference, args, precision, metrics):
                 micro.reference_logprobs_BT, _ = token_logprobs(
                     reference, micro, args.temperature, precision
                 )
-        with torch.set_grad_enabled(micro.learns):  # False, on all ranks, if all its tokens weigh 0
+        with torch.set_grad_enabled(micro.learns):  # if False, all its tokens weigh 0
             micro.logprobs_BT, micro.entropy_BT = token_logprobs(
                 policy, micro, args.temperature, precision
             )
             losses_BT = micro.weights_B1 * per_token_loss(micro, args)
             loss = losses_BT[micro.mask_BT].sum()  # over response tokens: no prompt, no padding
         if micro.learns:
-            micro.logprobs_BT.retain_grad()  # for a metric: if it is 0 and A is not, clipped
-            loss.backward()
+            micro.logprobs_BT.retain_grad()  # shows the metrics which tokens were clipped
+            loss.backward()  # with several ranks, this sums their gradients
         metrics.add_micro_batch(micro)
         total_loss += loss.item()
     return distributed.total(total_loss)
@@ -195,7 +196,7 @@ def gradient(part, policy, reference, args, precision, metrics):
 def update(policy, optimizer, loss, lr, args, metrics):
     """Make one step of AdamW, with the norm of the gradient limited."""
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm)
-    grad_norm = distributed.whole(grad_norm).item()  # a rank has a shard of the parameters
+    grad_norm = distributed.whole(grad_norm).item()  # that of all ranks, as a number
     finite = math.isfinite(loss) and math.isfinite(grad_norm)
     if finite:  # else the update is skipped; the log ends the run after several in a row
         optimizer.param_groups[0]["lr"] = lr
@@ -249,7 +250,7 @@ def main(args):
                 loss = gradient(part, policy, reference, args, precision, metrics)
                 update(policy, optimizer, loss, learning_rate(step, args), args, metrics)
 
-            # Evaluate with the newest weights, which the sampler gets for this in any case.
+            # Evaluate with the newest weights. (What batches are sampled with is not affected.)
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("eval")
