@@ -90,7 +90,7 @@ class Checkpoints:
 
     def load_newest(self):
         """Continue from the newest checkpoint of the run, if there is one. Raises `BadInput`."""
-        paths = _checkpoints(self.log.dir)
+        paths = broadcast(_checkpoints(self.log.dir))  # the others know OUTPUT, not the run's name
         if not paths:
             return
         *older, path = paths

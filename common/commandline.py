@@ -19,7 +19,8 @@ from common.errors import BadInput, RunStopped
 from common.options import RunOptions
 
 # What a resumed run may change: none of these changes what an update is. (Checksums tell whether
-# the data differ.)
+# the data differ. With --lr-schedule linear, another number of steps does change the learning rate
+# from then on.)
 CHANGEABLE = {
     "resume",
     "num_steps",

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from common.commandline import parse
 from common.errors import BadInput
 from common.interrupt import STOP_SIGNALS
 from common.runfiles import RunFiles
-from common.runlog import RunLog
+from common.runlog import RunLog, SilentLog
 from tests.conftest import build_model
 from tests.helpers import (
     REPOSITORY,
@@ -645,3 +646,16 @@ def test_elapsed_time_goes_on_where_it_was(place, tmp_path):
     seconds = [record["time/step"] for record in steps(run_dir)]
     assert hours == sorted(hours)
     assert hours[-1] * 3600 == pytest.approx(sum(seconds), rel=1e-6)
+
+
+def test_a_rank_loads_only_what_rank_0_loads(tmp_path, monkeypatch):
+    """Even where its `--output` happens to be a run's directory, with checkpoints in it."""
+    run = train(tmp_path, task=dense_task(tmp_path), num_steps=1)
+    assert list((run / "checkpoints").glob("*.pt"))
+    monkeypatch.setattr(checkpoints, "broadcast", lambda paths: [])  # rank 0 begins a new run
+    log = SilentLog({"resume": "", "output": str(run)})
+    problems = types.SimpleNamespace(checksum=lambda: 0)
+    policy = torch.nn.Linear(1, 1)
+    rank = checkpoints.Checkpoints(log, policy, None, None, problems, problems)
+    rank.load_newest()  # what is in `run` does not fit this model
+    assert log.step == 0
