@@ -1,4 +1,4 @@
-"""Micro-batches of given numbers, for tests of losses."""
+"""Micro-batches of given numbers, for tests of losses and metrics."""
 
 import torch
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.batching import MicroBatch
 from common.metrics import StepMetrics
 from common.sampling import Batch
+from tests import losses
 
 CPU = torch.device("cpu")
 
@@ -47,15 +47,14 @@ TOKEN_KEYS = ("entropy", "kl/", "ratio/", "sampler_mismatch/")
 
 def measured(mask_BT, lp_BT, sampler_BT, entropy_BT, ref_BT=None, advantages_B1=None):
     """A `MicroBatch` with these log-probs of trainer, sampler and reference, and entropies."""
-    return MicroBatch(
-        inputs_BT=torch.zeros_like(mask_BT, dtype=torch.int64),
-        targets_BT=torch.zeros_like(mask_BT, dtype=torch.int64),
-        mask_BT=mask_BT,
-        sampler_logprobs_BT=sampler_BT,
-        rows=list(range(len(mask_BT))),
-        advantages_B1=torch.ones(len(mask_BT), 1) if advantages_B1 is None else advantages_B1,
+    if advantages_B1 is None:
+        advantages_B1 = torch.ones(len(mask_BT), 1)
+    return losses.micro_batch(
+        lp_BT,
+        sampler_BT,
+        advantages_B1,
+        mask_BT,
         learns=lp_BT.requires_grad,
-        logprobs_BT=lp_BT,
         entropy_BT=entropy_BT,
         reference_logprobs_BT=ref_BT,
     )
@@ -87,8 +86,8 @@ def statistics_of(*micro_batches, num_tokens=None, lag=0):
     reference]).
     """
     metrics = StepMetrics()
-    for micro_batch in micro_batches:
-        metrics.add_micro_batch(measured(*micro_batch))
+    for values in micro_batches:
+        metrics.add_micro_batch(measured(*values))
     num_tokens = num_tokens or sum(int(mask_BT.sum()) for mask_BT, *_ in micro_batches)
     result = result_of(metrics, [num_tokens], version=-lag)
     return {key: value for key, value in result.items() if key.startswith(TOKEN_KEYS)}
