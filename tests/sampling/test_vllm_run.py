@@ -121,16 +121,24 @@ def test_a_resumed_run_trains_on_the_batches_it_had_stored(serial, settings, tmp
     assert metrics(run_dir)[number]["response_length/mean"] == 3
 
 
-@pytest.mark.parametrize("blow", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hanging"])
-def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(blow, settings, tmp_path):
+@pytest.mark.parametrize(
+    "blow, timeout, what",
+    [(signal.SIGKILL, 90, "died"), (signal.SIGSTOP, 5, "has not decoded a token for 5 s")],
+    ids=["killed", "hanging"],
+)
+def test_an_engine_that_dies_or_hangs_ends_the_run_before_another_update(
+    blow, timeout, what, settings, tmp_path
+):
     run_dir = tmp_path / "run"
-    run = Run(options(tmp_path, **settings, num_steps=10_000, sampler_timeout=5), tmp_path / "log")
+    argv = options(tmp_path, **settings, num_steps=10_000, sampler_timeout=timeout)
+    run = Run(argv, tmp_path / "log")
     sampler = run.sampler()
     wait_for(lambda: num_logged(run_dir) >= 3 or run.trainer.poll() is not None, seconds=240)
     os.kill(sampler, blow)
-    started = time.monotonic()
-    assert run.end(60) == 1, run.log.read_text()
-    assert time.monotonic() - started < (5 if blow == signal.SIGKILL else 15)
+    # A death is seen at once, long before the timeout. The end itself takes seconds on a busy
+    # machine: curves are drawn, and the interpreter with all its modules is taken apart.
+    assert run.end(45) == 1, run.log.read_text()
+    assert what in run.log.read_text()
     last_line = run.log.read_text().splitlines()[-1]
     assert last_line.startswith("grpo.py: error: The sampler's process ") and "version" in last_line
     checkpoints = [int(path.stem[5:]) for path in run_dir.glob("checkpoints/step_*.pt")]
