@@ -184,8 +184,8 @@ def gradient(part, policy, reference, args, precision, metrics):
             micro.logprobs_BT.retain_grad()  # shows the metrics which tokens were clipped
             loss.backward()  # with several ranks, this sums their gradients
         metrics.add_micro_batch(micro)
-        total_loss += loss.item()
-    return distributed.total(total_loss)
+        total_loss += loss.detach().double()  # not a number yet, for which a GPU is waited for
+    return distributed.total(float(total_loss))
 
 
 def update(policy, optimizer, loss, lr, args, metrics):

@@ -5,6 +5,7 @@ shift once: in what it returns, column t of every tensor belongs to the same pre
 """
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +14,9 @@ import torch
 from common import distributed
 from common.progress import progress
 from common.sampling import PARTS
+
+# Where --max-tokens-per-microbatch is 0. A GPU has to be given much to do at a time.
+TOKENS_PER_MICROBATCH = {"cpu": 2048, "cuda": 8192}
 
 
 @dataclass
@@ -38,6 +42,14 @@ class MicroBatch:
     reference_logprobs_BT: torch.Tensor | None = None  # under the initial policy
     logprobs_BT: torch.Tensor | None = None  # under the policy, differentiable
     entropy_BT: torch.Tensor | None = None  # of the distributions sampled from, differentiable
+
+    @functools.cached_property
+    def places_N(self):
+        """Where the N response tokens are among the B·T, int64.
+
+        Indices, found once: each use of a mask as an index makes the CPU wait for the GPU.
+        """
+        return self.mask_BT.flatten().nonzero().squeeze(1)
 
 
 def mini_batches(batch, count, seed):
@@ -65,6 +77,7 @@ def micro_batches(batch, weights_PG, max_tokens, device):
     weights_B = weights_PG.flatten()
     advantages_B = batch.advantages_PG.flatten()
     learns_B = (weights_B != 0).tolist()
+    max_tokens = max_tokens or TOKENS_PER_MICROBATCH[torch.device(device).type]
     splits = split_by_token_budget(batch.lengths, max_tokens, learns_B)
     for rows, repeated in progress(distributed.deal(splits, learns_B), "micro-batches"):
         micro = collate(batch, rows, device)

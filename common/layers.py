@@ -41,10 +41,15 @@ def speed_up(model):
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
+    if attention_can_be_replaced(model):
+        model.set_attn_implementation(ATTENTION)
+
+
+def attention_can_be_replaced(model):
+    """Whether a `transformers` model computes PyTorch's attention, by whatever name."""
     # The code of a few models compares the name with "sdpa", to build masks for it. These keep it.
     by_name = '"sdpa"' in inspect.getsource(sys.modules[type(model).__module__])
-    if model.config._attn_implementation == "sdpa" and not by_name:
-        model.set_attn_implementation(ATTENTION)
+    return model.config._attn_implementation in ("sdpa", ATTENTION) and not by_name
 
 
 def linear(inputs, weight, bias=None):

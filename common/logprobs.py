@@ -31,9 +31,7 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     float32, exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32
     or bfloat16.
     """
-    mask_BT = micro.mask_BT
-    # Indices, since each use of a mask would make the CPU wait for the GPU
-    places_N = mask_BT.flatten().nonzero().squeeze(1)
+    mask_BT, places_N = micro.mask_BT, micro.places_N
     # Of a sharded model, a cache of what is cast would keep all layers whole.
     with autocast(mask_BT.device.type, precision, cache=not isinstance(model, FSDPModule)):
         hidden_BTH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state

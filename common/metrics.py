@@ -49,18 +49,21 @@ class StepMetrics:
         """
         if self.recorded_rows:
             self.recorded |= token_values(micro, self.recorded_rows)
-        mask_BT = micro.mask_BT
-        lp = micro.logprobs_BT.detach()[mask_BT].double()
+
+        def of_tokens(values_BT):
+            return values_BT.detach().flatten()[micro.places_N].double()
+
+        lp = of_tokens(micro.logprobs_BT)
         gradient_BT = micro.logprobs_BT.grad if micro.learns else None
         if gradient_BT is not None:
-            graded = (micro.advantages_B1 != 0).expand_as(mask_BT)[mask_BT]
-            clipped = (gradient_BT == 0)[mask_BT] & graded
+            graded = of_tokens((micro.advantages_B1 != 0).expand_as(gradient_BT))
+            clipped = of_tokens(gradient_BT == 0) * graded
             one_minus_p = -torch.expm1(lp) * graded
             self._sum("ratio/clip_fraction", clipped)
             self._sum("ratio/clip_fraction_weighted", clipped * one_minus_p)
             self._sum("1 - p", one_minus_p)
-        log_ratio = lp - micro.sampler_logprobs_BT[mask_BT].double()
-        self._sum("entropy", micro.entropy_BT[mask_BT])
+        log_ratio = lp - of_tokens(micro.sampler_logprobs_BT)
+        self._sum("entropy", of_tokens(micro.entropy_BT))
         # KL(sampler ‖ trainer) from the sampler's own tokens: how far the policy has moved since.
         self._sum("kl/behaviour_k3", log_ratio.exp() - log_ratio - 1)
         self._max("ratio/max", log_ratio.exp())
@@ -69,7 +72,7 @@ class StepMetrics:
             self._sum("sampler_mismatch/mean", log_ratio.abs())
             self._max("sampler_mismatch/max", log_ratio.abs())
         if micro.reference_logprobs_BT is not None:
-            difference = lp - micro.reference_logprobs_BT[mask_BT].double()
+            difference = lp - of_tokens(micro.reference_logprobs_BT)
             self._sum("kl/ref_k1", difference)
             self._sum("kl/ref_k2", difference.square() / 2)
             self._sum("kl/ref_k3", (-difference).exp() + difference - 1)
@@ -121,7 +124,7 @@ class StepMetrics:
         """Means and maxima over all response tokens, on all ranks."""
         N = sum(len(response) for response in batch.responses)
         sums, maxima = Counter(), {}
-        for more, larger in gather((self.sums, self.maxima)):
+        for more, larger in gather((as_numbers(self.sums), as_numbers(self.maxima))):
             sums.update(more)  # adds
             for key, value in larger.items():
                 maxima[key] = _larger(maxima.get(key, 0.0), value)
@@ -142,15 +145,27 @@ class StepMetrics:
             )
         return values
 
+    # Sums and maxima stay on the device until the step is over: to ask for a number is to wait.
+
     def _sum(self, key, values):
-        self.sums[key] = self.sums.get(key, 0.0) + values.double().sum().item()
+        self.sums[key] = self.sums.get(key, 0.0) + values.sum()
 
     def _max(self, key, values):
         if values.numel():
-            self.maxima[key] = _larger(self.maxima.get(key, 0.0), values.max().item())
+            largest = values.max()
+            self.maxima[key] = torch.maximum(self.maxima.get(key, largest), largest)
 
 
 NOT_OF_A_STEP = ("time/step_started_at", "time/eval")
+
+
+def as_numbers(values):
+    """A dict of numbers, some of them tensors, as Python's; a GPU is waited for once."""
+    tensors = {key: value for key, value in values.items() if isinstance(value, torch.Tensor)}
+    if tensors:
+        numbers = torch.stack(list(tensors.values())).tolist()
+        values = values | dict(zip(tensors, numbers, strict=True))
+    return values
 
 
 def _larger(a, b):

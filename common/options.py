@@ -33,13 +33,16 @@ class RunOptions:
 
     engine: Literal["transformers", "vllm"] = "transformers"
     """what samples the responses; vLLM is installed separately (see the README)"""
+    cuda_graphs: bool = True
+    """on a GPU, transformers samples a token with one launch; if off, with one per operation"""
     serial: bool = False
     """sample and train in turns, in one process, where two could work at the same time"""
     sampler_timeout: float = option(300.0, above=0)
     """stop if the sampler's process or another rank shows no sign of life for so many seconds"""
 
-    max_tokens_per_microbatch: int = option(2048, at_least=1)
-    """tokens in one forward and backward pass, with padding; affects memory, speed and rounding"""
+    max_tokens_per_microbatch: int = option(0, at_least=0)
+    """tokens in one forward and backward pass, with padding; affects memory, speed and rounding;
+    0: 2048 on a CPU, 8192 on a GPU"""
     gradient_checkpointing: bool = False
     """recompute activations in the backward pass: less memory, about a third slower"""
     reference_kl: bool = True

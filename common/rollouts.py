@@ -1,6 +1,7 @@
 """Where batches come from: in turns with training, or beside it; by transformers or by vLLM."""
 
 import os
+import sys
 import types
 from functools import partial
 
@@ -8,10 +9,12 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from common.distributed import share, size
+from common.environment import NOTES
 from common.errors import BadInput
 from common.layers import use_threads
 from common.models import end_of_sequence_ids, load_model
 from common.sampling import Plan
+from common.sampling.graphs import GraphSampler, can_use_graphs
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
@@ -63,7 +66,10 @@ def make_rollouts(args, train_set, eval_set, policy, tokenizer, precision):
             verified, environment,
         )  # fmt: skip
     if not verified:
-        return SerialRollouts(policy, TransformersSampler(policy, *generation), plan)
+        few_tokens = (few, args.temperature, precision)
+        graphs = args.cuda_graphs and use_graphs(policy, prompts, *few_tokens)
+        sampler_class = GraphSampler if graphs else TransformersSampler
+        return SerialRollouts(policy, sampler_class(policy, *generation), plan)
     if policy.device.index and size() == 1:
         how = "vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead"
         raise BadInput(f"--device {policy.device}: {how}.")
@@ -88,13 +94,9 @@ def gpu_for_the_engine(args, device):
 
 def check_decoding(model, prompts, num_tokens, temperature, precision, name):
     """Raise `BadInput` unless decoding with a cache and one forward pass give equal log-probs."""
-    # Decoding pads the shorter prompt on the left, `collate` on the right.
-    prompts = [min(prompts, key=len), max(prompts, key=len)]
     sampler = TransformersSampler(model, {-1}, num_tokens, temperature, precision)
     try:
-        samples = sampler.greedy(prompts)
-        batch = types.SimpleNamespace(prompts=prompts, **vars(samples))
-        gap = sampler_mismatch(model, temperature, precision, batch)["sampler_mismatch/mean"]
+        gap = decoding_gap(sampler, prompts)
     except Exception as error:  # as varied as models are
         what = f"--model {name} cannot be sampled from ({error!r})"
         raise BadInput(f"{what}: give another model.") from error
@@ -102,6 +104,39 @@ def check_decoding(model, prompts, num_tokens, temperature, precision, name):
         what = f"--model {name}: decoding is {gap:.2g} nats off the forward pass"
         why = "there is NaN in it, it changes logits after the head, or its cache does not work"
         raise BadInput(f"{what}; {why}: give another model.")
+
+
+def use_graphs(model, prompts, num_tokens, temperature, precision):
+    """Whether this model is to be sampled from by CUDA graphs, which is noted in environment.txt.
+
+    Not on a CPU, on several ranks, where the model cannot be recorded, or if a trial fails.
+    """
+    if model.device.type != "cuda":
+        return False
+    works = size() == 1 and can_use_graphs(model)  # sharded weights move in memory
+    if works:
+        try:
+            gap = decoding_gap(
+                GraphSampler(model, {-1}, num_tokens, temperature, precision), prompts
+            )
+            failure = "" if gap <= TOLERANCE[precision] else f"{gap:.2g} nats off"
+        except Exception as error:  # as varied as models and drivers are
+            failure = repr(error)
+        if failure:
+            what = "Sampling goes on without CUDA graphs, and is slower"
+            print(f"{what}: {failure}.", file=sys.stderr)
+            works = False
+    NOTES["decoding"] = "CUDA graphs" if works else "one launch per operation"
+    return works
+
+
+def decoding_gap(sampler, prompts):
+    """Mean |log-prob of a sampler − that of one forward pass| over greedy answers."""
+    # Decoding pads the shorter prompt on the left, `collate` on the right.
+    prompts = [min(prompts, key=len), max(prompts, key=len)]
+    batch = types.SimpleNamespace(prompts=prompts, **vars(sampler.greedy(prompts)))
+    mismatch = sampler_mismatch(sampler.model, sampler.temperature, sampler.precision, batch)
+    return mismatch["sampler_mismatch/mean"]
 
 
 def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, precision):

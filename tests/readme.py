@@ -23,7 +23,7 @@ import grpo
 from benchmarks.helpers.reporting import SPREAD
 from benchmarks.variants import CISPO
 from common import checkpoints, logprobs, recording, runlog, watch
-from common.sampling import transformers
+from common.sampling import graphs, transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -123,6 +123,11 @@ def worked_out():
     return "\n".join(["```", *answers, "```"])
 
 
+def token_cost():
+    """What the CPU and the memory have to do for a token, on both paths."""
+    return "\n".join(line for line in _text("token_cost.md").splitlines() if line.startswith("|"))
+
+
 BLOCKS = {
     "diff rec_oneside_nois.py red_weight.py": lambda: code_diff(
         "rec_oneside_nois.py", "red_weight.py"
@@ -130,6 +135,7 @@ BLOCKS = {
     "CISPO": lambda: code_of_variant(CISPO),
     "default run": default_run,
     "worked out": worked_out,
+    "token cost": token_cost,
 }
 
 
@@ -229,6 +235,8 @@ NUMBERS = {
     "batch_size": lambda: str(grpo.Args.prompts_per_step * grpo.Args.group_size),
     "sampler_timeout": lambda: default("sampler_timeout"),
     "most_sequences": lambda: str(transformers.MOST_SEQUENCES),
+    "cache_share": lambda: f"{graphs.CACHE_SHARE:.0%}".rstrip("%"),
+    "kept_share": lambda: f"{graphs.KEPT_SHARE:.0%}".rstrip("%"),
     "large_vocabulary": lambda: f"{logprobs.LARGE_VOCABULARY:,}",
     "most_skipped": lambda: str(watch.MOST_SKIPPED_UPDATES),
     "completions": lambda: str(runlog.COMPLETIONS_PER_STEP),

@@ -98,8 +98,8 @@ def test_a_good_command_line_calls_main(given, main):
     "field",
     [
         "num_steps", "prompts_per_step", "sync_interval", "updates_per_batch", "replicas",
-        "max_prompt_tokens", "max_response_tokens", "max_tokens_per_microbatch",
-        "eval_interval", "eval_size", "checkpoint_interval", *FLOATS,
+        "max_prompt_tokens", "max_response_tokens", "eval_interval", "eval_size",
+        "checkpoint_interval", *FLOATS,
     ],
 )  # fmt: skip
 def test_a_number_that_must_be_positive(field, value, given, refused):

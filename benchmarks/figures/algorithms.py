@@ -68,7 +68,7 @@ class Args:
     jobs: int = 2
     """how many runs at a time, one thread each"""
     quick: bool = False
-    """40 steps, one seed, 32 rollouts a step, into directories of their own"""
+    """24 steps, one seed, 32 rollouts a step, into directories of their own"""
     runs: Path = reporting.RUNS / "algorithms"
     """where the training runs go, and are looked for when the command is repeated"""
     output: Path = reporting.RESULTS / "algorithms"
@@ -77,7 +77,7 @@ class Args:
 
 def main(args, script_options):
     if args.quick:
-        args.steps, args.seeds, args.prompts_per_step = 40, args.seeds[:1], 4
+        args.steps, args.seeds, args.prompts_per_step = 24, args.seeds[:1], 4
         reporting.use_quick_directories(args, Args.output)
     shared = {"sync_interval": SYNC_INTERVAL, "threads": 1, "serial": True, "task": TASK}
     same = ("prompts_per_step", "learning_rate", "temperature")

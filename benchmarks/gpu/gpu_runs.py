@@ -1,7 +1,7 @@
 """Training runs on a GPU: do they agree with those on a CPU, and how long do their steps take?
 
     python benchmarks/gpu/gpu_runs.py agreement     the first steps of each script, on CPU and GPU
-    python benchmarks/gpu/gpu_runs.py default       the first steps of the default run
+    python benchmarks/gpu/gpu_runs.py default       the default run
     python benchmarks/gpu/gpu_runs.py smollm2       SmolLM2-135M-Instruct learns two tasks
     python benchmarks/gpu/gpu_runs.py attention     sampling with and without cuDNN's attention
     python benchmarks/gpu/gpu_runs.py qwen          time and memory of Qwen2.5-0.5B's size
@@ -32,6 +32,7 @@ from benchmarks.helpers.random_model import save_random_model
 from common.curves import read_metrics
 from common.models import TINY_MODEL, choose_device, end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import Plan
+from common.sampling.graphs import GraphSampler
 from common.sampling.transformers import TransformersSampler
 from common.tasks import load_task
 from common.tasks.problems import load_problems
@@ -79,7 +80,11 @@ def agreement(args, directory):
         rows[-1].append(f"{read_metrics(run_dir)[0]['eval/accuracy']:.3f}")
     header = ["script", "device", "precision", "reward", "loss", "gradient norm", "entropy"]
     header += ["mean mismatch (nats)", "largest", "accuracy before training"]
-    batches = {setting: first_batches(*setting)(grpo.Args.seed) for setting in settings}
+    batches = {}
+    for device, precision in settings:
+        sampler_class = TransformersSampler if device == "cpu" else GraphSampler
+        batch = first_batches(device, precision, sampler_class)(grpo.Args.seed)
+        batches[device, precision] = batch
     truth = batches["cpu", "float32"]
     shares = [[*setting, *compare_batches(truth, batch)] for setting, batch in batches.items()]
     columns = ["device", "precision", "responses as on the CPU"]
@@ -96,7 +101,7 @@ falls close to the bound between two tokens, rounding decides, and the rest of t
     yield text, run_dir
 
 
-def first_batches(device, precision):
+def first_batches(device, precision, sampler_class=TransformersSampler):
     """A function from a seed to what the default run's first step samples with it."""
     defaults, tokenizer = grpo.Args(), load_tokenizer(TINY_MODEL)
     device, precision = choose_device(device, precision, "transformers")
@@ -104,7 +109,7 @@ def first_batches(device, precision):
     task, longest = load_task(defaults.task), defaults.max_prompt_tokens
     prompts = load_problems(task, "train", tokenizer, longest).prompts
     ends = end_of_sequence_ids(model, tokenizer)
-    sampler = TransformersSampler(model, ends, defaults.max_response_tokens, 1.0, precision)
+    sampler = sampler_class(model, ends, defaults.max_response_tokens, 1.0, precision)
 
     def first_batch(seed):
         plan = Plan(prompts, defaults.prompts_per_step, defaults.group_size, 1, 0, seed)
@@ -161,8 +166,8 @@ def attention(args, directory):
 
 
 def default(args, directory):
-    """The default run's first 40 steps, in which the reward rises from 0.3 to 0.9 on a CPU."""
-    steps = args.steps or 40
+    """The default run to its end."""
+    steps = args.steps or 150
     run_dir = train("grpo", directory, "default", num_steps=steps, device=args.device)
     table = timing_table([timings("`python grpo.py`", run_dir)])
     yield f"# The default run on a GPU\n\n{table}\n", run_dir

@@ -78,17 +78,20 @@ has() {
 runs=benchmarks/gpu/gpu_runs.py
 kernels=benchmarks/speed/logprob_kernels.py
 smollm2=${SMOLLM2:-runs/smollm2}
+decode=benchmarks/gpu/decode.py
+part decode python $decode check "${tiny[@]:0:2}" --output "$out"
+part decode_time python $decode time "${tiny[@]:0:2}" --output "$out"
 part kernels python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
-part agreement python $runs agreement "${tiny[@]}" --output "$out"
-part default python $runs default "${tiny[@]}" --output "$out"
-part logprobs python $kernels "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
-part smollm2 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
 if has trl; then
     part step_time python benchmarks/speed/step_time.py --stages 0 --threads 8 --rounds 1 \
         --steps 5 --trl-batch-size 256 --model "$smollm2" --max-response-tokens 48 \
         --task benchmarks/models/chat_tasks.py:Extraction --max-tokens-per-microbatch 32768 \
         --device cuda --precision bfloat16 --output "$out/step_time"
 fi
+part default python $runs default "${tiny[@]}" --output "$out"
+part agreement python $runs agreement "${tiny[@]}" --output "$out"
+part logprobs python $kernels "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
+part smollm2 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
 part qwen python $runs qwen "${tiny[@]}" --output "$out"
 if [[ ${#tiny[@]} != 0 ]] ||
     python -c "import sys, torch; sys.exit(torch.cuda.device_count() < 2)"; then

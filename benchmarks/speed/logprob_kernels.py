@@ -40,7 +40,6 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -50,6 +49,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.helpers import reporting
+from common.batching import MicroBatch
 from common.environment import describe_environment
 from common.kernels.cpu import SlicedLogprobs, plain_logprobs_and_entropy
 from common.logprobs import LARGE_VOCABULARY, logprobs_and_entropy, token_logprobs
@@ -390,10 +390,12 @@ def run_step(args, device):
     results = []
     for N in (2048, 8192):
         tokens_BT = torch.randint(args.vocabulary, (N // 512, 512), device=device)
-        micro = SimpleNamespace(
+        micro = MicroBatch(
             inputs_BT=tokens_BT,
             targets_BT=tokens_BT.roll(-1, dims=1),
             mask_BT=torch.ones_like(tokens_BT).bool(),
+            sampler_logprobs_BT=torch.zeros_like(tokens_BT).float(),
+            rows=[],
         )
         for path, step in ((OURS, _our_step), ("plain, no entropy", _plain_step)):
             row = {"N": N, "path": path, "peak_bytes": None}

@@ -1,8 +1,9 @@
 """Sampling with the Hugging Face model itself: simple and exact.
 
-On a large model it is slower than a serving engine.
+On a large model it is slower than a serving engine. On a GPU, `graphs.py` does the same faster.
 """
 
+import contextlib
 import itertools
 import math
 
@@ -71,29 +72,44 @@ class TransformersSampler(Sampler):
     def _decode_all(self, prompts, group_size, seeds):
         """`Samples` of all prompts, decoded one batch of prompts after another."""
         samples = Samples([], [], [])
-        prompts_at_a_time = max(1, MOST_SEQUENCES // group_size)
+        prompts_at_a_time = max(1, self._most_sequences(prompts) // group_size)
         was_training = self.model.training
         # Gradient checkpointing, active in training mode only, would switch the cache off.
         self.model.eval()
         # Not inference mode, in which autocast would cast all weights again for each token.
-        with gathered(self.model), torch.no_grad():
+        with gathered(self.model), torch.no_grad(), self._precision():
             for start in range(0, len(prompts), prompts_at_a_time):
                 part = slice(start, start + prompts_at_a_time)
                 part_seeds = None if seeds is None else seeds[part]
-                # One autocast context for all tokens: it keeps the weights that it has cast to
-                # bf16.
-                with autocast(self.model.device.type, self.precision):
-                    decoded = self._decode(prompts[part], group_size, part_seeds)
+                decoded = self._decode(prompts[part], group_size, part_seeds)
                 samples.responses += decoded.responses
                 samples.logprobs += decoded.logprobs
                 samples.truncated += decoded.truncated
         self.model.train(was_training)
         return samples
 
+    def _most_sequences(self, prompts):
+        """How many sequences are decoded at a time."""
+        return MOST_SEQUENCES
+
+    @contextlib.contextmanager
+    def _precision(self):
+        """Context of all passes of a call. It keeps the weights that autocast has cast to bf16."""
+        with autocast(self.model.device.type, self.precision):
+            yield
+
     def _decode(self, prompts, group_size, seeds):
         """`Samples` of one batch of prompts; greedy if `seeds` is None."""
         device = self.model.device
-        cache, logits_BV, attention_BT, positions_B1 = self._read_prompts(prompts, group_size)
+        cache, logits_PV, attention_PT, positions_PT = self._read_prompts(prompts)
+        # What was read of a prompt is repeated for the G responses of its group.
+        prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
+        # Of a cache's ways to repeat rows, the one that every kind of layer has: attention, sliding
+        # windows, recurrent states.
+        cache.reorder_cache(prompt_B)
+        logits_BV = logits_PV[prompt_B]
+        attention_BT = attention_PT[prompt_B]
+        positions_B1 = positions_PT[prompt_B, -1:]
 
         B = len(prompts) * group_size
         tokens_BT = torch.zeros(B, self.max_tokens, dtype=torch.int64, device=device)
@@ -141,11 +157,11 @@ class TransformersSampler(Sampler):
             truncated=(~ended_B).tolist(),
         )
 
-    def _read_prompts(self, prompts, group_size):
-        """Read each prompt once, and repeat what came of it for the G responses of its group.
+    def _read_prompts(self, prompts):
+        """Read each prompt once.
 
-        Returns the cache and, one row per response, the logits of its first token, the attention
-        mask and the position of the prompt's last token.
+        Returns the cache, the logits of the token that comes next, the attention mask and the
+        positions of the prompts' tokens.
         """
         device = self.model.device
         # Prompts are padded on the left, so that the next token of every sequence goes into the
@@ -159,12 +175,7 @@ class TransformersSampler(Sampler):
 
         cache = DynamicCache(config=self.model.config)
         logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
-
-        prompt_B = torch.arange(len(prompts), device=device).repeat_interleave(group_size)
-        # Of a cache's ways to repeat rows, the one that every kind of layer has: attention, sliding
-        # windows, recurrent states.
-        cache.reorder_cache(prompt_B)
-        return cache, logits_PV[prompt_B], attention_PT[prompt_B], positions_PT[prompt_B, -1:]
+        return cache, logits_PV, attention_PT, positions_PT
 
     def _uniform_numbers(self, seeds, group_size):
         """Numbers in [0, 1) to sample with, one per sequence and token: float64 [B, T].
