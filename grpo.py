@@ -122,7 +122,7 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     sync_interval: int = option(1, at_least=1)
     """I: the sampler gets the newest weights after every I-th step, and keeps them in between"""
     sync_offset: int = option(0, at_least=0)
-    """O: step s trains on what was sampled with the weights of step s − O (with I = 1)"""
+    """O: step s trains on what was sampled with the weights that step s − O began with (I = 1)"""
     updates_per_batch: int = option(1, at_least=1)
     """split a batch into that many parts of whole groups, and make one update with each"""
 
@@ -202,7 +202,7 @@ def gradient(part, policy, reference, args, precision, metrics):
             micro.logprobs_BT.retain_grad()  # shows the metrics which tokens were clipped
             loss.backward()  # with several ranks, this sums their gradients
         metrics.add_micro_batch(micro)
-        total_loss += loss.detach().double()  # not a number yet, for which a GPU is waited for
+        total_loss += loss.detach().double()  # a tensor: its value would have to be waited for
     return distributed.total(float(total_loss))
 
 
@@ -233,8 +233,8 @@ def main(args):
     train_set, eval_set = load_problem_sets(args, tokenizer)
     policy = load_policy(args, device)
     reference = load_reference(args, device)  # None with --no-reference-kl
-    # No weight decay: only the reward should move the policy.
-    optimizer = torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.999), weight_decay=0.0)
+    # PyTorch's betas, 0.9 and 0.999. No weight decay: only the reward should move the policy.
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0, fused=device.type == "cuda")
     rollouts = make_rollouts(args, train_set, eval_set, policy, tokenizer, precision)
     checkpoints = Checkpoints(log, policy, optimizer, rollouts, train_set, eval_set)
     checkpoints.load_newest()  # with --resume: weights, moments, batches, log.step

@@ -15,7 +15,7 @@ from typing import Annotated, get_type_hints
 import tyro
 from safetensors import SafetensorError
 
-from common.errors import BadInput, RunStopped
+from common.errors import OUT_OF_MEMORY, BadInput, RunStopped, is_out_of_memory
 from common.options import RunOptions
 
 # What a resumed run may change: none of these changes what an update is. (Checksums tell whether
@@ -52,7 +52,11 @@ def run(main, Args, script):
         args = parse(Args, script, sys.argv[1:])
         check(args)
         main(args)
-    except (BadInput, RunStopped, OSError, SafetensorError) as error:
+    except Exception as error:
+        if is_out_of_memory(error):
+            error = RunStopped(OUT_OF_MEMORY)
+        if not isinstance(error, (BadInput, RunStopped, OSError, SafetensorError)):
+            raise
         # Messages of libraries, quoted in ours, may have several lines.
         message = " ".join((str(error) or repr(error)).split())
         # torchrun ends all ranks when one fails. The others wait until rank 0 has had its say.

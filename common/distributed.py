@@ -176,12 +176,28 @@ def one_pass(function):
         if not isinstance(model, FSDPModule):
             return function(model, *args)
         result = model.as_one_pass(function, *args)
-        # Without this, FSDP2 keeps a list of all layers passed, up to the next backward pass.
-        if not torch.is_grad_enabled() and hasattr(model, "reset_iter_state"):  # PyTorch 2.13
-            model.reset_iter_state()
+        if not torch.is_grad_enabled():
+            forget_passes(model)
         return result
 
     return wrapped
+
+
+def forget_passes(model):
+    """After passes without gradients; FSDP2 would keep a list of all layers passed until the next
+    backward pass.
+    """
+    if hasattr(model, "reset_iter_state"):  # PyTorch 2.13
+        model.reset_iter_state()
+
+
+@contextmanager
+def by_layers(model):
+    """Context in which all ranks run the model in lockstep, and gather a layer's weights for each
+    pass through it. No gradients.
+    """
+    yield
+    forget_passes(model)
 
 
 @contextmanager

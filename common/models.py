@@ -32,6 +32,13 @@ def choose_device(name, precision, engine):
     is not available.
     """
     if name == "auto":
+        if _driver_without_use():
+            print(
+                f"This machine has an NVIDIA GPU, but PyTorch {torch.__version__} cannot use it: "
+                "the driver is too old for its CUDA, or this is a build for CPUs. The run uses "
+                "the CPU.",
+                file=sys.stderr,
+            )
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -41,13 +48,31 @@ def choose_device(name, precision, engine):
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         what = f"--device {name} is not there, PyTorch sees {count} GPUs"
-        raise BadInput(f"{what}: give cpu, or install a driver.")
+        how = "install a newer driver" if _driver_without_use() else "install a driver"
+        raise BadInput(f"{what}: give cpu, or {how}.")
     if engine == "vllm":
         require_vllm(device.type)
     # cuDNN's attention makes a plan for each new shape, that is for each token.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    automatic = "bfloat16" if device.type == "cuda" else "float32"
-    return device, automatic if precision == "auto" else precision
+    return device, _choose_precision(device, precision)
+
+
+def _choose_precision(device, precision):
+    if device.type == "cpu":
+        return "float32" if precision == "auto" else precision
+    # Older GPUs, such as a T4, have no bf16: PyTorch emulates it, and Triton refuses.
+    has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "bfloat16" and not has_bf16:
+        what = f"--precision bfloat16 is not for {torch.cuda.get_device_name(device)}"
+        raise BadInput(f"{what}, which is older than compute capability 8: give float32.")
+    if precision == "auto":
+        return "bfloat16" if has_bf16 else "float32"
+    return precision
+
+
+def _driver_without_use():
+    """Whether an NVIDIA driver is loaded that PyTorch does not compute with."""
+    return Path("/proc/driver/nvidia/version").exists() and not torch.cuda.is_available()
 
 
 def require_vllm(device_type):

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from common.distributed import share, size
+from common.distributed import by_layers, share, size
 from common.environment import NOTES
-from common.errors import BadInput
+from common.errors import BadInput, is_out_of_memory
 from common.layers import use_threads
 from common.models import end_of_sequence_ids, load_model
 from common.sampling import Plan
@@ -73,7 +73,9 @@ def make_rollouts(args, train_set, eval_set, policy, tokenizer, precision):
     if policy.device.index and size() == 1:
         how = "vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead"
         raise BadInput(f"--device {policy.device}: {how}.")
-    return SerialRollouts(policy, make_sampler(beside=policy), plan, verified)
+    num_sequences = args.prompts_per_step * args.group_size
+    sampler = make_sampler(beside=policy, num_sequences=num_sequences)
+    return SerialRollouts(policy, sampler, plan, verified)
 
 
 def gpu_for_the_engine(args, device):
@@ -98,6 +100,8 @@ def check_decoding(model, prompts, num_tokens, temperature, precision, name):
     try:
         gap = decoding_gap(sampler, prompts)
     except Exception as error:  # as varied as models are
+        if is_out_of_memory(error):
+            raise
         what = f"--model {name} cannot be sampled from ({error!r})"
         raise BadInput(f"{what}: give another model.") from error
     if not gap <= TOLERANCE[precision]:  # so that NaN fails as well
@@ -131,7 +135,11 @@ def use_graphs(model, prompts, num_tokens, temperature, precision):
 
 
 def decoding_gap(sampler, prompts):
-    """Mean |log-prob of a sampler − that of one forward pass| over greedy answers."""
+    """Mean |log-prob of a sampler − that of one forward pass| over greedy answers.
+
+    All ranks decode the same, so that nobody has to hold all weights of a model for it.
+    """
+    sampler.weights_at_hand = by_layers
     # Decoding pads the shorter prompt on the left, `collate` on the right.
     prompts = [min(prompts, key=len), max(prompts, key=len)]
     batch = types.SimpleNamespace(prompts=prompts, **vars(sampler.greedy(prompts)))

@@ -28,13 +28,22 @@ def checksum(tensor):
     return code
 
 
+def weights_of(model):
+    """All that a checkpoint of a model holds, by name: parameters, and buffers such as the bias of
+    a router, which do not learn. An engine may want them all.
+    """
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
+    return dict(model.named_parameters()) | buffers
+
+
 @contextmanager
 def parameters_from(model, values):
-    """Context in which some parameters have other values.
+    """Context in which some of `weights_of(model)` have other values.
 
     `values` are pairs of a name and a whole tensor, taken one by one.
     """
-    parameters = dict(model.named_parameters())
+    parameters = weights_of(model)
     saved = {}
     try:
         for name, value in values:
@@ -48,8 +57,8 @@ def parameters_from(model, values):
 
 
 def perturbed(model, names, strength=0.5):
-    """Context with noise added to the named parameters, `strength` times their RMS."""
-    parameters = dict(model.named_parameters())
+    """Context with noise added to the named weights, `strength` times their RMS."""
+    parameters = weights_of(model)
     generator = torch.Generator().manual_seed(1)
 
     def noisy(name):

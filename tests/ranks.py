@@ -16,12 +16,13 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 
 import grpo
-from common import commandline, distributed, logprobs, runlog
+from common import commandline, distributed, logprobs, rollouts, runlog
 from common.metrics import StepMetrics
 from common.models import end_of_sequence_ids, load_model, load_tokenizer
-from common.sampling import verify
+from common.sampling import transformers, verify
 from tests import helpers
 
 CPU = torch.device("cpu")
@@ -151,6 +152,23 @@ def weights(directory):
 def _resident_bytes():
     gc.collect()
     return 1024 * int(re.search(r"RssAnon:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def checked_decoding(directory):
+    """Check decoding on a sharded model: how many layers are whole or remembered afterwards. It
+    fails where all weights are gathered.
+    """
+    distributed.join_ranks(CPU, 60)
+    model = load_model(directory, "", CPU)
+    distributed.shard(model, CPU)
+
+    def refuse(model):
+        raise AssertionError("all weights were gathered")
+
+    transformers.gathered = refuse  # of this process only
+    rollouts.check_decoding(model, [[5, 6, 7], [8]], 6, 1.0, "float32", directory)
+    sharded = [isinstance(parameter, DTensor) for parameter in model.parameters()]
+    return sharded.count(False), len(model._get_fsdp_state()._comm_ctx.post_forward_order)
 
 
 def layers_remembered(directory):

@@ -123,6 +123,23 @@ def worked_out():
     return "\n".join(["```", *answers, "```"])
 
 
+def what_fits():
+    """Memory of a run on one GPU by model, and the smallest card that it fits on."""
+    parameters = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77}
+    cards = (24, 48, 80, 141)
+    lines = ["| Qwen2.5 | with a reference | without | on a card with |", "|---|---|---|---|"]
+    for model, billions in parameters.items():
+        with_reference, without = 22 * billions, 18 * billions
+        fitting = []
+        for how, needed in (("", with_reference), (" without a reference", without)):
+            card = next((card for card in cards if needed + 4 <= card), None)
+            if card is not None and not any(said.startswith(f"{card} GB") for said in fitting):
+                fitting.append(f"{card} GB{how}")
+        on = ", ".join(fitting) or "none of these: several"
+        lines.append(f"| {model} | {with_reference:.0f} GB | {without:.0f} GB | {on} |")
+    return "\n".join(lines)
+
+
 def token_cost():
     """What the CPU and the memory have to do for a token, on both paths."""
     return "\n".join(line for line in _text("token_cost.md").splitlines() if line.startswith("|"))
@@ -136,6 +153,7 @@ BLOCKS = {
     "default run": default_run,
     "worked out": worked_out,
     "token cost": token_cost,
+    "what fits": what_fits,
 }
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build_model
 from helpers import REPOSITORY, as_options, command, dense_task, options, resume, train
 
@@ -88,6 +89,25 @@ def test_a_good_command_line_calls_main(given, main):
     (args,) = main
     assert isinstance(args, grpo.Args)
     assert (args.seed, args.group_size, args.temperature, args.serial) == (0, 2, float("inf"), True)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_full_gpu_is_one_sentence_with_what_to_do(wrapped, monkeypatch, capsys):
+    def fail(args):
+        full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        if wrapped:
+            raise RuntimeError("a layer failed") from full
+        raise full
+
+    monkeypatch.setattr(grpo, "main", fail)
+    assert command() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("grpo.py: error: The GPU's memory is full: ")
+    remedies = ("--max-tokens-per-microbatch", "--gradient-checkpointing", "--no-reference-kl")
+    assert all(remedy in line for remedy in remedies)
+    monkeypatch.setattr(grpo, "main", lambda args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command()
 
 
 # Numbers

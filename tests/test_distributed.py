@@ -188,6 +188,11 @@ def test_passes_without_gradients_leave_no_trace(tmp_path):
     ) == [0, 0]
 
 
+def test_decoding_is_checked_without_gathering_all_weights(tmp_path):
+    model = build_model("llama", tmp_path / "model")
+    assert ranks.run_ranks(2, ranks.checked_decoding, model) == [(0, 0), (0, 0)]
+
+
 def test_one_rank_reads_the_weights(tmp_path):
     """The others load neither whole weights nor another list of tokens that end a response."""
     directory = build_model(

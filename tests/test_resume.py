@@ -659,3 +659,17 @@ def test_a_rank_loads_only_what_rank_0_loads(tmp_path, monkeypatch):
     rank = checkpoints.Checkpoints(log, policy, None, None, problems, problems)
     rank.load_newest()  # what is in `run` does not fit this model
     assert log.step == 0
+
+
+def test_a_fused_optimizer_as_on_a_gpu_resumes_bit_for_bit(place, tmp_path, monkeypatch):
+    adamw = torch.optim.AdamW
+
+    def fused(parameters, **options):
+        return adamw(parameters, **(options | {"fused": True}))  # PyTorch has one for CPUs, too
+
+    monkeypatch.setattr(torch.optim, "AdamW", fused)
+    settings = place[1] | {"eval_interval": 1}  # also where the first part ends
+    train(tmp_path, "whole", **(settings | {"num_steps": 4}))
+    train(tmp_path, "part", **(settings | {"num_steps": 2}))
+    assert command(*resume(tmp_path / "part", "--num-steps", 4)) == 0
+    assert_same_run(tmp_path / "part", tmp_path / "whole")

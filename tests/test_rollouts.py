@@ -12,16 +12,18 @@ import types
 
 import pytest
 import torch
+from transformers import Qwen2Config
 
 import grpo
 from common import rollouts as module
 from common.errors import BadInput
 from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
 from common.rollouts import make_rollouts
+from common.sampling import Plan, serial
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
-from common.sampling.vllm import KEEP_FREED_MEMORY, share_of_gpu
+from common.sampling.vllm import KEEP_FREED_MEMORY, engine_bytes, share_of_gpu
 from common.tasks import load_task
 from common.tasks.problems import load_problems
 from tests.conftest import build_model
@@ -51,22 +53,28 @@ def decide(monkeypatch):
         "SerialRollouts",
         "OverlappedRollouts",
         "TransformersSampler",
+        "GraphSampler",
         "make_vllm_sampler",
         "use_threads",
     ]
     for name in [*names, "check_decoding"]:
         monkeypatch.setattr(module, name, note(name))
 
-    def decide(schedule, device="cpu", engine="transformers", serial=False, threads=0, gpus=1):
+    def decide(
+        schedule, device="cpu", engine="transformers", serial=False, threads=0, gpus=1,
+        works=True, cuda_graphs=True,
+    ):  # fmt: skip
         started.clear()
+        monkeypatch.setattr(module, "use_graphs", lambda model, *_: works and device != "cpu")
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         model = types.SimpleNamespace(
             device=torch.device(device), generation_config=types.SimpleNamespace()
         )
         model.generation_config.eos_token_id = 0
         args = settings(
-            schedule, engine=engine, serial=serial, threads=threads, max_response_tokens=16
-        )
+            schedule, engine=engine, serial=serial, threads=threads, max_response_tokens=16,
+            cuda_graphs=cuda_graphs,
+        )  # fmt: skip
         sets = problem_sets([[1, 2, 3], [4]], [[5, 6, 7, 8, 9]])
         tokenizer = types.SimpleNamespace(eos_token_id=1)
         make_rollouts(args, *sets, model, tokenizer, "float32")
@@ -101,6 +109,58 @@ def test_who_takes_turns_with_training(engine, decide):
     assert in_turns((1, 1), "cuda")  # both would share the GPU
     assert in_turns((1, 1), "cuda", gpus=2) == (engine == "transformers")
     assert in_turns((1, 0), "cuda", gpus=2) and in_turns((1, 1), "cuda", gpus=2, serial=True)
+
+
+def test_who_samples_on_a_gpu(decide):
+    def sampler(*args, **settings):
+        (found,) = {"TransformersSampler", "GraphSampler"} & decide(
+            (1, 0), *args, **settings
+        ).keys()
+        return found
+
+    assert sampler("cuda") == "GraphSampler"
+    assert sampler("cuda", works=False) == sampler("cuda", cuda_graphs=False) == sampler("cpu")
+    assert sampler("cpu") == "TransformersSampler"
+
+
+@pytest.fixture
+def graphs_on(monkeypatch):
+    """`use_graphs` for a model that is said to be on a device, where a trial finds such a gap."""
+    monkeypatch.setattr(module, "NOTES", {})
+    monkeypatch.setattr(module, "GraphSampler", lambda *arguments: "a sampler")
+
+    def decide(device, gap=0.0, ranks=1, can=True):
+        def trial(sampler, prompts):
+            if isinstance(gap, Exception):
+                raise gap
+            return gap
+
+        monkeypatch.setattr(module, "decoding_gap", trial)
+        monkeypatch.setattr(module, "can_use_graphs", lambda model: can)
+        monkeypatch.setattr(module, "size", lambda: ranks)
+        model = types.SimpleNamespace(device=torch.device(device))
+        return module.use_graphs(model, [[1]], 8, 1.0, "float32"), module.NOTES.get("decoding")
+
+    return decide
+
+
+def test_graphs_are_used_where_a_trial_agrees(graphs_on, capsys):
+    without = (False, "one launch per operation")
+    assert graphs_on("cuda") == (True, "CUDA graphs")
+    assert graphs_on("cuda", ranks=2) == without  # shards move in memory
+    assert graphs_on("cuda", can=False) == without
+    assert capsys.readouterr().err == ""  # nothing went wrong
+    for gap, said in ((0.5, "0.5 nats off"), (math.nan, "nan nats off")):
+        assert graphs_on("cuda", gap) == without
+        assert said in capsys.readouterr().err
+    failure = RuntimeError("operation not permitted when stream is capturing")
+    assert graphs_on("cuda", failure) == without
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Sampling goes on without CUDA graphs, and is slower: RuntimeError")
+
+
+def test_on_a_cpu_nobody_asks_for_graphs(graphs_on):
+    assert graphs_on("cpu", RuntimeError("not tried")) == (False, None)
 
 
 def test_threads_are_two_or_one_where_two_processes_compute(decide):
@@ -170,10 +230,50 @@ def test_an_engine_beside_the_trainer_leaves_room_for_the_optimizer():
     gib = 2**30
     # 1.5 B parameters in float32: 6 GB of weights, and as much again for gradients and for each of
     # AdamW's moments.
-    share = share_of_gpu(free=60 * gib, total=80 * gib, parameter_bytes=6 * gib)
+    sizes = {"total": 80 * gib, "parameter_bytes": 6 * gib}
+    share = share_of_gpu(free=60 * gib, engine_bytes=50 * gib, **sizes)
     assert math.isclose(share, (60 - 3 * 6 - 1) / 80)
     with pytest.raises(BadInput, match=r"finds 12\.0 GiB .* 19\.0 GiB more"):
-        share_of_gpu(free=12 * gib, total=80 * gib, parameter_bytes=6 * gib)
+        share_of_gpu(free=12 * gib, engine_bytes=50 * gib, **sizes)
+    # It gets no more than it can use.
+    assert math.isclose(share_of_gpu(free=60 * gib, engine_bytes=9 * gib, **sizes), 9 / 80)
+
+
+def test_what_an_engine_can_use_is_for_its_sequences():
+    # Qwen2.5-1.5B: 28 layers with 2 key heads of 128 numbers, 28 KiB a token in bf16
+    config = Qwen2Config(
+        num_hidden_layers=28, hidden_size=1536, num_attention_heads=12, num_key_value_heads=2
+    )
+    found = engine_bytes(config, 1_543_714_304, "bfloat16", 256, 1008)
+    assert found == 2 * 1_543_714_304 + 256 * 1024 * 28 * 1024 + 4 * 2**30
+    doubled = engine_bytes(config, 1_543_714_304, "float32", 256, 1008)
+    assert doubled - 4 * 2**30 == 2 * (found - 4 * 2**30)
+
+
+def test_an_engine_sleeps_before_the_trainer_looks_at_what_it_sampled(place, monkeypatch):
+    name, _ = place
+    model, calls = load_model(name, "", CPU), []
+
+    class Engine(TransformersSampler):
+        def sample_many(self, requests, group_size):
+            for samples in super().sample_many(requests, group_size):
+                calls.append("sampled")
+                yield samples
+
+        def sleep(self):
+            calls.append("asleep")
+
+    def compared(*arguments):
+        calls.append("compared")
+        return {}
+
+    monkeypatch.setattr(serial, "sampler_mismatch", compared)
+    plan = Plan([[5, 6], [7]], 2, 2, sync_interval=2, sync_offset=1, seed=1)
+    rollouts = SerialRollouts(model, Engine(model, {0}, 4, 1.0), plan)
+    for step in range(1, 5):
+        rollouts.next(step)
+        rollouts.publish(step)
+    assert calls == [*["sampled"] * 3, "asleep", *["sampled"] * 2, "asleep", "compared"]
 
 
 # In turns, for real

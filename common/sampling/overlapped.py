@@ -22,9 +22,11 @@ from common.sampling import Batch
 from common.sampling.process import run_sampler
 from common.sampling.shared_weights import SharedWeights
 from common.sampling.verify import describe, sampler_mismatch
-from common.weights import parameters_from
+from common.weights import parameters_from, weights_of
 
-START_UP_SECONDS = 600  # for loading the model; there is no heartbeat before the first token
+# For starting an engine and testing it; there is no heartbeat before the first token.
+START_UP_SECONDS = 600
+START_UP_SECONDS_PER_GB = 60  # of float32 weights, besides: about 25 minutes more for 7B
 
 
 class OverlappedRollouts:
@@ -168,7 +170,7 @@ class OverlappedRollouts:
         self.last_arrived = state["last_arrived"]
         self.published = state["published"]
         for slot, (version, tensors) in enumerate(state["weights"].items()):
-            self.weights.write_tensors(slot, version, tensors or dict(model.named_parameters()))
+            self.weights.write_tensors(slot, version, tensors or weights_of(model))
             self.slot_of[version] = slot
         self.to_order = sorted(self.slot_of)
 
@@ -213,13 +215,15 @@ class OverlappedRollouts:
 
     def _next_message(self, bar):
         beat, silent = self.weights.heartbeat.item(), 0.0
+        gigabytes = 4 * sum(self.weights.sizes) // 10**9
+        start_up = START_UP_SECONDS + START_UP_SECONDS_PER_GB * gigabytes
         while True:
             with contextlib.suppress(queue.Empty):
                 return self.inbox.get(timeout=1.0)
             before, beat = beat, self.weights.heartbeat.item()
             bar.update(beat - before)
             silent = silent + 1.0 if beat == before else 0.0
-            if silent >= (self.timeout if beat else max(self.timeout, START_UP_SECONDS)):
+            if silent >= (self.timeout if beat else max(self.timeout, start_up)):
                 what = f"The sampler's process has not decoded a token for {silent:g} s"
                 how = "continue with --resume, and more --sampler-timeout if it is only slow"
                 raise RunStopped(f"{what} while {self._its_work()}: {how}.")

@@ -3,6 +3,7 @@
 from common.distributed import gather_batch
 from common.errors import BadInput
 from common.sampling.verify import deliver, describe, sampler_mismatch
+from common.weights import weights_of
 
 
 class SerialRollouts:
@@ -71,7 +72,9 @@ class SerialRollouts:
             what = f"batch {numbers[0]} needs another version than the model's"
             raise RuntimeError(f"{what}, {self.version}")
         metrics = self._hand_over()
-        for batch in self.plan.sample(self.sampler, numbers):
+        batches = list(self.plan.sample(self.sampler, numbers))
+        self.sampler.sleep()  # before the trainer computes anything: they may share a GPU
+        for batch in batches:
             if self.plan.shows_mismatch_only_now(batch.number):
                 metrics |= sampler_mismatch(
                     self.model, self.sampler.temperature, self.sampler.precision, batch
@@ -80,11 +83,10 @@ class SerialRollouts:
             metrics = {}
             self.waiting[batch.number] = batch
             self.last_sampled = batch.number
-        self.sampler.sleep()
 
     def _hand_over(self):
         """Deliver the model's weights to an engine that has a copy; metrics of the sync."""
         if not self.verified:
             return {}
         manifest = describe(self.model, self.version, self.sampler.precision)
-        return deliver(self.sampler, dict(self.model.named_parameters()), manifest)
+        return deliver(self.sampler, weights_of(self.model), manifest)

@@ -7,16 +7,17 @@ import torch
 
 from common.distributed import whole
 from common.errors import BadInput
+from common.weights import weights_of
 
 
 class SharedWeights:
-    """`num_slots` copies of a model's parameters, float32, in shared memory.
+    """`num_slots` copies of a model's weights, float32, in shared memory.
 
     Raises `BadInput` if there is too little of it.
     """
 
     def __init__(self, model, num_slots):
-        self.shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self.shapes = {name: tensor.shape for name, tensor in weights_of(model).items()}
         # Tensors start at multiples of 64 bytes, as PyTorch's own do: elsewhere vector code may
         # round differently.
         self.sizes = [-(-shape.numel() // 16) * 16 for shape in self.shapes.values()]
@@ -40,8 +41,8 @@ class SharedWeights:
         return {name: part[: shape.numel()].view(shape) for (name, shape), part in parts}
 
     def write(self, slot, version, model):
-        """Copy the model's parameters into a slot that nobody reads."""
-        self.write_tensors(slot, version, dict(model.named_parameters()))
+        """Copy the model's weights into a slot that nobody reads."""
+        self.write_tensors(slot, version, weights_of(model))
 
     @torch.no_grad()
     def write_tensors(self, slot, version, tensors):

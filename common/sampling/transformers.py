@@ -16,6 +16,7 @@ from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import autocast
 from common.progress import progress
 from common.sampling import Sampler, Samples
+from common.weights import weights_of
 
 # Decoded at a time, to bound the cache: 256 × 1,170 tokens of a 3B model take 11 GB.
 MOST_SEQUENCES = 256
@@ -53,10 +54,11 @@ class TransformersSampler(Sampler):
         self.precision = precision
         self.eos_ids = torch.tensor(sorted(eos_ids), device=model.device)
         self.heartbeat = torch.zeros(1, dtype=torch.int64)
+        self.weights_at_hand = gathered  # how the weights of a sharded model come to this rank
 
     def use_weights(self, tensors):
-        for name, parameter in self.model.named_parameters():
-            parameter.data = tensors[name]
+        for name, own in weights_of(self.model).items():
+            own.data = tensors[name]
 
     def sample(self, prompts, group_size, seeds):
         samples = self._decode_all(prompts, group_size, seeds)
@@ -77,7 +79,7 @@ class TransformersSampler(Sampler):
         # Gradient checkpointing, active in training mode only, would switch the cache off.
         self.model.eval()
         # Not inference mode, in which autocast would cast all weights again for each token.
-        with gathered(self.model), torch.no_grad(), self._precision():
+        with self.weights_at_hand(self.model), torch.no_grad(), self._precision():
             for start in range(0, len(prompts), prompts_at_a_time):
                 part = slice(start, start + prompts_at_a_time)
                 part_seeds = None if seeds is None else seeds[part]

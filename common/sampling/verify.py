@@ -14,7 +14,7 @@ import torch
 from common.batching import collate
 from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import token_logprobs
-from common.weights import checksum, perturbed
+from common.weights import checksum, perturbed, weights_of
 
 # The largest mean difference, in nats per probe token, that is taken for rounding. Equal weights of
 # small models are 3e-6 apart in float32 and 0.1 in bfloat16. A missing matrix adds 0.04 to 2, a
@@ -44,7 +44,7 @@ def describe(model, version, precision):
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.config.get_text_config().vocab_size
     probe = torch.randint(vocab_size, (4, 24), generator=generator).tolist()
-    checksums = {name: checksum(parameter) for name, parameter in model.named_parameters()}
+    checksums = {name: checksum(tensor) for name, tensor in weights_of(model).items()}
     logprobs = logprobs_of(model, probe, precision)
     if not logprobs.isfinite().all():
         raise RunStopped(NOT_FINITE)
@@ -131,7 +131,7 @@ def canary(sampler, model, precision):
 
     Raises `RunStopped`, which names the weights that are stale.
     """
-    names = [name for name, _ in model.named_parameters()]
+    names = list(weights_of(model))
     # Noise adds up over layers, until rounding looks like stale weights: 1.3 nats with 0.5 in
     # SmolLM2-135M's 30 layers.
     strength = 0.7 * model.config.get_text_config().num_hidden_layers ** -0.5
@@ -139,7 +139,7 @@ def canary(sampler, model, precision):
     def follows(changed):
         with perturbed(model, changed, strength):
             manifest = describe(model, 0, precision)
-            sampler.use_weights(dict(model.named_parameters()))
+            sampler.use_weights(weights_of(model))
             return _gap(sampler, manifest) <= manifest.tolerance
 
     if not follows(names):
@@ -148,9 +148,11 @@ def canary(sampler, model, precision):
             f"The sampler's log-probs do not follow its weights ({_listed('not followed', stale)}"
             f"tolerance {TOLERANCE[precision]:g} nats per token): use --engine transformers."
         )
+    sampler.sleep()  # if it can, so that nothing is left of its weights
     if not follows([]):
         raise RunStopped(
-            "After its start-up test the sampler kept changed weights: use --engine transformers."
+            "After its start-up test, when it had slept or had changed weights, the sampler does "
+            "not compute with the true ones: use --engine transformers."
         )
 
 

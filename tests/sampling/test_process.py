@@ -771,7 +771,15 @@ def test_parameters_are_aligned_views_of_the_slot():
     assert weights.versions.tolist() == [10, 11, 12]
     reader = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 7, bias=False))
     sampler = TransformersSampler(
-        types.SimpleNamespace(device="cpu", named_parameters=reader.named_parameters), {0}, 1, 1
+        types.SimpleNamespace(
+            device="cpu",
+            named_parameters=reader.named_parameters,
+            named_buffers=reader.named_buffers,
+            state_dict=reader.state_dict,
+        ),
+        {0},
+        1,
+        1,
     )
     for slot in (2, 0, 1):
         sampler.use_weights(weights.tensors(slot))

@@ -9,13 +9,14 @@ import time
 
 import pytest
 import torch
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 from common.errors import RunStopped
 from common.models import load_model
 from common.sampling import Batch, Sampler
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import canary, deliver, describe, logprobs_of, sampler_mismatch
-from common.weights import checksum, perturbed
+from common.weights import checksum, perturbed, weights_of
 from tests.conftest import build_model
 
 
@@ -272,8 +273,55 @@ def test_the_canary_notices_an_engine_that_keeps_its_weights(model):
             if not self.deliveries:
                 super().use_weights(tensors)
 
-    with pytest.raises(RunStopped, match="kept changed weights"):
+    with pytest.raises(RunStopped, match="does not compute with the true ones"):
         canary(Once(model), model, "float32")
+
+
+ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
+
+
+class Sleeping(Engine):
+    """Sleep takes all weights, and what it is not sent afterwards stays lost."""
+
+    def __init__(self, model, is_sent=lambda name: True):
+        super().__init__(model)
+        self.is_sent = is_sent
+
+    @torch.no_grad()
+    def use_weights(self, tensors):
+        for name, own in weights_of(self.model).items():
+            if self.is_sent(name):
+                own.copy_(tensors[name])
+
+    @torch.no_grad()
+    def sleep(self):
+        for tensor in weights_of(self.model).values():
+            tensor.zero_()
+
+
+def test_buffers_that_a_checkpoint_holds_are_handed_over_and_the_canary_lets_an_engine_sleep():
+    torch.manual_seed(0)
+    config = Glm4MoeConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, moe_intermediate_size=32,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+        n_routed_experts=4, num_experts_per_tok=2, first_k_dense_replace=1, initializer_range=0.2,
+        n_group=1, topk_group=1, attn_implementation="eager",
+    )  # fmt: skip
+    model = Glm4MoeForCausalLM(config).eval()
+    with torch.no_grad():
+        model.get_buffer(ROUTER_BIAS).uniform_(-1, 1)  # which decides between experts
+    assert ROUTER_BIAS not in dict(model.named_parameters())
+    assert weights_of(model).keys() == model.state_dict().keys()
+    before = copy.deepcopy(model.state_dict())
+    canary(Sleeping(model), model, "float32")
+    with pytest.raises(RunStopped):
+        canary(Sleeping(model, is_sent=lambda name: name != ROUTER_BIAS), model, "float32")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    manifest = describe(model, 3, "float32")
+    assert ROUTER_BIAS in manifest.checksums
+    tensors = dict(model.named_parameters())  # as it was sent before
+    with pytest.raises(RunStopped, match=f"missing: {ROUTER_BIAS}"):
+        deliver(Sleeping(model), tensors, manifest)
 
 
 @pytest.mark.parametrize("layers", [2, 32])
