@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
+from transformers.masking_utils import sdpa_mask
 
 from common.layers import attention_can_be_replaced
 from common.logprobs import autocast
@@ -66,10 +66,14 @@ def attention_mask(*, q_length, dtype=torch.float32, **options):
     """
     if q_length > 1:
         return sdpa_mask(q_length=q_length, **options)
+    seen = sdpa_mask(q_length=q_length, **(options | {"allow_is_causal_skip": False}))
     device = options["device"].type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    return eager_mask(q_length=q_length, dtype=dtype, **options)
+    # Not `transformers`' `eager_mask`: it makes a tensor of a Python number, which is copied to the
+    # GPU, and that cannot be recorded.
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 AttentionInterface.register(ATTENTION, attention)
@@ -81,10 +85,12 @@ def can_use_graphs(model):
 
     Not recorded are: sliding windows and recurrent states, which change in other ways than by a
     new column; position encodings that depend on the longest text; experts, since a router may ask
-    the GPU how many tokens each of them has got.
+    the GPU how many tokens each of them has got; and attention other than PyTorch's, whose masks
+    `transformers` makes of Python's numbers.
     """
     config = model.config.get_text_config()
-    if any("expert" in name for name in config.to_dict()):
+    has_experts = any("expert" in name for name in config.to_dict())
+    if has_experts or not attention_can_be_replaced(model):
         return False
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
