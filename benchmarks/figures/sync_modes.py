@@ -82,7 +82,7 @@ class Args:
 
 def main(args, script_options):
     if args.quick:
-        args.steps, args.long_tail_steps = 14, 6
+        args.steps, args.long_tail_steps = 14, 12
         args.seeds, args.prompts_per_step = args.seeds[:1], 4
         reporting.use_quick_directories(args, Args.output)
 
