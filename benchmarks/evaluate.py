@@ -53,6 +53,7 @@ from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler
 from common.sampling.verify import deliver, describe
 from common.tasks import load_task
 from common.tasks.problems import load_problems, means
+from common.weights import weights_of
 
 
 @dataclass
@@ -238,7 +239,7 @@ def main(args):
         if sampler is None:
             rollouts = make_rollouts(options, eval_set, eval_set, model, tokenizer, precision)
             sampler = rollouts.sampler
-        tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
+        tensors = {key: tensor.detach() for key, tensor in weights_of(model).items()}
         if args.engine == "vllm":  # which copies the weights, and must show that it uses them
             deliver(sampler, tensors, describe(model, 0, precision))
         else:

@@ -53,10 +53,10 @@ def run(main, Args, script):
         check(args)
         main(args)
     except Exception as error:
-        if is_out_of_memory(error):
-            error = RunStopped(OUT_OF_MEMORY)
         if not isinstance(error, (BadInput, RunStopped, OSError, SafetensorError)):
-            raise
+            if not is_out_of_memory(error):
+                raise
+            error = RunStopped(OUT_OF_MEMORY)
         # Messages of libraries, quoted in ours, may have several lines.
         message = " ".join((str(error) or repr(error)).split())
         # torchrun ends all ranks when one fails. The others wait until rank 0 has had its say.

@@ -130,12 +130,8 @@ def what_fits():
     lines = ["| Qwen2.5 | with a reference | without | on a card with |", "|---|---|---|---|"]
     for model, billions in parameters.items():
         with_reference, without = 22 * billions, 18 * billions
-        fitting = []
-        for how, needed in (("", with_reference), (" without a reference", without)):
-            card = next((card for card in cards if needed + 4 <= card), None)
-            if card is not None and not any(said.startswith(f"{card} GB") for said in fitting):
-                fitting.append(f"{card} GB{how}")
-        on = ", ".join(fitting) or "none of these: several"
+        fitting = [f"{card} GB" for card in cards if with_reference + 4 <= card]
+        on = fitting[0] if fitting else "none of these: several"
         lines.append(f"| {model} | {with_reference:.0f} GB | {without:.0f} GB | {on} |")
     return "\n".join(lines)
 

@@ -110,6 +110,15 @@ def test_a_full_gpu_is_one_sentence_with_what_to_do(wrapped, monkeypatch, capsys
         command()
 
 
+def test_what_is_said_of_a_full_gpu_where_more_is_known_is_kept(monkeypatch, capsys):
+    def fail(args):
+        raise BadInput("--engine vllm does not fit.") from torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(grpo, "main", fail)
+    assert command() == 2
+    assert capsys.readouterr().err == "grpo.py: error: --engine vllm does not fit.\n"
+
+
 # Numbers
 
 

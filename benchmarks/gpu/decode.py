@@ -25,21 +25,13 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.helpers import reporting
-from benchmarks.helpers.random_model import save_random_model
+from benchmarks.helpers.random_model import QWEN, SMOLLM2, save_random_model
 from common.environment import describe_environment
 from common.models import TINY_MODEL, choose_device, load_model, load_tokenizer
 from common.sampling.graphs import GraphSampler, room_for
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import sampler_mismatch
 
-SMOLLM2 = {
-    "vocab_size": 49_152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-    "num_attention_heads": 9, "num_key_value_heads": 3,
-}  # fmt: skip
-QWEN = {
-    "vocab_size": 151_936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-    "num_attention_heads": 14, "num_key_value_heads": 2,
-}  # fmt: skip
 SHAPES = {"SmolLM2-135M": SMOLLM2, "Qwen2.5-0.5B": QWEN}
 SAMPLERS = {"one launch per operation": TransformersSampler, "CUDA graphs": GraphSampler}
 PROMPT = 64  # tokens
@@ -78,12 +70,10 @@ class Counter(TorchDispatchMode):
         self.operations += 1
         # What is put into a tensor is moved twice; the rest of that tensor is not.
         given = 2 * list(args[1:]) if name in self.PUTS_INTO else [*args, result]
-        self.bytes += sum(t.nbytes for t in torch.utils._pytree.tree_leaves(given) if is_tensor(t))
+        self.bytes += sum(
+            t.nbytes for t in torch.utils._pytree.tree_leaves(given) if torch.is_tensor(t)
+        )
         return result
-
-
-def is_tensor(value):
-    return isinstance(value, torch.Tensor)
 
 
 def cost(args, directory):

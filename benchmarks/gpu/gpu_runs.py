@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import grpo
 from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import train
-from benchmarks.helpers.random_model import save_random_model
+from benchmarks.helpers.random_model import QWEN, save_random_model
 from common.curves import read_metrics
 from common.models import TINY_MODEL, choose_device, end_of_sequence_ids, load_model, load_tokenizer
 from common.sampling import Plan
@@ -221,11 +221,9 @@ def qwen(args, directory):
     long as it may be.
     """
     on_cpu, model = args.device == "cpu", Path(directory) / "model"
-    save_random_model(
-        model, load_tokenizer(TINY_MODEL), vocab_size=151_936, hidden_size=896,
-        intermediate_size=4864, num_hidden_layers=2 if on_cpu else 24, num_attention_heads=14,
-        num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
+    shape = QWEN | ({"num_hidden_layers": 2} if on_cpu else {})
+    tokenizer = load_tokenizer(TINY_MODEL)
+    save_random_model(model, tokenizer, eos_token_id=None, pad_token_id=0, **shape)
     options = {
         "num_steps": args.steps or 4, "device": args.device, "engine": args.engine, "model": model,
         "task": "benchmarks/helpers/turns.py:LongTurns", "learning_rate": 1e-6, "eval_size": 1,

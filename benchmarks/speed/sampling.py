@@ -41,6 +41,7 @@ from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import deliver, describe
 from common.tasks import load_task
 from common.tasks.problems import load_problems
+from common.weights import weights_of
 
 DEFAULTS = grpo.Args()
 
@@ -86,7 +87,7 @@ def main(args):
         )
         few = replace(problems, prompts=prompts)
         engine = make_rollouts(options, few, few, model, tokenizer, args.precision).sampler
-        tensors = {key: parameter.detach() for key, parameter in model.named_parameters()}
+        tensors = {key: tensor.detach() for key, tensor in weights_of(model).items()}
         deliver(engine, tensors, describe(model, 0, args.precision))
         samplers["vLLM, with log-probs"] = engine
     generating = copy.deepcopy(model).to(getattr(torch, args.precision))

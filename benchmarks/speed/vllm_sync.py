@@ -28,6 +28,7 @@ from common.environment import describe_environment
 from common.models import TINY_MODEL, load_model, location
 from common.sampling.verify import canary, deliver, describe
 from common.sampling.vllm import KEEP_FREED_MEMORY, VllmSampler
+from common.weights import weights_of
 
 COLUMNS = ["weights", "copy", "sync", "of it repacking", "sync / (2 copies + repacking)"]
 COLUMNS += ["describe", "verify", "canary (s)", "GB/s", "log-probs, mean / max"]
@@ -86,7 +87,7 @@ def seconds_of_repacking(sampler, tensors):
 def measure(name, directory, precision, rounds):
     """One row of the report."""
     model = load_model(directory, "", torch.device("cpu"))
-    tensors = {key: value.detach() for key, value in model.named_parameters()}
+    tensors = {key: value.detach() for key, value in weights_of(model).items()}
     size = sum(tensor.nbytes for tensor in tensors.values())
     limits = {"max_tokens": 64, "longest_prompt": 64}
     sampler = VllmSampler(directory, "", {0}, temperature=1.0, precision=precision, **limits)

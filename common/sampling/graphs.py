@@ -27,8 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from common.layers import attention_can_be_replaced
 from common.logprobs import autocast
 from common.progress import progress
-from common.sampling import Samples
-from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler, inverse_cdf
+from common.sampling.transformers import TransformersSampler, inverse_cdf
+from common.weights import weights_of
 
 # After so many tokens, the CPU looks which rows have ended.
 TOKENS_PER_LOOK = 8
@@ -224,14 +224,21 @@ class GraphSampler(TransformersSampler):
         self.decoding = Decoding()
         self.rounded = {}  # by parameter: its copy in bf16, if it belongs to a linear layer
         self.on_gpu = model.device.type == "cuda"  # else nothing is recorded
+        self.attention = model.config._attn_implementation
+        if attention_can_be_replaced(model):
+            self.attention = ATTENTION
         self.cache_dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
         layers = cache_of_one_token(model).layers
         numbers = sum(layer.keys.numel() + layer.values.numel() for layer in layers)
         self.bytes_per_token = numbers * self.cache_dtype.itemsize  # of keys and values
 
+    def use_weights(self, tensors):
+        for name, own in weights_of(self.model).items():
+            own.data.copy_(tensors[name])  # to where the graphs read them
+
     def _most_sequences(self, prompts):
         if not self.on_gpu:
-            return MOST_SEQUENCES
+            return super()._most_sequences(prompts)
         columns = room_for(max(len(prompt) for prompt in prompts) + self.max_tokens)
         most_bytes = CACHE_SHARE * memory_of(self.model.device)
         return int(most_bytes / (columns * self.bytes_per_token))
@@ -246,7 +253,7 @@ class GraphSampler(TransformersSampler):
         linears = []
         if self.precision == "bfloat16":
             linears = [layer for layer in self.model.modules() if isinstance(layer, nn.Linear)]
-        attention_before = self.model.config._attn_implementation
+        attention_of_training = self.model.config._attn_implementation
         try:
             for linear in linears:
                 linear.forward = functools.partial(
@@ -254,12 +261,11 @@ class GraphSampler(TransformersSampler):
                     weight=self._in_bf16(linear.weight),
                     bias=None if linear.bias is None else self._in_bf16(linear.bias),
                 )
-            if attention_can_be_replaced(self.model):
-                self.model.set_attn_implementation(ATTENTION)
+            self.model.set_attn_implementation(self.attention)
             with autocast(self.model.device.type, self.precision, cache=False):
                 yield
         finally:
-            self.model.set_attn_implementation(attention_before)
+            self.model.set_attn_implementation(attention_of_training)
             for linear in linears:
                 vars(linear).pop("forward", None)
             if self.on_gpu and self._num_bytes() > KEPT_SHARE * memory_of(self.model.device):
@@ -274,7 +280,7 @@ class GraphSampler(TransformersSampler):
 
     def _num_bytes(self):
         kept = [*self.decoding.memory.values(), *self.rounded.values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
+        return sum(tensor.nbytes for tensor in kept)
 
     def _decode(self, prompts, group_size, seeds):
         """`Samples` of one batch of prompts; greedy if `seeds` is None."""
@@ -311,13 +317,8 @@ class GraphSampler(TransformersSampler):
         # What a row went on with after its end is left out.
         ends_BT = (rows.tokens_BT.unsqueeze(2) == self.eos_ids).any(dim=2)
         ended_B = ends_BT.any(dim=1)
-        lengths = torch.where(ended_B, ends_BT.int().argmax(dim=1) + 1, T).tolist()
-        tokens, logprobs = rows.tokens_BT.tolist(), rows.logprobs_BT.tolist()
-        return Samples(
-            responses=[row[:n] for row, n in zip(tokens, lengths, strict=True)],
-            logprobs=[row[:n] for row, n in zip(logprobs, lengths, strict=True)],
-            truncated=(~ended_B).tolist(),
-        )
+        lengths_B = torch.where(ended_B, ends_BT.int().argmax(dim=1) + 1, T)
+        return self._samples(rows.tokens_BT, rows.logprobs_BT, lengths_B, ended_B)
 
     def _next_token(self, rows, greedy):
         """Decode a token for each row: by its graph, if there is one for this size."""

@@ -152,6 +152,10 @@ class TransformersSampler(Sampler):
             positions_B1 = positions_B1 + 1
             logits_BV = self._next_logits(token_B1, attention_BT, positions_B1, cache)
 
+        return self._samples(tokens_BT, logprobs_BT, lengths_B, ended_B)
+
+    def _samples(self, tokens_BT, logprobs_BT, lengths_B, ended_B):
+        """`Samples` of what was decoded, each response up to its length."""
         lengths = lengths_B.tolist()
         return Samples(
             responses=[row[:n] for row, n in zip(tokens_BT.tolist(), lengths, strict=True)],

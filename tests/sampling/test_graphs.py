@@ -13,6 +13,8 @@ from common.models import load_model
 from common.sampling import graphs
 from common.sampling.graphs import GraphSampler, can_use_graphs, halved, room_for
 from common.sampling.transformers import TransformersSampler
+from common.sampling.verify import sampler_mismatch
+from common.weights import weights_of
 from tests.conftest import build_model
 from tests.sampling.test_model_families import FAMILIES, PROMPTS, SIZES, build
 
@@ -151,6 +153,16 @@ def test_buffers_are_filled_again_with_new_weights(tmp_path):
     assert places == {name: tensor.data_ptr() for name, tensor in sampler.decoding.memory.items()}
 
 
+def test_weights_that_are_handed_over_go_to_where_graphs_read_them(tmp_path):
+    one, other = (load(build_model("qwen2", tmp_path / str(seed), seed=seed)) for seed in (0, 1))
+    places = [tensor.data_ptr() for tensor in weights_of(one).values()]
+    sampler = GraphSampler(one, ENDS, 24, 1.0)
+    sampler.use_weights(weights_of(other))
+    assert [tensor.data_ptr() for tensor in weights_of(one).values()] == places
+    expected = TransformersSampler(other, ENDS, 24, 1.0).sample(PROMPTS, 3, SEEDS)
+    assert_equal(sampler.sample(PROMPTS, 3, SEEDS), expected)
+
+
 def test_bf16_copies_get_the_new_weights_and_the_model_is_left_as_it_was(tmp_path):
     one, other = (load(build_model("llama", tmp_path / str(seed), seed=seed)) for seed in (0, 1))
     before = one.config._attn_implementation
@@ -165,8 +177,6 @@ def test_bf16_copies_get_the_new_weights_and_the_model_is_left_as_it_was(tmp_pat
 
 
 def test_in_bf16_it_is_as_near_to_the_trainer_as_todays_path(model):
-    from common.sampling.verify import sampler_mismatch
-
     gaps = []
     for cls in (TransformersSampler, GraphSampler):
         samples = cls(model, ENDS, 24, 1.0, "bfloat16").sample(PROMPTS, 4, SEEDS)
