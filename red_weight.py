@@ -166,7 +166,9 @@ def gradient(part, policy, reference, args, precision, metrics):
     weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
     for parameter in policy.parameters():
         # Zeros rather than None: even if no token learns, AdamW should follow its momentum.
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        parameter.grad.zero_()
     total_loss = 0.0
     for micro in micro_batches(part, weights_PG, args.max_tokens_per_microbatch, policy.device):
         if reference is not None:  # for the KL that is logged, and for --kl-coef
@@ -217,7 +219,7 @@ def main(args):
     reference = load_reference(args, device)  # None with --no-reference-kl
     # PyTorch's betas, 0.9 and 0.999. No weight decay: only the reward should move the policy.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0, fused=device.type == "cuda")
-    rollouts = make_rollouts(args, train_set, eval_set, policy, tokenizer, precision)
+    rollouts = make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, precision)
     checkpoints = Checkpoints(log, policy, optimizer, rollouts, train_set, eval_set)
     checkpoints.load_newest()  # with --resume: weights, moments, batches, log.step
 

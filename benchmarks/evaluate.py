@@ -237,7 +237,7 @@ def main(args):
     for label, name_and_revision in models.items():
         model = load_model(*name_and_revision, device)
         if sampler is None:
-            rollouts = make_rollouts(options, eval_set, eval_set, model, tokenizer, precision)
+            rollouts = make_rollouts(options, eval_set, eval_set, model, None, tokenizer, precision)
             sampler = rollouts.sampler
         tensors = {key: tensor.detach() for key, tensor in weights_of(model).items()}
         if args.engine == "vllm":  # which copies the weights, and must show that it uses them

@@ -154,6 +154,12 @@ def _load_weights(name, revision, config):
     return model
 
 
+def shapes_of(name, revision):
+    """A model without memory for its weights, on PyTorch's "meta" device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision))
+
+
 def save_model(model, tokenizer, directory):
     """Write a Hugging Face model directory.
 

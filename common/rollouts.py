@@ -22,12 +22,12 @@ from common.sampling.verify import TOLERANCE, sampler_mismatch
 from common.sampling.vllm import KEEP_FREED_MEMORY, make_vllm_sampler
 
 
-def make_rollouts(args, train_set, eval_set, policy, tokenizer, precision):
+def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, precision):
     """`SerialRollouts` or `OverlappedRollouts`, and PyTorch's number of threads set to match.
 
     Which of them: see the table in common/README.md, Schedule and lag. `args` are the script's,
-    both sets are `ProblemSet`s, `policy` is the trainer's model, `precision` "float32" or
-    "bfloat16". Raises `BadInput` if sampling cannot work.
+    both sets are `ProblemSet`s, `policy` is the trainer's model, `optimizer` its AdamW or None,
+    `precision` "float32" or "bfloat16". Raises `BadInput` if sampling cannot work.
     """
     plan = Plan(
         prompts=train_set.prompts,
@@ -73,9 +73,23 @@ def make_rollouts(args, train_set, eval_set, policy, tokenizer, precision):
     if policy.device.index and size() == 1:
         how = "vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead"
         raise BadInput(f"--device {policy.device}: {how}.")
+    if optimizer is not None and policy.device.type == "cuda":
+        create_training_state(optimizer)  # an engine on the same GPU takes of what is left
     num_sequences = args.prompts_per_step * args.group_size
     sampler = make_sampler(beside=policy, num_sequences=num_sequences)
     return SerialRollouts(policy, sampler, plan, verified)
+
+
+def create_training_state(optimizer):
+    """Make gradients and AdamW's moments, all 0, which else appear with the first update."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+        learning_rate, group["lr"] = group["lr"], 0.0  # so that the step moves no weight
+        optimizer.step()
+        group["lr"] = learning_rate
+    for state in optimizer.state.values():
+        state["step"].zero_()
 
 
 def gpu_for_the_engine(args, device):

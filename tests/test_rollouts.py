@@ -5,6 +5,7 @@ What the rollouts deliver: sampling/test_schedule.py in turns, sampling/test_pro
 training.
 """
 
+import itertools
 import math
 import multiprocessing
 import signal
@@ -18,7 +19,7 @@ import grpo
 from common import rollouts as module
 from common.errors import BadInput
 from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
-from common.rollouts import make_rollouts
+from common.rollouts import create_training_state, make_rollouts
 from common.sampling import Plan, serial
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
@@ -77,7 +78,7 @@ def decide(monkeypatch):
         )  # fmt: skip
         sets = problem_sets([[1, 2, 3], [4]], [[5, 6, 7, 8, 9]])
         tokenizer = types.SimpleNamespace(eos_token_id=1)
-        make_rollouts(args, *sets, model, tokenizer, "float32")
+        make_rollouts(args, *sets, model, None, tokenizer, "float32")
         return dict(started)
 
     return decide
@@ -226,17 +227,13 @@ def test_the_engines_of_two_ranks_get_the_gpus_that_are_not_theirs(rank, gpu, de
     assert arguments[-1] == {"CUDA_VISIBLE_DEVICES": gpu}
 
 
-def test_an_engine_beside_the_trainer_leaves_room_for_the_optimizer():
+def test_an_engine_beside_the_trainer_takes_what_is_free_and_of_use():
     gib = 2**30
-    # 1.5 B parameters in float32: 6 GB of weights, and as much again for gradients and for each of
-    # AdamW's moments.
-    sizes = {"total": 80 * gib, "parameter_bytes": 6 * gib}
-    share = share_of_gpu(free=60 * gib, engine_bytes=50 * gib, **sizes)
-    assert math.isclose(share, (60 - 3 * 6 - 1) / 80)
-    with pytest.raises(BadInput, match=r"finds 12\.0 GiB .* 19\.0 GiB more"):
-        share_of_gpu(free=12 * gib, engine_bytes=50 * gib, **sizes)
+    assert math.isclose(share_of_gpu(42 * gib, 80 * gib, engine_bytes=50 * gib), (42 - 1) / 80)
+    with pytest.raises(BadInput, match=r"finds 0\.8 GiB .* beside weights, gradients and moments"):
+        share_of_gpu(0.8 * gib, 80 * gib, engine_bytes=50 * gib)
     # It gets no more than it can use.
-    assert math.isclose(share_of_gpu(free=60 * gib, engine_bytes=9 * gib, **sizes), 9 / 80)
+    assert math.isclose(share_of_gpu(60 * gib, 80 * gib, engine_bytes=9 * gib), 9 / 80)
 
 
 def test_what_an_engine_can_use_is_for_its_sequences():
@@ -273,7 +270,26 @@ def test_an_engine_sleeps_before_the_trainer_looks_at_what_it_sampled(place, mon
     for step in range(1, 5):
         rollouts.next(step)
         rollouts.publish(step)
-    assert calls == [*["sampled"] * 3, "asleep", *["sampled"] * 2, "asleep", "compared"]
+    steps = ["sampled", "asleep", "sampled", "asleep", "compared", "asleep"]
+    assert [call for call, _ in itertools.groupby(calls)] == steps
+
+
+def test_training_state_that_is_made_early_changes_nothing(place):
+    name, _ = place
+    found = []
+    for early in (False, True):
+        model = load_model(name, "", CPU)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0)
+        if early:
+            create_training_state(optimizer)
+            assert sum(len(state) for state in optimizer.state.values()) > 2 * len(found[0])
+        torch.manual_seed(0)
+        for _ in range(3):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+        found.append(list(model.parameters()))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 # In turns, for real
@@ -287,7 +303,8 @@ def place(tmp_path_factory):
 
 def rollouts_of(model, tokenizer, prompts, eval_prompts, schedule):
     args = settings(schedule, model=model.name_or_path, max_response_tokens=8, threads=1)
-    return make_rollouts(args, *problem_sets(prompts, eval_prompts), model, tokenizer, "float32")
+    sets = problem_sets(prompts, eval_prompts)
+    return make_rollouts(args, *sets, model, None, tokenizer, "float32")
 
 
 def test_synchronous_training_starts_no_process(place, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@
     python benchmarks/gpu/gpu_runs.py smollm2       SmolLM2-135M-Instruct learns two tasks
     python benchmarks/gpu/gpu_runs.py attention     sampling with and without cuDNN's attention
     python benchmarks/gpu/gpu_runs.py qwen          time and memory of Qwen2.5-0.5B's size
+    python benchmarks/gpu/gpu_runs.py sharing       vLLM on the trainer's GPU
     python benchmarks/gpu/gpu_runs.py ranks         SmolLM2 on one GPU, and on two under torchrun
 
 `on_gpu.sh` calls these. With `--device cpu` they run without a GPU, to see that they work. Each
@@ -43,7 +44,7 @@ SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 @dataclass
 class Args:
     part: tyro.conf.Positional[
-        Literal["agreement", "default", "attention", "smollm2", "qwen", "ranks"]
+        Literal["agreement", "default", "attention", "smollm2", "qwen", "sharing", "ranks"]
     ]
     """what to run"""
     device: str = "cuda"
@@ -140,10 +141,10 @@ def timings(label, run_dir):
     return [label, len(records), *cells]
 
 
-def timing_table(rows):
+def timing_table(rows, *more):
     header = ["run", "steps", "s per step", "sampling", "training", "sampled tokens/s"]
     header += ["tokens per response", "peak memory (GiB)", "first reward", "last 3 rewards"]
-    header += ["held-out accuracy", "KL at the end"]
+    header += ["held-out accuracy", "KL at the end", *more]
     return reporting.table(header, rows)
 
 
@@ -173,7 +174,7 @@ def default(args, directory):
     yield f"# The default run on a GPU\n\n{table}\n", run_dir
 
 
-def train_smollm2(args, directory, name, task, steps, ranks=1):
+def train_smollm2(args, directory, name, task, steps, ranks=1, **others):
     """A run of GRPO on a task of chat_tasks.py; returns its directory."""
     options = {
         "num_steps": args.steps or steps, "device": args.device, "engine": args.engine,
@@ -183,7 +184,21 @@ def train_smollm2(args, directory, name, task, steps, ranks=1):
     }  # fmt: skip
     if args.device == "cpu":  # a rehearsal
         options |= {"prompts_per_step": 2, "group_size": 2, "eval_size": 2}
-    return train("grpo", directory, name, ranks, **options)
+    return train("grpo", directory, name, ranks, **options, **others)
+
+
+def sharing(args, directory):
+    """An engine that wakes and sleeps on the trainer's GPU: on fresh batches, on batches sampled
+    ahead, and in float32, where it must agree to 1e-4 nats.
+    """
+    rows = []
+    for others in ({}, {"sync_interval": 2, "sync_offset": 1}, {"precision": "float32"}):
+        label = ", ".join(f"{key} {value}" for key, value in others.items()) or "default"
+        run_dir = train_smollm2(args, directory, label, "Sentiment", 4, **others)
+        mismatch = reporting.column(reporting.read_steps(run_dir), "sampler_mismatch/mean").max()
+        rows.append([*timings(f"{label}, {args.engine}", run_dir), f"{mismatch:.2g}"])
+        title = "# An engine on the trainer's GPU; in the last column, the largest mean mismatch"
+        yield f"{title}\n\n{timing_table(rows, 'mismatch')}\n", run_dir
 
 
 def smollm2(args, directory):
@@ -239,7 +254,7 @@ def qwen(args, directory):
 
 
 def main(args):
-    parts = (agreement, default, attention, smollm2, qwen, ranks)
+    parts = (agreement, default, attention, smollm2, qwen, sharing, ranks)
     part = {function.__name__: function for function in parts}[args.part]
     with tempfile.TemporaryDirectory() as directory:
         name = args.part if args.engine == "transformers" else f"{args.part}_{args.engine}"

@@ -98,6 +98,7 @@ if [[ ${#tiny[@]} != 0 ]] ||
     part ranks python $runs ranks --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
 fi
 if has vllm; then
+    part sharing python $runs sharing --smollm2 "$smollm2" --engine vllm --output "$out"
     part smollm2_vllm python $runs smollm2 --smollm2 "$smollm2" --engine vllm --output "$out"
     part qwen_vllm python $runs qwen --engine vllm --output "$out"
 fi

@@ -86,7 +86,7 @@ def main(args):
             max_response_tokens=max_tokens,
         )
         few = replace(problems, prompts=prompts)
-        engine = make_rollouts(options, few, few, model, tokenizer, args.precision).sampler
+        engine = make_rollouts(options, few, few, model, None, tokenizer, args.precision).sampler
         tensors = {key: tensor.detach() for key, tensor in weights_of(model).items()}
         deliver(engine, tensors, describe(model, 0, args.precision))
         samplers["vLLM, with log-probs"] = engine

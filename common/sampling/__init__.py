@@ -88,10 +88,12 @@ class Sampler:
     """Samples from softmax(logits / temperature), without top-p, top-k or penalty.
 
     Records each token's log-prob. `heartbeat`, int64 [1], grows while the sampler works, which
-    tells another process slow from stuck.
+    tells another process slow from stuck. `checksums`, by parameter name, are those of the verified
+    weights that an engine holds, or None.
     """
 
     heartbeat: torch.Tensor
+    checksums: dict[str, int] | None = None
 
     def use_weights(self, tensors):
         """Sample with these weights from now on.

@@ -12,7 +12,8 @@ class SerialRollouts:
     Every batch must be sampled while the trainer's model is its version: `next` samples all batches
     of a new version at once, before the trainer moves on. The `Sampler` uses the trainer's model
     itself or, if `verified`, is an engine with a copy of the weights, which are delivered and
-    verified each time. A context manager, like `OverlappedRollouts`.
+    verified each time. An engine may share the trainer's GPU, and sleeps while the trainer works.
+    A context manager, like `OverlappedRollouts`.
     """
 
     def __init__(self, model, sampler, plan, verified=False):
@@ -36,6 +37,7 @@ class SerialRollouts:
         numbers = range(self.last_sampled + 1, self.plan.batches_of(newest)[-1] + 1)
         if numbers:
             self._sample(numbers)
+        self.sampler.sleep()  # it may be awake after an evaluation
         return self.waiting.pop(step)
 
     def publish(self, update):
@@ -43,11 +45,12 @@ class SerialRollouts:
         self.version = update
 
     def greedy(self, prompts):
-        """`Sampler.greedy` with the model's present weights."""
+        """`Sampler.greedy` with the model's present weights.
+
+        An engine stays awake: if the next batch comes from the same weights, it has them.
+        """
         self._hand_over()
-        samples = self.sampler.greedy(prompts)
-        self.sampler.sleep()
-        return samples
+        return self.sampler.greedy(prompts)
 
     def state_dict(self):
         """What a checkpoint needs besides the live weights: the batches sampled ahead."""

@@ -7,12 +7,12 @@ import os
 from contextlib import contextmanager
 
 import torch
-from torch.distributed.tensor import DTensor
+from transformers.core_model_loading import revert_weight_conversion
 
 from common.distributed import size, whole
 from common.errors import BadInput, RunStopped
 from common.layers import use_threads
-from common.models import load_model, location
+from common.models import load_model, location, shapes_of
 from common.progress import progress
 from common.sampling import Sampler, Samples
 from common.sampling.verify import canary
@@ -39,19 +39,16 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None, num_seque
     return sampler
 
 
-def share_of_gpu(free, total, parameter_bytes, engine_bytes):
+def share_of_gpu(free, total, engine_bytes):
     """The share of a GPU's memory that an awake engine may fill beside a trainer; sizes in bytes.
 
-    `parameter_bytes` are those of the trainer's float32 weights; `engine_bytes` are all that the
-    engine can make use of. Raises `BadInput` if nothing is left.
+    `engine_bytes` are all that the engine can make use of. Raises `BadInput` if nothing is left.
     """
-    # Still to come are the gradients and AdamW's two moments, and a GiB for libraries and probes.
-    needed = 3 * parameter_bytes + 2**30
+    needed = 2**30  # for libraries and probes
     if free <= needed:
         raise BadInput(
-            f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free, "
-            f"and the trainer will need {needed / 2**30:.1f} GiB more: "
-            "give a smaller model or --no-reference-kl."
+            f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free beside weights, gradients "
+            "and moments: give a smaller model or --no-reference-kl."
         )
     return min(free - needed, engine_bytes) / total
 
@@ -74,17 +71,23 @@ def engine_bytes(config, num_parameters, precision, num_sequences, tokens):
 def _share_beside(model, precision, num_sequences, tokens):
     """`share_of_gpu` beside this model of the trainer's, as its GPU's memory is filled now.
 
-    Each rank has a whole engine, but of the trainer's tensors only its own part.
+    The trainer's gradients and moments must exist by now.
     """
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
-    parameter_bytes, num_parameters = 0, 0
-    for parameter in model.parameters():
-        held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        parameter_bytes += held.nbytes
-        num_parameters += parameter.numel()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     most = engine_bytes(model.config, num_parameters, precision, num_sequences, tokens)
-    return share_of_gpu(free, total, parameter_bytes, most)
+    return share_of_gpu(free, total, most)
+
+
+def as_in_files(tensors, shapes):
+    """Yield names and whole tensors as a checkpoint has them, which is what vLLM can load.
+
+    In memory, transformers holds all experts of a layer in one tensor, for example. `tensors` by
+    name, `shapes` is the model without memory.
+    """
+    for name, tensor in tensors.items():
+        yield from revert_weight_conversion(shapes, {name: whole(tensor.detach())}).items()
 
 
 def _set_environment():
@@ -130,6 +133,7 @@ class VllmSampler(Sampler):
         self.precision = precision
         self.can_sleep = beside is not None and beside.device.type == "cuda"
         self.asleep = False
+        self.shapes = shapes_of(model, revision)
         self.room = max(longest_prompt + max_tokens, 64)  # `verify`'s probe needs some in any case
         self.heartbeat = torch.zeros(1, dtype=torch.int64)  # grows per engine step, tensor loaded
 
@@ -234,11 +238,12 @@ class VllmSampler(Sampler):
         """
 
         def stream():
-            for name, tensor in tensors.items():
+            for name_and_tensor in as_in_files(tensors, self.shapes):
                 self.heartbeat += 1
-                yield name, whole(tensor.detach())
+                yield name_and_tensor
 
         unread = stream()
+        self.checksums = None
         with _or_stop("did not take new weights"):
             if self.asleep:
                 # PyTorch keeps the memory of freed tensors, which the engine could not have.
@@ -246,6 +251,7 @@ class VllmSampler(Sampler):
                 # Weights only: there is room for keys and values once loading has freed its own.
                 self.llm.wake_up(["weights"])
             heads = self.llm.apply_model(_packed_head)
+            self.llm.apply_model(_unpack_experts)
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": unread})
             self.llm.apply_model(lambda model: _repack_tied_head(model, heads[0]))
             if self.asleep:
@@ -268,10 +274,11 @@ class VllmSampler(Sampler):
 
         `use_weights` must come before anything else.
         """
-        if self.can_sleep:
+        if self.can_sleep and not self.asleep:
             with _or_stop("did not fall asleep"):
                 self.llm.sleep(level=2)
             self.asleep = True
+            self.checksums = None
 
     def _params(self, group_size, temperature, seed):
         from vllm.sampling_params import RequestOutputKind, SamplingParams
@@ -336,6 +343,17 @@ def _packed_head(model):
 def _repack_tied_head(model, before):
     if before is not None and _packed_head(model) is before:
         model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
+def _unpack_experts(model):
+    """Let a reload pack the experts' weights, too, for the products of vLLM's CPU engine.
+
+    It would pack them only where there is no kernel yet, and compute with unpacked ones.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel") and next(module.parameters()).device.type == "cpu":
+            method.moe_kernel = None
 
 
 @contextmanager

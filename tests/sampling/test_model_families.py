@@ -10,14 +10,17 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.batching import collate
 from common.errors import BadInput
 from common.logprobs import token_logprobs
-from common.models import check_context, load_model, load_tokenizer
+from common.models import check_context, load_model, load_tokenizer, shapes_of
 from common.rollouts import check_decoding
 from common.sampling.transformers import TransformersSampler
+from common.sampling.vllm import as_in_files
+from common.weights import weights_of
 from tests.conftest import TINY_MODEL
 
 SIZES = {
@@ -69,6 +72,15 @@ FAMILIES = {
         "mamba_d_state": 16,
         "mamba_n_groups": 1,
     },
+}
+# Their routers have a bias that does not learn, a buffer.
+WITH_BUFFERS = {
+    "glm4_moe": EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "deepseek_v3": EXPERTS
+    | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16}
+    | {"v_head_dim": 32, "num_key_value_heads": 2},
 }
 REFUSED = {
     "gemma2": {"final_logit_softcapping": 3.0},
@@ -127,6 +139,18 @@ def test_sampler_trainer_and_plain_forward_agree(family, tmp_path):
             )
             assert samples.logprobs[row] == pytest.approx(plain_T, abs=2e-5)
             assert logprobs_BT[row, micro.mask_BT[row]].tolist() == pytest.approx(plain_T, abs=2e-5)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *WITH_BUFFERS])
+def test_an_engine_is_sent_what_a_checkpoint_has(family, tmp_path):
+    directory = build(family, tmp_path / "model", (FAMILIES | WITH_BUFFERS)[family])
+    model = load_model(directory, "", torch.device("cpu"))
+    sent = dict(as_in_files(weights_of(model), shapes_of(directory, "")))
+    saved = load_file(tmp_path / "model" / "model.safetensors")
+    assert sent.keys() == saved.keys()
+    assert all(torch.equal(sent[name], saved[name]) for name in saved)
+    router = [name for name in sent if name.endswith("e_score_correction_bias")]
+    assert bool(router) == (family in WITH_BUFFERS)
 
 
 def test_a_model_that_ignores_its_cache_is_refused(tmp_path):

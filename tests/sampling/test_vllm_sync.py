@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from common.errors import RunStopped
+from common.models import load_model
 from common.sampling import Plan
 from common.sampling import serial as serial_module
 from common.sampling import vllm as vllm_module
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import TOLERANCE, canary, deliver, describe, logprobs_of
-from common.weights import perturbed
+from common.sampling.vllm import VllmSampler
+from common.weights import perturbed, weights_of
+from tests.sampling.test_model_families import WITH_BUFFERS, build
 from tests.sampling.test_transformers import make_prompts, seeds, trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
 from tests.sampling.vllm_engines import EOS, KINDS, engine, start_engine
@@ -102,6 +105,37 @@ def test_canary_passes_and_leaves_everything_as_it_was(family, precision):
     canary(sampler, model, precision)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert max(differences(sampler.score(SEQUENCES), scores)) < 1e-6
+
+
+def test_experts_and_their_routers_bias_arrive(tmp_path, monkeypatch):
+    directory = build("glm4_moe", tmp_path / "model", WITH_BUFFERS["glm4_moe"])
+    model = load_model(directory, "", torch.device("cpu"))
+    sampler = VllmSampler(directory, "", EOS, 8, 1.0, "float32", longest_prompt=24)
+    canary(sampler, model, "float32")
+    with torch.no_grad():
+        for name, tensor in weights_of(model).items():
+            if name.endswith("e_score_correction_bias"):
+                tensor += torch.tensor([1.0, -1.0, 1.0, -1.0])
+    manifest = describe(model, 1, "float32")
+    deliver(sampler, weights_of(model), manifest)
+    # Fails when vLLM itself packs experts again: then the work-around can go.
+    monkeypatch.setattr(vllm_module, "_unpack_experts", lambda model: None)
+    with pytest.raises(RunStopped):
+        canary(sampler, model, "float32")
+
+
+def test_weights_of_an_evaluation_are_not_loaded_again(monkeypatch):
+    model, sampler = engine("qwen2", "float32")
+    send(sampler, model, "float32", version=1)
+    loaded = []
+    load = sampler.use_weights
+    monkeypatch.setattr(sampler, "use_weights", lambda tensors: (loaded.append(1), load(tensors)))
+    send(sampler, model, "float32", version=2)
+    assert not loaded
+    with torch.no_grad():
+        model.model.norm.weight.view(-1)[0] += 1e-6
+    send(sampler, model, "float32", version=3)
+    assert loaded == [1]
 
 
 def test_the_work_around_for_tied_heads_is_needed_and_its_absence_noticed(monkeypatch):
@@ -327,9 +361,9 @@ def test_in_turns_every_version_is_delivered_sampled_at_once_and_slept_on():
             assert max(differences(sampled.logprobs, expected)) < 1e-4
         change(model, 0.3)
         rollouts.publish(step)
-    assert asked == [
+    assert [one for one in asked if one[0] != "sleep"] == [
         (name, number) for count in (5, 3, 3) for name, number in
-        [("use_weights", None), ("sample_many", count), ("sleep", None)]
+        [("use_weights", None), ("sample_many", count)]
     ]  # fmt: skip
 
 
@@ -341,13 +375,20 @@ def test_in_turns_evaluation_is_the_engines_with_the_present_weights():
     for step in range(1, 5):
         asked.clear()
         found = rollouts.greedy(prompts)
-        assert asked == [("use_weights", None), ("greedy", None), ("sleep", None)]
+        assert asked == [("use_weights", None), ("greedy", None)]
         expected = TransformersSampler(model, EOS, 8, 1.0).greedy(prompts)
         assert (found.responses, found.truncated) == (expected.responses, expected.truncated)
         assert max(differences(found.logprobs, expected.logprobs)) < 1e-4
         seen.append(found.responses)
+        asked.clear()
         batch = rollouts.next(step)  # in between, as if there had been no evaluation
         assert batch.version == 0 and len(rollouts.waiting) == [4, 3, 2, 4][step - 1]
+        # The engine samples with the weights of the evaluation, which it has, and sleeps before the
+        # trainer computes anything.
+        samples = step in (1, 4)
+        assert asked[: 1 + samples] == [("sample_many", [5, 0, 0, 3][step - 1])] * samples + [
+            ("sleep", None)
+        ]
         change(model, 0.3)
         rollouts.publish(step)
     assert all(before != after for before, after in itertools.pairwise(seen))
