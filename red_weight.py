@@ -78,6 +78,7 @@ from common.checkpoints import Checkpoints
 from common.commandline import run
 from common.interrupt import finish_step_on_interrupt
 from common.logprobs import token_logprobs
+from common.lora import trainable
 from common.metrics import StepMetrics
 from common.models import choose_device, load_policy, load_reference, load_tokenizer, save_model
 from common.options import RunOptions, option
@@ -164,7 +165,7 @@ def gradient(part, policy, reference, args, precision, metrics):
     of micro-batches are simply added, and the split changes nothing but rounding.
     """
     weights_PG = token_weights(part.advantages_PG, part.lengths_PG, args)
-    for parameter in policy.parameters():
+    for parameter in trainable(policy):
         # Zeros rather than None: even if no token learns, AdamW should follow its momentum.
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -216,9 +217,9 @@ def main(args):
     tokenizer = load_tokenizer(args.model, args.revision)
     train_set, eval_set = load_problem_sets(args, tokenizer)
     policy = load_policy(args, device)
-    reference = load_reference(args, device)  # None with --no-reference-kl
+    reference = load_reference(args, device, policy)  # None with --no-reference-kl
     # PyTorch's betas, 0.9 and 0.999. No weight decay: only the reward should move the policy.
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trainable(policy), weight_decay=0, fused=device.type == "cuda")
     rollouts = make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, precision)
     checkpoints = Checkpoints(log, policy, optimizer, rollouts, train_set, eval_set)
     checkpoints.load_newest()  # with --resume: weights, moments, batches, log.step

@@ -14,10 +14,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from common.distributed import broadcast, gather, part_like, rank, size, whole_state
 from common.errors import BadInput, RunStopped
+from common.lora import trainable
 from common.weights import checksum
 
 KEEP = 2  # how many of the newest checkpoints stay
@@ -55,7 +60,7 @@ class Checkpoints:
         """
         directory = broadcast(self.log.dir) / "checkpoints"  # rank 0 has named the run
         # AdamW has two moments of each parameter.
-        num_bytes = 3 * sum(parameter.nbytes for parameter in self.policy.parameters())
+        num_bytes = 3 * sum(parameter.nbytes for parameter in trainable(self.policy))
         sharded = size() > 1 and num_bytes > ONE_FILE
         suffix = ".shards" if sharded else ".pt"
         final = directory / f"step_{self.log.step:06d}{suffix}"
@@ -66,7 +71,7 @@ class Checkpoints:
             "rollouts": self.rollouts.state_dict(),
         }
         if not sharded:
-            state["model"] = whole_state(self.policy.state_dict())
+            state["model"] = whole_state(_changing(self.policy))
             state["optimizer"] = whole_state(self.optimizer.state_dict())
         try:
             if sharded:
@@ -115,15 +120,27 @@ class Checkpoints:
             }
             set_state_dict(self.policy, self.optimizer, **states)
         else:
-            self.policy.load_state_dict(_weights_for(self.policy, state["model"]))
+            own = _changing(self.policy)
+            weights = {name: part_like(own[name], state["model"][name]) for name in own}
+            self.policy.load_state_dict(weights, strict=False)
             self.optimizer.load_state_dict(_moments_for(self.optimizer, state["optimizer"]))
         self.rollouts.load_state_dict(state["rollouts"], self.policy)
         self.log.load_state_dict(state["log"])
 
     def _sharded_state(self):
         """Dict of tensors of which every rank writes its own part, or reads it."""
-        weights, moments = get_state_dict(self.policy, self.optimizer)
+        options = StateDictOptions(ignore_frozen_params=True)
+        weights, moments = get_state_dict(self.policy, self.optimizer, options=options)
         return {"model": weights, "optimizer": moments}
+
+
+def _changing(model):
+    """Of a model's state, what training changes: with LoRA, the adapter alone."""
+    return {
+        name: tensor.detach()
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
+    }
 
 
 def _write(state, path):
@@ -145,11 +162,6 @@ def _flush_directory(directory):
     handle = os.open(directory, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def _weights_for(model, state):
-    """Whole tensors as a model holds them, which may be sharded."""
-    return {name: part_like(own, state[name]) for name, own in model.state_dict().items()}
 
 
 def _moments_for(optimizer, state):

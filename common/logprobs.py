@@ -7,6 +7,7 @@ import torch
 
 from common.distributed import FSDPModule, one_pass
 from common.kernels import cpu
+from common.lora import Base, without_adapter
 
 LARGE_VOCABULARY = 8192
 """from here on the CPU walks in slices; below, the plain expression is faster in float32 (measured,
@@ -19,7 +20,6 @@ def autocast(device_type, precision, cache=True):
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
-@one_pass
 def token_logprobs(model, micro, temperature, precision="float32"):
     """Log-prob of each response token, and entropy of the distribution it was sampled from.
 
@@ -27,10 +27,18 @@ def token_logprobs(model, micro, temperature, precision="float32"):
     z = head(backbone).
 
     `model` is a Hugging Face causal language model, `micro` a `MicroBatch`, `precision` "float32",
-    or "bfloat16" for autocast. Returns `logprobs_BT` and `entropy_BT`, both differentiable and
-    float32, exactly 0 outside the mask. Raises ValueError for a model of another dtype than float32
-    or bfloat16.
+    or "bfloat16" for autocast. A model may also be a `Base`, a policy without its adapter. Returns
+    `logprobs_BT` and `entropy_BT`, both differentiable and float32, exactly 0 outside the mask.
+    Raises ValueError for a model of another dtype than float32 or bfloat16.
     """
+    if isinstance(model, Base):
+        with without_adapter(model.policy):
+            return _token_logprobs(model.policy, micro, temperature, precision)
+    return _token_logprobs(model, micro, temperature, precision)
+
+
+@one_pass
+def _token_logprobs(model, micro, temperature, precision):
     mask_BT, places_N = micro.mask_BT, micro.places_N
     # Of a sharded model, a cache of what is cast would keep all layers whole.
     with autocast(mask_BT.device.type, precision, cache=not isinstance(model, FSDPModule)):

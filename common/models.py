@@ -22,6 +22,8 @@ from common.distributed import (
 )
 from common.errors import NOT_FINITE, BadInput, RunStopped
 from common.layers import speed_up
+from common.lora import Base, adapted_layers, add_adapter
+from common.weights import weights_of
 
 VLLM_VERSION = "0.32.0"
 TINY_MODEL = "tiny"  # the bundled model's name, so that a run can be resumed from another checkout
@@ -98,30 +100,39 @@ def load_tokenizer(name, revision=""):
 def load_policy(args, device):
     """The model to train; under torchrun, this rank's shard of it. Raises `BadInput`."""
     check_number_of_ranks(args)
-    policy = load_model(args.model, args.revision, device, args.gradient_checkpointing)
+    # Weights that do not learn may be bf16: no update of theirs gets lost.
+    frozen = args.lora_rank > 0
+    in_bf16 = frozen and _choose_precision(device, args.precision) == "bfloat16"
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
+    policy = load_model(args.model, args.revision, device, args.gradient_checkpointing, dtype)
+    if frozen:
+        add_adapter(policy, args.lora_rank, args.lora_alpha, args.seed)
     shard(policy, device, args.replicas)
     return policy
 
 
-def load_reference(args, device):
+def load_reference(args, device, policy):
     """The initial policy once more, frozen; None with `--no-reference-kl`."""
     if not args.reference_kl:
         return None
+    if args.lora_rank:
+        return Base(policy)
     reference = load_model(args.model, args.revision, device).requires_grad_(False)
     shard(reference, device, args.replicas)
     return reference
 
 
-def load_model(name, revision, device, gradient_checkpointing=False):
-    """A causal language model in float32: in bf16, small updates would be lost.
+def load_model(name, revision, device, gradient_checkpointing=False, dtype=torch.float32):
+    """A causal language model. To be trained, it must be float32: in bf16, small updates are lost.
 
-    Raises `BadInput` for weights that do not fit.
+    In bf16 all matrices are, but norms and what goes from layer to layer stay float32. Raises
+    `BadInput` for weights that do not fit.
     """
     config = broadcast(_load(AutoConfig, name, revision))  # another machine may hold another model
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
     if rank() == 0:
-        model = _load_weights(name, revision, config)
+        model = _load_weights(name, revision, config, dtype)
         model.to(device if size() == 1 else "cpu")  # to be sharded before it goes to GPUs
         for tensor in [*model.parameters(), *model.buffers()]:
             # Aligned to 64 bytes: in a file, a tensor starts anywhere, and there vector code may
@@ -130,12 +141,17 @@ def load_model(name, revision, device, gradient_checkpointing=False):
     else:
         # Weights come with `shard`; until then, memory that is never written takes no room.
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     # Rank 0 ties only weights that are equal in the files.
     model.generation_config = broadcast(model.generation_config)
     model.all_tied_weights_keys = broadcast(model.all_tied_weights_keys)
     if rank() > 0:
         model.tie_weights(recompute_mapping=False)
+    if dtype != torch.float32:
+        for parameter in model.parameters():
+            if parameter.dim() < 2:
+                parameter.data = parameter.data.float()
+        model.get_input_embeddings().register_forward_hook(_as_float32)
     if device.type == "cpu":
         speed_up(model)
     if gradient_checkpointing:
@@ -144,8 +160,12 @@ def load_model(name, revision, device, gradient_checkpointing=False):
     return model.train(gradient_checkpointing)
 
 
-def _load_weights(name, revision, config):
-    options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+def _as_float32(module, inputs, output):
+    return output.float()
+
+
+def _load_weights(name, revision, config, dtype):
+    options = {"config": config, "dtype": dtype, "output_loading_info": True}
     model, info = _load(AutoModelForCausalLM, name, revision, **options)
     unfit = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if unfit:
@@ -161,9 +181,10 @@ def shapes_of(name, revision):
 
 
 def save_model(model, tokenizer, directory):
-    """Write a Hugging Face model directory.
+    """Write a Hugging Face model directory; of a model with an adapter, another one beside it.
 
-    Raises `RunStopped` for a model that the last update has ruined.
+    The first then has merged weights, the second, `adapter`, is one of the `peft` library. Raises
+    `RunStopped` for a model that the last update has ruined.
     """
     with torch.no_grad():  # weights may be finite, and what they compute may not
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
@@ -179,8 +200,19 @@ def save_model(model, tokenizer, directory):
         pad_token_id=before.pad_token_id,
     )
     state = whole_state(model.state_dict())
+    plain = model
+    if adapted_layers(model):
+        if rank() == 0:
+            model.save_pretrained(directory.with_name("adapter"), state_dict=state)
+        # A model of this class without an adapter
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(model.config)
+        plain.generation_config = model.generation_config
+        plain._weight_conversions = getattr(model, "_weight_conversions", None)
+        plain.config.dtype = model.dtype
+        state = {name: tensor.to(model.dtype).cpu() for name, tensor in weights_of(model).items()}
     if rank() == 0:
-        model.save_pretrained(directory, state_dict=state)
+        plain.save_pretrained(directory, state_dict=state)
         tokenizer.save_pretrained(directory)
 
 
@@ -196,6 +228,9 @@ def _load(auto_class, name, revision, **options):
     no model.
     """
     path = Path(location(name))
+    if (path / "adapter_config.json").exists() and not (path / "config.json").exists():
+        how = "give a merged model, such as model/ beside a run's adapter/"
+        raise BadInput(f"--model {name} is an adapter only: {how}.")
     if os.path.isdir(path):
         if revision:
             what = f"--revision {revision} is for hub names, but --model {name} is a directory"

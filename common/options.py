@@ -40,6 +40,10 @@ class RunOptions:
     sampler_timeout: float = option(300.0, above=0)
     """stop if the sampler's process or another rank shows no sign of life for so many seconds"""
 
+    lora_rank: int = option(0, at_least=0)
+    """train an adapter of this rank (LoRA) beside the weights; 0: train the weights themselves"""
+    lora_alpha: float = option(32.0, above=0)
+    """α: what the adapter computes is multiplied by α / rank"""
     max_tokens_per_microbatch: int = option(0, at_least=0)
     """tokens in one forward and backward pass, with padding; affects memory, speed and rounding;
     0: 2048 on a CPU, 8192 on a GPU"""

@@ -56,7 +56,10 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
             make_vllm_sampler, args.model, args.revision, threads, *generation, longest_prompt
         )
     else:
-        make_sampler = partial(load_sampler, args.model, args.revision, threads, *generation)
+        frozen = args.lora_rank > 0
+        make_sampler = partial(
+            load_sampler, args.model, args.revision, threads, frozen, *generation
+        )
     if not in_turns:
         environment = KEEP_FREED_MEMORY if verified else {}
         if own_gpu is not None:
@@ -161,12 +164,13 @@ def decoding_gap(sampler, prompts):
     return mismatch["sampler_mismatch/mean"]
 
 
-def load_sampler(name, revision, threads, eos_ids, max_tokens, temperature, precision):
+def load_sampler(name, revision, threads, frozen, eos_ids, max_tokens, temperature, precision):
     """A `TransformersSampler` on a model of its own, on the CPU.
 
-    For a process that samples beside training.
+    For a process that samples beside training. `frozen`, whether the trainer's weights do not
+    learn, decides last bits: PyTorch computes some products of frozen weights in another way.
     """
     use_threads(threads)
     disable_progress_bar()  # the trainer shows its own
-    model = load_model(name, revision, torch.device("cpu"))
+    model = load_model(name, revision, torch.device("cpu")).requires_grad_(not frozen)
     return TransformersSampler(model, eos_ids, max_tokens, temperature, precision)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from common.distributed import part_like, whole
+from common.lora import MergedWeights, adapted_layers, merged, plain_name
 
 
 def checksum(tensor):
@@ -30,11 +31,19 @@ def checksum(tensor):
 
 def weights_of(model):
     """All that a checkpoint of a model holds, by name: parameters, and buffers such as the bias of
-    a router, which do not learn. An engine may want them all.
+    a router, which do not learn. An engine may want them all. Of an adapter nobody is told: with
+    one, these are `MergedWeights`.
     """
+    tensors = _plain_tensors(model)
+    layers = adapted_layers(model)
+    return MergedWeights(tensors, layers) if layers else tensors
+
+
+def _plain_tensors(model):
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
-    return dict(model.named_parameters()) | buffers
+    tensors = dict(model.named_parameters()) | buffers
+    return {plain_name(name): tensor for name, tensor in tensors.items() if ".lora_" not in name}
 
 
 @contextmanager
@@ -43,17 +52,20 @@ def parameters_from(model, values):
 
     `values` are pairs of a name and a whole tensor, taken one by one.
     """
-    parameters = weights_of(model)
+    parameters = _plain_tensors(model)
     saved = {}
-    try:
-        for name, value in values:
-            parameter = parameters[name]
-            saved[name] = parameter.detach().clone()
-            parameter.data.copy_(part_like(parameter, value.to(parameter.device)))
-        yield
-    finally:
-        for name, own in saved.items():
-            parameters[name].data.copy_(own)
+    with merged(model):
+        try:
+            for name, value in values:
+                parameter = parameters[name]
+                saved[name] = parameter.detach().clone()
+                parameter.data.copy_(
+                    part_like(parameter, value.to(parameter.device, parameter.dtype))
+                )
+            yield
+        finally:
+            for name, own in saved.items():
+                parameters[name].data.copy_(own)
 
 
 def perturbed(model, names, strength=0.5):

@@ -274,6 +274,8 @@ class GraphSampler(TransformersSampler):
 
     def _in_bf16(self, parameter):
         """The copy of a parameter, with its present value."""
+        if parameter.dtype == torch.bfloat16:
+            return parameter
         if parameter not in self.rounded:
             self.rounded[parameter] = torch.empty_like(parameter, dtype=torch.bfloat16)
         return self.rounded[parameter].copy_(parameter)

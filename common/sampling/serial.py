@@ -2,6 +2,7 @@
 
 from common.distributed import gather_batch
 from common.errors import BadInput
+from common.lora import merged
 from common.sampling.verify import deliver, describe, sampler_mismatch
 from common.weights import weights_of
 
@@ -79,9 +80,10 @@ class SerialRollouts:
         self.sampler.sleep()  # before the trainer computes anything: they may share a GPU
         for batch in batches:
             if self.plan.shows_mismatch_only_now(batch.number):
-                metrics |= sampler_mismatch(
-                    self.model, self.sampler.temperature, self.sampler.precision, batch
-                )
+                with merged(self.model):
+                    metrics |= sampler_mismatch(
+                        self.model, self.sampler.temperature, self.sampler.precision, batch
+                    )
             batch.metrics |= metrics
             metrics = {}
             self.waiting[batch.number] = batch

@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from common.distributed import gathered
 from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import autocast
+from common.lora import merged
 from common.progress import progress
 from common.sampling import Sampler, Samples
 from common.weights import weights_of
@@ -42,9 +43,10 @@ def inverse_cdf(logprobs_BV, uniform_B1):
 class TransformersSampler(Sampler):
     """Batched decoding with a key-value cache.
 
-    `model` is not copied: its weights during a call are the policy. `eos_ids` end a response; one
-    without EOS after `max_tokens` tokens is `truncated`, and no EOS is appended. `temperature`
-    divides the logits; `precision` is "float32" or "bfloat16" (autocast).
+    `model` is not copied: its weights during a call, merged with its adapter if it has one, are the
+    policy. `eos_ids` end a response; one without EOS after `max_tokens` tokens is `truncated`, and
+    no EOS is appended. `temperature` divides the logits; `precision` is "float32" or "bfloat16"
+    (autocast).
     """
 
     def __init__(self, model, eos_ids, max_tokens, temperature, precision="float32"):
@@ -79,7 +81,12 @@ class TransformersSampler(Sampler):
         # Gradient checkpointing, active in training mode only, would switch the cache off.
         self.model.eval()
         # Not inference mode, in which autocast would cast all weights again for each token.
-        with self.weights_at_hand(self.model), torch.no_grad(), self._precision():
+        with (
+            merged(self.model),
+            self.weights_at_hand(self.model),
+            torch.no_grad(),
+            self._precision(),
+        ):
             for start in range(0, len(prompts), prompts_at_a_time):
                 part = slice(start, start + prompts_at_a_time)
                 part_seeds = None if seeds is None else seeds[part]

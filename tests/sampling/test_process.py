@@ -669,7 +669,7 @@ def test_evaluation_is_the_serial_one_bit_for_bit(verified, model_name):
     model = load_model(model_name, "", torch.device("cpu"))
     sampler = TransformersSampler(model, {0}, 12, 1.0)
     prompts = [[1, 2, 3, 4], [5], [6] * 30]
-    make_sampler = partial(load_sampler, model_name, "", 1, {0}, 12, 1.0, "float32")
+    make_sampler = partial(load_sampler, model_name, "", 1, False, {0}, 12, 1.0, "float32")
     if verified:
         make_sampler = partial(CopyingSampler, model_name)
     rollouts = OverlappedRollouts(model, make_sampler, a_plan(2, 1), 1.0, "float32", 60.0, verified)
@@ -775,6 +775,7 @@ def test_parameters_are_aligned_views_of_the_slot():
             device="cpu",
             named_parameters=reader.named_parameters,
             named_buffers=reader.named_buffers,
+            named_modules=reader.named_modules,
             state_dict=reader.state_dict,
         ),
         {0},
