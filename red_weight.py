@@ -119,7 +119,8 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     """split a batch into that many parts of whole groups, and make one update with each"""
 
     learning_rate: float = option(2e-4, above=0)
-    """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones"""
+    """of AdamW; the default is for the tiny model, and 1e-6 is usual for larger ones; with LoRA,
+    both are ten times as large"""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """linear: falls over the run, and would be 0 after the last step"""
     warmup_steps: int = option(0, at_least=0)

@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from common.errors import OUT_OF_MEMORY, BadInput, RunStopped, is_out_of_memory
 from common.options import RunOptions
 
+# The usual ratio of learning rates, with LoRA and without
+ADAPTERS_LEARN_FASTER = 10
 # What a resumed run may change: none of these changes what an update is. (Checksums tell whether
 # the data differ. With --lr-schedule linear, another number of steps does change the learning rate
 # from then on.)
@@ -79,12 +81,16 @@ def parse(Args, script, argv):
         return _parse_resumed(Args, script, argv, run_dir)
     args = _with_absolute_paths(_parse_words(Args, script, argv, Args()))
     given = {word.replace("_", "-").partition("=")[0] for word in argv}
-    trains = hasattr(args, "learning_rate")
-    if trains and args.model != "tiny" and "--learning-rate" not in given:
-        raise BadInput(
-            f"--learning-rate: the default, {args.learning_rate:g}, is for the bundled model; "
-            f"give one for --model {args.model} (1e-6, or 1e-5 if small)."
-        )
+    if hasattr(args, "learning_rate") and "--learning-rate" not in given:
+        usual = "1e-6, or 1e-5 if small"
+        if args.lora_rank:
+            args.learning_rate *= ADAPTERS_LEARN_FASTER
+            usual = "1e-5, or 1e-4 if small"
+        if args.model != "tiny":
+            raise BadInput(
+                f"--learning-rate: the default, {args.learning_rate:g}, is for the bundled model; "
+                f"give one for --model {args.model} ({usual})."
+            )
     return args
 
 

@@ -22,6 +22,7 @@ from common.distributed import (
 )
 from common.errors import NOT_FINITE, BadInput, RunStopped
 from common.layers import speed_up
+from common.logprobs import autocast
 from common.lora import Base, adapted_layers, add_adapter
 from common.weights import weights_of
 
@@ -186,7 +187,9 @@ def save_model(model, tokenizer, directory):
     The first then has merged weights, the second, `adapter`, is one of the `peft` library. Raises
     `RunStopped` for a model that the last update has ruined.
     """
-    with torch.no_grad():  # weights may be finite, and what they compute may not
+    precision = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+    # Weights may be finite, and what they compute may not.
+    with torch.no_grad(), autocast(model.device.type, precision):
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         logits = model(input_ids=one_token).logits
     if not all(whole(tensor).isfinite().all() for tensor in [*model.parameters(), logits]):
@@ -210,7 +213,10 @@ def save_model(model, tokenizer, directory):
         plain.generation_config = model.generation_config
         plain._weight_conversions = getattr(model, "_weight_conversions", None)
         plain.config.dtype = model.dtype
-        state = {name: tensor.to(model.dtype).cpu() for name, tensor in weights_of(model).items()}
+        state = {}
+        for name, tensor in weights_of(model).items():  # one by one, on all ranks
+            if rank() == 0:
+                state[name] = tensor.to(model.dtype).cpu()
     if rank() == 0:
         plain.save_pretrained(directory, state_dict=state)
         tokenizer.save_pretrained(directory)

@@ -315,7 +315,10 @@ def test_a_model_gets_no_learning_rate_by_default(given, refused, model):
     line = refused(
         *argv[:place], *argv[place + 2 :], names="--learning-rate: the default, 0.0002, "
     )
-    assert f"--model {model}" in line
+    assert f"--model {model}" in line and "(1e-6, or 1e-5 if small)" in line
+    argv += ["--lora-rank", "8"]
+    line = refused(*argv[:place], *argv[place + 2 :], names="--learning-rate: the default, 0.002, ")
+    assert "(1e-5, or 1e-4 if small)" in line
 
 
 def broken_model(model, directory, remove=(), truncate=(), write=None):

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from common import commandline
 from common.batching import collate
 from common.errors import BadInput, RunStopped
 from common.layers import use_threads
@@ -383,3 +384,12 @@ def test_an_adapter_alone_is_no_model(settings, tmp_path):
     run_dir = train(tmp_path, num_steps=1, **settings)
     with pytest.raises(BadInput, match=r"is an adapter only: give a merged model, such as model/"):
         load_model(str(run_dir / "adapter"), "", CPU)
+
+
+def test_the_default_learning_rate_is_that_of_adapters():
+    script = import_script("grpo.py")
+    found = [
+        commandline.parse(script.Args, "grpo.py", words).learning_rate
+        for words in ([], ["--lora-rank", "8"], ["--lora-rank", "8", "--learning-rate", "0.1"])
+    ]
+    assert found == pytest.approx([2e-4, 2e-3, 0.1])

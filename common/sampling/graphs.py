@@ -104,7 +104,8 @@ def can_use_graphs(model):
 def cache_of_one_token(model):
     """A `transformers` cache of the model that has read one token."""
     cache = DynamicCache(config=model.config)
-    with torch.no_grad():
+    precision = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+    with torch.no_grad(), autocast(model.device.type, precision):
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         model(input_ids=one_token, past_key_values=cache, use_cache=True)
     return cache
