@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from common.errors import RunStopped
+from common.lora import add_adapter, trainable, without_adapter
 from common.models import load_model
 from common.sampling import Plan
 from common.sampling import serial as serial_module
@@ -24,7 +25,7 @@ from common.weights import perturbed, weights_of
 from tests.sampling.test_model_families import WITH_BUFFERS, build
 from tests.sampling.test_transformers import make_prompts, seeds, trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
-from tests.sampling.vllm_engines import EOS, KINDS, engine, start_engine
+from tests.sampling.vllm_engines import EOS, KINDS, engine, model_directory, start_engine
 
 SEQUENCES = make_prompts(lengths=(24, 24, 24))
 SQUARE = "model.layers.1.self_attn.q_proj.weight"
@@ -452,3 +453,30 @@ def test_in_turns_an_engine_that_does_not_follow_stops_the_run(fault, monkeypatc
     with pytest.raises(RunStopped, match="does not compute with weights 1 although"):
         rollouts.next(2)
     assert [name for name, _ in asked].count("sample_many") == 1 and not rollouts.waiting
+
+
+@pytest.mark.parametrize("family, precision", KINDS)
+def test_an_adapter_arrives_merged(family, precision):
+    _, sampler = engine(family, precision)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = load_model(model_directory(family), "", torch.device("cpu"), dtype=dtype)
+    add_adapter(model, rank=4, alpha=8.0, seed=1)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainable(model):
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+    canary(sampler, model, precision)
+    deliver(sampler, weights_of(model), describe(model, 1, precision))
+    samples = sampler.sample(make_prompts(), 2, seeds(1))
+    expected = trainer_logprobs(model, make_prompts(), samples, 2, 1.0, precision)
+    gaps = differences(samples.logprobs, expected)
+    assert sum(gaps) / len(gaps) < {"float32": 1e-5, "bfloat16": 0.1}[precision]
+    # The base without its adapter: its checksums differ, and so do its log-probs.
+    with without_adapter(model):
+        base = {name: tensor.clone() for name, tensor in weights_of(model).items()}
+    with pytest.raises(RunStopped, match="did not reach the sampler"):
+        deliver(sampler, base, describe(model, 2, precision))
+    sampler.use_weights(base)
+    sampler.checksums = (manifest := describe(model, 2, precision)).checksums
+    with pytest.raises(RunStopped, match="does not compute with weights 2"):
+        deliver(sampler, weights_of(model), manifest)
