@@ -125,14 +125,27 @@ def worked_out():
 
 def what_fits():
     """Memory of a run on one GPU by model, and the smallest card that it fits on."""
-    parameters = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77}
-    cards = (24, 48, 80, 141)
-    lines = ["| Qwen2.5 | with a reference | without | on a card with |", "|---|---|---|---|"]
-    for model, billions in parameters.items():
-        with_reference, without = 22 * billions, 18 * billions
-        fitting = [f"{card} GB" for card in cards if with_reference + 4 <= card]
-        on = fitting[0] if fitting else "none of these: several"
-        lines.append(f"| {model} | {with_reference:.0f} GB | {without:.0f} GB | {on} |")
+    models = {  # billions of parameters; layers, hidden size, that of the MLP and of the keys
+        "0.5B": (0.494, 24, 896, 4864, 128),
+        "1.5B": (1.544, 28, 1536, 8960, 256),
+        "3B": (3.086, 36, 2048, 11008, 256),
+        "7B": (7.616, 28, 3584, 18944, 512),
+        "14B": (14.77, 48, 5120, 13824, 1024),
+    }
+
+    def card(gigabytes):
+        fitting = [f"{size} GB" for size in (24, 48, 80, 141) if gigabytes + 4 <= size]
+        return fitting[0] if fitting else "none of these: several"
+
+    lines = ["| Qwen2.5 | all weights | card | without a reference | LoRA, rank 32 | card |"]
+    lines.append("|---|---|---|---|---|---|")
+    for model, (billions, layers, hidden, mlp, keys) in models.items():
+        whole, without = 22 * billions, 18 * billions
+        # Inputs and outputs of the linear layers: queries and output; keys and values; the MLP's
+        adapter = 32 * layers * (2 * 2 * hidden + 2 * (hidden + keys) + 3 * (hidden + mlp))
+        lora = 4 * billions + 16 * adapter / 1e9
+        cells = [f"{whole:.0f} GB", card(whole), f"{without:.0f} GB", f"{lora:.0f} GB", card(lora)]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

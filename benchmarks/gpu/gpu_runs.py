@@ -5,6 +5,7 @@
     python benchmarks/gpu/gpu_runs.py smollm2       SmolLM2-135M-Instruct learns two tasks
     python benchmarks/gpu/gpu_runs.py attention     sampling with and without cuDNN's attention
     python benchmarks/gpu/gpu_runs.py qwen          time and memory of Qwen2.5-0.5B's size
+    python benchmarks/gpu/gpu_runs.py lora          all weights of SmolLM2, and an adapter
     python benchmarks/gpu/gpu_runs.py sharing       vLLM on the trainer's GPU
     python benchmarks/gpu/gpu_runs.py ranks         SmolLM2 on one GPU, and on two under torchrun
 
@@ -44,7 +45,7 @@ SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 @dataclass
 class Args:
     part: tyro.conf.Positional[
-        Literal["agreement", "default", "attention", "smollm2", "qwen", "sharing", "ranks"]
+        Literal["agreement", "default", "attention", "smollm2", "lora", "qwen", "sharing", "ranks"]
     ]
     """what to run"""
     device: str = "cuda"
@@ -184,7 +185,20 @@ def train_smollm2(args, directory, name, task, steps, ranks=1, **others):
     }  # fmt: skip
     if args.device == "cpu":  # a rehearsal
         options |= {"prompts_per_step": 2, "group_size": 2, "eval_size": 2}
-    return train("grpo", directory, name, ranks, **options, **others)
+    return train("grpo", directory, name, ranks, **options | others)
+
+
+def lora(args, directory):
+    """All weights, and an adapter beside weights in bf16."""
+    rows = []
+    adapter = {"lora_rank": 32, "learning_rate": 1e-4}
+    for label, others in (("all weights", {}), ("LoRA, rank 32", adapter)):
+        run_dir = train_smollm2(args, directory, label, "Extraction", 8, **others)
+        rows.append(timings(label, run_dir))
+        title = (
+            "# Full training and LoRA: SmolLM2-135M-Instruct, Extraction, 32 × 8 responses a step"
+        )
+        yield f"{title}\n\n{timing_table(rows)}\n", run_dir
 
 
 def sharing(args, directory):
@@ -254,7 +268,7 @@ def qwen(args, directory):
 
 
 def main(args):
-    parts = (agreement, default, attention, smollm2, qwen, sharing, ranks)
+    parts = (agreement, default, attention, smollm2, lora, qwen, sharing, ranks)
     part = {function.__name__: function for function in parts}[args.part]
     with tempfile.TemporaryDirectory() as directory:
         name = args.part if args.engine == "transformers" else f"{args.part}_{args.engine}"

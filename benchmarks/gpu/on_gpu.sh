@@ -92,6 +92,7 @@ part default python $runs default "${tiny[@]}" --output "$out"
 part agreement python $runs agreement "${tiny[@]}" --output "$out"
 part logprobs python $kernels "${kernel_sizes[@]}" --hidden-sizes 2048 --output "$out/logprobs"
 part smollm2 python $runs smollm2 --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
+part lora python $runs lora --smollm2 "$smollm2" "${tiny[@]}" --output "$out"
 part qwen python $runs qwen "${tiny[@]}" --output "$out"
 if [[ ${#tiny[@]} != 0 ]] ||
     python -c "import sys, torch; sys.exit(torch.cuda.device_count() < 2)"; then

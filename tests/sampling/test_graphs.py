@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import RunStopped
+from common.lora import add_adapter, trainable
 from common.models import load_model
 from common.sampling import graphs
 from common.sampling.graphs import GraphSampler, can_use_graphs, halved, room_for
@@ -174,6 +175,36 @@ def test_bf16_copies_get_the_new_weights_and_the_model_is_left_as_it_was(tmp_pat
     assert_equal(again, GraphSampler(other, ENDS, 12, 1.0, "bfloat16").sample(PROMPTS, 2, SEEDS))
     assert one.config._attn_implementation == before
     assert not any("forward" in vars(module) for module in one.modules())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_an_adapter_is_merged_where_graphs_read(precision, tmp_path):
+    directory = build_model("qwen2", tmp_path / "model")
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    model = load_model(directory, "", torch.device("cpu"), dtype=dtype)
+    add_adapter(model, rank=4, alpha=8.0, seed=1)
+    assert can_use_graphs(model)
+    sampler = GraphSampler(model, ENDS, 24, 1.0, precision)
+    places = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
+    found = []
+    for strength in (0.0, 0.2, 0.4):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in trainable(model):
+                parameter.copy_(strength * torch.randn_like(parameter))
+        samples = sampler.sample(PROMPTS, 3, SEEDS)
+        if precision == "float32":
+            assert_equal(
+                samples, TransformersSampler(model, ENDS, 24, 1.0).sample(PROMPTS, 3, SEEDS)
+            )
+        batch = types.SimpleNamespace(
+            prompts=[prompt for prompt in PROMPTS for _ in range(3)], **vars(samples)
+        )
+        mismatch = sampler_mismatch(model, 1.0, precision, batch, 12)["sampler_mismatch/mean"]
+        assert mismatch < {"float32": 1e-5, "bfloat16": 0.1}[precision]
+        found.append(samples.responses)
+    assert found[0] != found[1] != found[2]
+    assert places == {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
 
 
 def test_in_bf16_it_is_as_near_to_the_trainer_as_todays_path(model):
