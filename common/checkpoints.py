@@ -118,7 +118,9 @@ class Checkpoints:
                 "model_state_dict": sharded["model"],
                 "optim_state_dict": sharded["optimizer"],
             }
-            set_state_dict(self.policy, self.optimizer, **states)
+            # Not strict: weights that do not learn are not in it.
+            options = StateDictOptions(strict=False)
+            set_state_dict(self.policy, self.optimizer, options=options, **states)
         else:
             own = _changing(self.policy)
             weights = {name: part_like(own[name], state["model"][name]) for name in own}

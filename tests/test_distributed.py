@@ -421,6 +421,17 @@ def test_a_large_model_is_saved_in_parts(
         assert all(codes) and "step_000006.shards cannot be read" in said[0]
 
 
+def test_an_adapter_is_saved_in_parts_without_its_base(large, settings, tmp_path):
+    lora = {**settings, **RUN, "task": large, "lora_rank": 4, "learning_rate": 1e-3}
+    run_on(2, options(tmp_path, **{**lora, "num_steps": 4}), tmp_path / "log")
+    parts = tmp_path / "run" / "checkpoints" / "step_000004.shards"
+    size = sum(path.stat().st_size for path in parts.iterdir())
+    assert size < (Path(settings["model"]) / "model.safetensors").stat().st_size
+    run_on(2, resume(tmp_path / "run", "--num-steps", 6), tmp_path / "log")
+    run_on(2, options(tmp_path, **{**lora, "name": "whole"}), tmp_path / "log")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 # Failing together
 
 
