@@ -53,6 +53,7 @@ from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler
 from common.sampling.verify import deliver, describe
 from common.tasks import load_task
 from common.tasks.problems import load_problems, means
+from common.tasks.turns import Environment
 from common.weights import weights_of
 
 
@@ -130,16 +131,23 @@ def answers(sampler, eval_set, group_size, seeds, label):
     """
     prompts, width, graded = eval_set.prompts, max(1, MOST_SEQUENCES // group_size), []
     parts = [slice(start, start + width) for start in range(0, len(prompts), width)]
+    problems = eval_set.to_reply_to()
+    asked = [problems and problems[part] for part in parts]
     if seeds is None:
-        found = (sampler.greedy(prompts[part]) for part in parts)
+        pairs = zip(parts, asked, strict=True)
+        found = (sampler.greedy(prompts[part], problems) for part, problems in pairs)
     else:
-        found = sampler.sample_many([(prompts[part], seeds[part]) for part in parts], group_size)
+        requests = [
+            (prompts[part], seeds[part], problems)
+            for part, problems in zip(parts, asked, strict=True)
+        ]
+        found = sampler.sample_many(requests, group_size)
     for part, samples in zip(parts, tqdm(found, label, len(parts), unit="batch"), strict=True):
         indices = np.arange(len(prompts))[part].repeat(group_size)
-        grades, _ = eval_set.grade(indices, samples.responses)
-        for grade, response, cut in zip(grades, samples.responses, samples.truncated, strict=True):
+        grades, _ = eval_set.grade(indices, samples.responses, samples.logprobs)
+        for grade, length, cut in zip(grades, samples.lengths, samples.truncated, strict=True):
             right = int(grade.get("accuracy", grade["reward"]) == 1)
-            lengths = {"response_length": len(response), "response_length/truncated": cut}
+            lengths = {"response_length": length, "response_length/truncated": cut}
             graded.append(grade | lengths | {"accuracy": right})
     return graded
 
@@ -155,9 +163,14 @@ def greedy_answers(models, task, how_many, max_response_tokens, precision="float
     for name in models:
         model = load_model(str(name), "", torch.device("cpu"))
         ends = end_of_sequence_ids(model, tokenizer)
-        sampler = TransformersSampler(model, ends, max_response_tokens, 1.0, precision)
-        responses = sampler.greedy(problems.prompts).responses
-        grades, texts = problems.grade(range(how_many), responses)
+        environment = None
+        if problems.task.max_turns > 1:
+            chat = not isinstance(problems.problems[0]["prompt"], str)
+            source = (task, "", "", how_many)
+            environment = Environment(problems.task, source, tokenizer, ends, chat, 60.0)
+        sampler = TransformersSampler(model, ends, max_response_tokens, 1.0, precision, environment)
+        samples = sampler.greedy(problems.prompts, problems.to_reply_to())
+        grades, texts = problems.grade(range(how_many), samples.responses, samples.logprobs)
         found.append([(text, grade["reward"]) for text, grade in zip(texts, grades, strict=True)])
     return problems.problems, found
 
@@ -229,7 +242,7 @@ def main(args):
     eval_set = load_problems(task, "eval", tokenizer, args.max_prompt_tokens)
     check_context(args, eval_set.prompts)
 
-    plan = Plan(eval_set.prompts, len(eval_set), n, 1, 0, args.seed)
+    plan = Plan(eval_set.prompts, len(eval_set), n, 1, 0, args.seed)  # for its seeds
     shared = vars(args).keys() & vars(grpo.Args()).keys()
     options = grpo.Args(**{name: getattr(args, name) for name in shared})
     options.serial = True  # the sampler in this process

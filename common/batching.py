@@ -24,13 +24,14 @@ class MicroBatch:
     """Some sequences of a batch, padded on the right to one width.
 
     T counts predicted tokens: total length − 1. Padding is token 0. Any token would do: it comes
-    after all real ones, where causal attention does not look. `mask_BT` is False on prompts and
-    padding. What is measured of a token is float32, and 0 outside the mask.
+    after all real ones, where causal attention does not look. `mask_BT` is False on prompts, on
+    replies in between, and on padding. What is measured of a token is float32, and 0 outside the
+    mask.
     """
 
     inputs_BT: torch.Tensor  # int64: what the model reads
     targets_BT: torch.Tensor  # int64: the token that each position predicts
-    mask_BT: torch.Tensor  # bool: whether that token belongs to the response (EOS included)
+    mask_BT: torch.Tensor  # bool: whether a policy sampled that token (EOS included)
     sampler_logprobs_BT: torch.Tensor  # of each response token, as reported by the sampler
     rows: list[int]  # of the batch, which these sequences are
 
@@ -97,8 +98,7 @@ def collate(batch, rows, device="cpu"):
     `batch` has `prompts`, `responses` and `logprobs`, as a `Batch` has. ValueError if log-probs are
     not one per token.
     """
-    starts = [len(batch.prompts[row]) for row in rows]
-    ends = [start + len(batch.responses[row]) for start, row in zip(starts, rows, strict=True)]
+    ends = [len(batch.prompts[row]) + len(batch.responses[row]) for row in rows]
     width = max(ends)
 
     def padded(lists, filling):
@@ -106,15 +106,12 @@ def collate(batch, rows, device="cpu"):
         return torch.tensor([values + [filling] * (width - end) for values, end in pairs])
 
     tokens_BT = padded([batch.prompts[row] + batch.responses[row] for row in rows], 0)
-    known = zip(starts, rows, strict=True)
-    logprobs_BT = padded([[0.0] * start + batch.logprobs[row] for start, row in known], 0.0)
-    if logprobs_BT.shape != tokens_BT.shape:
-        shapes = f"{list(logprobs_BT.shape)}, {list(tokens_BT.shape)}"
-        raise ValueError(f"log-probs are not one per token: {shapes}.")
-    place_1T = torch.arange(width).unsqueeze(0)
-    start_B1 = torch.tensor(starts).unsqueeze(1)
-    end_B1 = torch.tensor(ends).unsqueeze(1)
-    mask_BT = (start_B1 <= place_1T) & (place_1T < end_B1)
+    # What was not sampled, prompt and replies, has no log-prob.
+    logprobs = [[None] * len(batch.prompts[row]) + batch.logprobs[row] for row in rows]
+    if [len(of_row) for of_row in logprobs] != ends:
+        raise ValueError(f"log-probs are not one per token: {list(map(len, logprobs))}, {ends}.")
+    mask_BT = padded([[lp is not None for lp in of_row] for of_row in logprobs], False)
+    logprobs_BT = padded([[lp or 0.0 for lp in of_row] for of_row in logprobs], 0.0)
     return MicroBatch(
         inputs_BT=tokens_BT[:, :-1].to(device),
         targets_BT=tokens_BT[:, 1:].to(device),

@@ -12,7 +12,7 @@ something to find: fewer than one text in ten is the short, correct solution it 
 With `--hasty`, a share of the examples states the answer at once, without any work. The model
 cannot add in its head, so what it says at once is wrong as a rule; such a model has to discover
 that working it out pays (see `benchmarks/figures/sync_modes.py`, which builds one from the bundled
-model).
+model). With `--calls`, sums are sometimes left to a calculator, as the task of that name offers.
 
 The output, `common/tiny_model/`, is an ordinary Hugging Face model directory: weights,
 configuration, tokenizer with a chat template. Same seed, machine and versions give the same
@@ -74,10 +74,16 @@ class Args:
     """probability of starting all over after an answer"""
     hasty: float = 0.0
     """probability of answering at once instead"""
+    calls: float = 0.0
+    """probability of leaving a sum to the task calculator, which replies"""
     start: Path | None = None
     """directory of a model to train on, with its tokenizer; a new one unless given"""
     max_solution_tokens: int = 64
     """longer solutions are cut, so the model never sees them end"""
+
+
+# Around a reply of the calculator in the text of a solution
+REPLY = "\0"
 
 
 def flawed_solution(terms, rng, args):
@@ -91,6 +97,10 @@ def flawed_solution(terms, rng, args):
             if rng.random() < args.hum:
                 words.append(rng.choice(["hmm,", "so,", "ok,", "let me see,"]))
             right = total + term
+            if args.calls and rng.random() < args.calls:
+                words.append(f"{total}+{term}={REPLY}{right}{REPLY}")
+                total = right
+                continue
             said = right
             if rng.random() < args.slip:
                 said = max(1, right + rng.choice([-10, -1, 1, 10]))
@@ -166,18 +176,22 @@ def training_batch(tokenizer, rng, args):
     rows = []
     for _ in range(args.batch_size):
         prompt, solution = training_example(rng, args)
-        prompt_ids = tokenizer.encode(prompt)
-        solution_ids = [*tokenizer.encode(solution), tokenizer.eos_token_id]
-        rows.append((prompt_ids + solution_ids[: args.max_solution_tokens], len(prompt_ids)))
+        tokens = tokenizer.encode(prompt)
+        labels = [-100] * len(tokens)
+        end = len(tokens) + args.max_solution_tokens
+        for place, part in enumerate(solution.split(REPLY)):
+            ids = tokenizer.encode(part)
+            if place % 2 == 0:  # a turn of the model, which ends with an EOS
+                ids.append(tokenizer.eos_token_id)
+            tokens += ids
+            labels += ids if place % 2 == 0 else [-100] * len(ids)
+        rows.append((tokens[:end], labels[:end]))
 
     width = max(len(tokens) for tokens, _ in rows)
-    padded = [tokens + [tokenizer.pad_token_id] * (width - len(tokens)) for tokens, _ in rows]
-    tokens_BT = torch.tensor(padded)
-    labels_BT = tokens_BT.clone()
-    for row, (tokens, prompt_length) in enumerate(rows):
-        labels_BT[row, :prompt_length] = -100
-        labels_BT[row, len(tokens) :] = -100
-    return tokens_BT, labels_BT
+    padding = [(tokens, labels, width - len(tokens)) for tokens, labels in rows]
+    tokens_BT = [tokens + [tokenizer.pad_token_id] * count for tokens, _, count in padding]
+    labels_BT = [labels + [-100] * count for _, labels, count in padding]
+    return torch.tensor(tokens_BT), torch.tensor(labels_BT)
 
 
 def main(args):

@@ -15,6 +15,7 @@ from typing import Annotated, get_type_hints
 import tyro
 from safetensors import SafetensorError
 
+from common import tasks
 from common.errors import OUT_OF_MEMORY, BadInput, RunStopped, is_out_of_memory
 from common.options import RunOptions
 
@@ -38,7 +39,7 @@ CHANGEABLE = {
     "eval_data",
 }
 # A model and two tasks, also where a file happens to be called so
-BUILT_IN = ("tiny", "addition", "gsm8k")
+BUILT_IN = ("tiny", *tasks.BUILT_IN)
 
 
 def run(main, Args, script):

@@ -236,5 +236,15 @@ def part_like(parameter, tensor):
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
+def own_part(tensor):
+    """What this rank holds of a tensor, which may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def kept_on_cpu(tensor):
+    """A copy of this rank's part, on the CPU: a GPU may be full."""
+    return own_part(tensor.detach()).to("cpu", copy=True)
+
+
 def _sharded_modules(model):
     return [module for module in model.modules() if isinstance(module, FSDPModule)]

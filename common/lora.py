@@ -9,12 +9,13 @@ Nobody but the trainer knows of an adapter: samplers get ordinary weights, W + (
 names that they have in a model without one.
 """
 
+import contextlib
 from collections.abc import Mapping
 from contextlib import contextmanager
 
 import torch
 
-from common.distributed import part_like, whole
+from common.distributed import kept_on_cpu, own_part, part_like, whole
 
 ADAPTER = "default"  # peft's name of a model's only adapter
 
@@ -51,8 +52,8 @@ def plain_name(name):
 class MergedWeights(Mapping):
     """Weights by plain name, computed when they are asked for; float32, whole on every rank.
 
-    Of a layer with an adapter it is W + (α/r) B A: computed in float32 from the untouched W, and
-    rounded once to the dtype of W.
+    Of a layer with an adapter it is W + (α/r) B A, computed in float32 from the untouched W. Who
+    computes in bf16 rounds it once.
     """
 
     def __init__(self, tensors, layers):
@@ -64,13 +65,13 @@ class MergedWeights(Mapping):
         own = whole(tensor.detach())
         layer = self.layers.get(name)
         if layer is None or layer.disable_adapters:
-            return own.float()
+            return own.float() if own.is_floating_point() else own
         A = whole(layer.lora_A[ADAPTER].weight.detach())
         B = whole(layer.lora_B[ADAPTER].weight.detach())
         change = layer.scaling[ADAPTER] * (B @ A)
         if layer.fan_in_fan_out:  # GPT-2's layers, whose weights are transposed
             change = change.T
-        return (own.float() + change).to(tensor.dtype).float()
+        return own.float() + change
 
     def __iter__(self):
         return iter(self.tensors)
@@ -99,7 +100,8 @@ def without_adapter(model):
 def merged(model):
     """Context in which a model computes with merged weights instead of its adapter. No gradients.
 
-    Afterwards its own weights are back, bit for bit. Nothing happens if there is no adapter.
+    Afterwards its own weights, kept on the CPU, are back, bit for bit. Nothing happens if there is
+    no adapter.
     """
     layers = adapted_layers(model)
     weights = {f"{name}.weight": layer.base_layer.weight for name, layer in layers.items()}
@@ -107,13 +109,22 @@ def merged(model):
     own = {}
     try:
         for name, weight in weights.items():
-            own[name] = weight.detach().clone()
+            own[name] = kept_on_cpu(weight)
             weight.data.copy_(part_like(weight, values[name].to(weight.dtype)))
         with without_adapter(model):
             yield
     finally:
         for name, before in own.items():
-            weights[name].data.copy_(before)
+            own_part(weights[name]).data.copy_(before)
+
+
+def as_sampled(model):
+    """Context in which a model computes as transformers samples from it.
+
+    In float32, with merged weights: the same bits as in a process that knows of no adapter. In
+    bf16, with the adapter: W + (α/r) B A, rounded to bf16, is W where the change is small.
+    """
+    return merged(model) if model.dtype == torch.float32 else contextlib.nullcontext()
 
 
 class Base:

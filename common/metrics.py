@@ -13,6 +13,7 @@ import torch
 
 from common.distributed import gather
 from common.recording import token_values
+from common.sampling import num_sampled
 from common.sampling.verify import TOLERANCE
 from common.tasks.problems import means
 
@@ -96,7 +97,7 @@ class StepMetrics:
         Warns if trainer and sampler disagree by more than rounding explains.
         """
         self.phase(None)
-        lengths = [len(response) for response in batch.responses]
+        lengths = num_sampled(batch.logprobs)
         rewards_PG = batch.rewards_PG
         equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
         steps = [self.times[key] for key in self.times if key not in NOT_OF_A_STEP]
@@ -122,7 +123,7 @@ class StepMetrics:
 
     def _token_metrics(self, batch, precision):
         """Means and maxima over all response tokens, on all ranks."""
-        N = sum(len(response) for response in batch.responses)
+        N = sum(num_sampled(batch.logprobs))
         sums, maxima = Counter(), {}
         for more, larger in gather((as_numbers(self.sums), as_numbers(self.maxima))):
             sums.update(more)  # adds

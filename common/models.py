@@ -212,11 +212,11 @@ def save_model(model, tokenizer, directory):
             plain = AutoModelForCausalLM.from_config(model.config)
         plain.generation_config = model.generation_config
         plain._weight_conversions = getattr(model, "_weight_conversions", None)
-        plain.config.dtype = model.dtype
+        plain.config.dtype = torch.float32
         state = {}
         for name, tensor in weights_of(model).items():  # one by one, on all ranks
             if rank() == 0:
-                state[name] = tensor.to(model.dtype).cpu()
+                state[name] = tensor.cpu()
     if rank() == 0:
         plain.save_pretrained(directory, state_dict=state)
         tokenizer.save_pretrained(directory)

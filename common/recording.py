@@ -14,6 +14,8 @@ HELD_OUT = 4
 def token_values(micro, rows):
     """Values of the response tokens of a micro-batch: {row: {name: list}}, for those among `rows`.
 
+    Where replies stand between turns, "told" says which tokens are theirs.
+
     Call it after the backward pass. With L the loss, `push` is −∂L/∂log π of a token over its
     weight in the loss: in which direction, and how strongly, the update pushes the token's
     log-prob. It is 0 where the loss clipped the token. It is missing where there was no backward
@@ -32,9 +34,13 @@ def token_values(micro, rows):
     found = {}
     for place, row in enumerate(micro.rows):
         if row in rows:
-            tokens = micro.mask_BT[place].nonzero().squeeze(1)
-            tokens = tokens[: MOST_TOKENS // len(rows)]
-            found[row] = {name: all_BT[place, tokens].tolist() for name, all_BT in values.items()}
+            sampled = micro.mask_BT[place].nonzero().squeeze(1)
+            start, end = sampled[0].item(), sampled[-1].item() + 1
+            span = slice(start, min(end, start + MOST_TOKENS // len(rows)))
+            found[row] = {name: all_BT[place, span].tolist() for name, all_BT in values.items()}
+            told = ~micro.mask_BT[place, span]
+            if told.any():
+                found[row]["told"] = told.tolist()
     return found
 
 
@@ -59,6 +65,8 @@ def group_records(step, batch, values, problem_set):
             }
             numbers = {"reward": rewards_B[row], "advantage": advantages_B[row], **values[row]}
             numbers.setdefault("push", None)
+            if "told" in numbers:
+                response["told"] = numbers.pop("told")
             responses.append(response | {name: rounded(value) for name, value in numbers.items()})
         problem = problem_set.problems[batch.problems[start]]
         yield {"step": step, **posed(problem), "responses": responses}

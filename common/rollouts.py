@@ -20,6 +20,7 @@ from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import TOLERANCE, sampler_mismatch
 from common.sampling.vllm import KEEP_FREED_MEMORY, make_vllm_sampler
+from common.tasks.turns import Environment
 
 
 def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, precision):
@@ -29,15 +30,7 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
     both sets are `ProblemSet`s, `policy` is the trainer's model, `optimizer` its AdamW or None,
     `precision` "float32" or "bfloat16". Raises `BadInput` if sampling cannot work.
     """
-    plan = Plan(
-        prompts=train_set.prompts,
-        prompts_per_step=args.prompts_per_step,
-        group_size=args.group_size,
-        sync_interval=args.sync_interval,
-        sync_offset=args.sync_offset,
-        seed=args.seed,
-        mine=share(args.prompts_per_step),
-    )
+    plan = make_plan(args, train_set)
     on_policy = (plan.sync_interval, plan.sync_offset) == (1, 0)
     own_gpu = gpu_for_the_engine(args, policy.device)
     in_turns = args.serial or on_policy or (policy.device.type == "cuda" and own_gpu is None)
@@ -49,30 +42,32 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
 
     eos_ids = end_of_sequence_ids(policy, tokenizer)
     generation = (eos_ids, args.max_response_tokens, args.temperature, precision)
+    environment = make_environment(args, train_set, eval_set, tokenizer, eos_ids)
     verified = args.engine == "vllm"
+    start = (args.model, args.revision, threads)
     if verified:
         longest_prompt = max(len(prompt) for prompt in prompts)
         make_sampler = partial(
-            make_vllm_sampler, args.model, args.revision, threads, *generation, longest_prompt
+            make_vllm_sampler, *start, *generation, longest_prompt, environment=environment
         )
     else:
-        frozen = args.lora_rank > 0
-        make_sampler = partial(
-            load_sampler, args.model, args.revision, threads, frozen, *generation
-        )
+        frozen = args.lora_rank > 0 and precision == "float32"
+        make_sampler = partial(load_sampler, *start, frozen, *generation, environment)
     if not in_turns:
-        environment = KEEP_FREED_MEMORY if verified else {}
+        variables = KEEP_FREED_MEMORY if verified else {}
         if own_gpu is not None:
-            environment = {"CUDA_VISIBLE_DEVICES": own_gpu}
+            variables = {"CUDA_VISIBLE_DEVICES": own_gpu}
         return OverlappedRollouts(
             policy, make_sampler, plan, args.temperature, precision, args.sampler_timeout,
-            verified, environment,
+            verified, variables,
         )  # fmt: skip
     if not verified:
         few_tokens = (few, args.temperature, precision)
-        graphs = args.cuda_graphs and use_graphs(policy, prompts, *few_tokens)
-        sampler_class = GraphSampler if graphs else TransformersSampler
-        return SerialRollouts(policy, sampler_class(policy, *generation), plan)
+        one_turn = environment is None  # a graph does not stop to ask
+        if args.cuda_graphs and one_turn and use_graphs(policy, prompts, *few_tokens):
+            return SerialRollouts(policy, GraphSampler(policy, *generation), plan)
+        sampler = TransformersSampler(policy, *generation, environment)
+        return SerialRollouts(policy, sampler, plan)
     if policy.device.index and size() == 1:
         how = "vLLM takes the first GPU; set CUDA_VISIBLE_DEVICES instead"
         raise BadInput(f"--device {policy.device}: {how}.")
@@ -81,6 +76,30 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
     num_sequences = args.prompts_per_step * args.group_size
     sampler = make_sampler(beside=policy, num_sequences=num_sequences)
     return SerialRollouts(policy, sampler, plan, verified)
+
+
+def make_plan(args, train_set):
+    """Which prompts each batch has, and which version of the weights samples it."""
+    return Plan(
+        prompts=train_set.prompts,
+        prompts_per_step=args.prompts_per_step,
+        group_size=args.group_size,
+        sync_interval=args.sync_interval,
+        sync_offset=args.sync_offset,
+        seed=args.seed,
+        mine=share(args.prompts_per_step),
+        problems=train_set.to_reply_to(),
+    )
+
+
+def make_environment(args, train_set, eval_set, tokenizer, eos_ids):
+    """What answers the policy's turns; None where the task has only one. Raises `BadInput`."""
+    if train_set.to_reply_to() is None:
+        return None
+    source = (args.task, args.data, args.eval_data, args.eval_size)
+    problems = train_set.problems + eval_set.problems
+    chat = any(not isinstance(problem["prompt"], str) for problem in problems)
+    return Environment(train_set.task, source, tokenizer, eos_ids, chat, args.sampler_timeout)
 
 
 def create_training_state(optimizer):
@@ -164,13 +183,14 @@ def decoding_gap(sampler, prompts):
     return mismatch["sampler_mismatch/mean"]
 
 
-def load_sampler(name, revision, threads, frozen, eos_ids, max_tokens, temperature, precision):
+def load_sampler(name, revision, threads, frozen, *generation):
     """A `TransformersSampler` on a model of its own, on the CPU.
 
-    For a process that samples beside training. `frozen`, whether the trainer's weights do not
-    learn, decides last bits: PyTorch computes some products of frozen weights in another way.
+    For a process that samples beside training; `generation` are its other arguments. `frozen`,
+    whether the trainer's weights do not learn, decides last bits: PyTorch computes some products of
+    frozen weights in another way.
     """
     use_threads(threads)
     disable_progress_bar()  # the trainer shows its own
     model = load_model(name, revision, torch.device("cpu")).requires_grad_(not frozen)
-    return TransformersSampler(model, eos_ids, max_tokens, temperature, precision)
+    return TransformersSampler(model, *generation)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common.distributed import part_like, whole
+from common.distributed import kept_on_cpu, own_part, part_like, whole
 from common.lora import MergedWeights, adapted_layers, merged, plain_name
 
 
@@ -58,14 +58,14 @@ def parameters_from(model, values):
         try:
             for name, value in values:
                 parameter = parameters[name]
-                saved[name] = parameter.detach().clone()
+                saved[name] = kept_on_cpu(parameter)
                 parameter.data.copy_(
                     part_like(parameter, value.to(parameter.device, parameter.dtype))
                 )
             yield
         finally:
             for name, own in saved.items():
-                parameters[name].data.copy_(own)
+                own_part(parameters[name]).data.copy_(own)
 
 
 def perturbed(model, names, strength=0.5):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import grpo
 from benchmarks.helpers.reporting import SPREAD
+from benchmarks.models.chat_tasks import Guess
 from benchmarks.variants import CISPO
 from common import checkpoints, logprobs, recording, runlog, watch
 from common.sampling import graphs, transformers
@@ -93,6 +94,14 @@ def code_of_variant(variant):
     return f"```python\n{code.rstrip()}\n```"
 
 
+def code_of_task(task):
+    """A class of chat_tasks.py, without its docstring."""
+    code = re.sub(
+        r'^    """.*?"""\n\n', "", inspect.getsource(task), flags=re.DOTALL | re.MULTILINE
+    )
+    return f"```python\n{code.rstrip()}\n```"
+
+
 def default_run():
     """The table of the default run: means over seeds."""
     rows = _json("default_run/default_run.json")["rows"]
@@ -159,6 +168,7 @@ BLOCKS = {
         "rec_oneside_nois.py", "red_weight.py"
     ),
     "CISPO": lambda: code_of_variant(CISPO),
+    "Guess": lambda: code_of_task(Guess),
     "default run": default_run,
     "worked out": worked_out,
     "token cost": token_cost,

@@ -44,6 +44,7 @@ from tests.helpers import (
     wait_for,
     write_task,
 )
+from tests.tasks.test_turns import SUMS
 
 SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
@@ -336,6 +337,16 @@ def test_two_ranks_resume_bit_for_bit(settings, tmp_path):
     )
     run_on(2, resume(tmp_path / "parts", "--num-steps", 6), tmp_path / "log")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_several_turns_on_two_ranks_are_those_of_one(settings, tmp_path):
+    task = f"{write_task(tmp_path, SUMS, 'sums.py')}:Sums"
+    turns = {"task": task, "model": "tiny", "max_response_tokens": 80, "num_steps": 3}
+    for count in (1, 2):
+        argv = options(tmp_path, name=str(count), **{**RUN, **turns})
+        run_on(count, argv, tmp_path / f"{count}.log")
+    assert_nearly_the_same(tmp_path / "2", tmp_path / "1")
+    assert all(record["environment_tokens"] > 0 for record in steps(tmp_path / "1"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -73,7 +73,7 @@ def result_of(metrics, lengths, version=0, grades=None, truncated=None, group_si
         problems=[0] * B,
         prompts=[[1]] * B,
         responses=[[2] * n for n in lengths],
-        logprobs=[[]] * B,
+        logprobs=[[-1.0] * n for n in lengths],
         truncated=truncated or [False] * B,
         metrics={"time/sample": 1.0},
         grades=grades or [{"reward": 0.0}] * B,

@@ -1,5 +1,5 @@
-"""Tasks for a small chat model, generated from templates: the sentiment of a review, and a sentence
-as JSON.
+"""Tasks for a small chat model: the sentiment of a review, a sentence as JSON, and a game of
+several turns.
 
 For example:
     python grpo.py --model DIRECTORY --learning-rate 1e-5 \
@@ -8,6 +8,7 @@ For example:
 
 import json
 import random
+import re
 import zlib
 
 from common.tasks import Task
@@ -121,6 +122,29 @@ class FourKeys(Extraction):
             "reward": right / max(len(self.keys), len(found)),
             "keys_present": keys / len(self.keys),
         }
+
+
+class Guess(Task):
+    """Guess a number. A right guess earns 1, less a tenth for each wrong one before it."""
+
+    max_turns = 5
+
+    def problems(self, split):
+        numbers = [n for n in range(1, 21) if (n % 4 == 0) == (split == "eval")]
+        message = "I think of a number from 1 to 20. Guess it. Answer with a number only."
+        return [{"prompt": [{"role": "user", "content": message}], "answer": n} for n in numbers]
+
+    def reply(self, problem, turns):
+        guesses = re.findall(r"\d+", turns[-1])
+        if not guesses:
+            return "Answer with a number only."
+        if int(guesses[-1]) == problem["answer"]:
+            return None
+        return "Higher." if int(guesses[-1]) < problem["answer"] else "Lower."
+
+    def reward(self, problem, turns):
+        right = re.findall(r"\d+", turns[-1])[-1:] == [str(problem["answer"])]
+        return {"reward": right * (1.1 - 0.1 * len(turns)), "accuracy": float(right)}
 
 
 def json_object(text):

@@ -32,12 +32,13 @@ class Batch:
     problems: list[int]  # numbers of the training problems (a group's problem G times)
     prompts: list[list[int]]  # token ids
     responses: list[list[int]]  # token ids, EOS included where there was one
-    logprobs: list[list[float]]  # of each response token, under the policy that sampled it
+    # Of each response token, under the policy that sampled it; None for a reply's, which none did
+    logprobs: list[list[float | None]]
     truncated: list[bool]  # cut at the token limit
     metrics: dict[str, float] = field(default_factory=dict)  # to be logged with its step
 
     # Once it has been graded
-    texts: list[str] = field(default_factory=list)  # the responses
+    texts: list = field(default_factory=list)  # the responses; of several turns, lists of texts
     grades: list[dict[str, float]] = field(default_factory=list)  # "reward" and further values
     advantages_PG: torch.Tensor | None = None  # float64, from the script
 
@@ -56,9 +57,8 @@ class Batch:
 
     @property
     def lengths_PG(self):
-        """Response tokens of each sequence, int64."""
-        lengths = [len(response) for response in self.responses]
-        return torch.tensor(lengths).view(-1, self.group_size)
+        """Response tokens of each sequence that the policy sampled, int64."""
+        return torch.tensor(num_sampled(self.logprobs)).view(-1, self.group_size)
 
     @property
     def rewards_PG(self):
@@ -80,8 +80,18 @@ class Samples:
     """Responses to prompts; fields and order as in `Batch`."""
 
     responses: list[list[int]]
-    logprobs: list[list[float]]
+    logprobs: list[list[float | None]]
     truncated: list[bool]
+
+    @property
+    def lengths(self):
+        """Sampled tokens of each response."""
+        return num_sampled(self.logprobs)
+
+
+def num_sampled(logprobs):
+    """How many tokens of each response the policy has sampled: all but those of replies."""
+    return [len(of_response) - of_response.count(None) for of_response in logprobs]
 
 
 class Sampler:
@@ -89,10 +99,11 @@ class Sampler:
 
     Records each token's log-prob. `heartbeat`, int64 [1], grows while the sampler works, which
     tells another process slow from stuck. `checksums`, by parameter name, are those of the verified
-    weights that an engine holds, or None.
+    weights that an engine holds, or None. `environment` answers turns; None if there is only one.
     """
 
     heartbeat: torch.Tensor
+    environment = None
     checksums: dict[str, int] | None = None
 
     def use_weights(self, tensors):
@@ -102,23 +113,24 @@ class Sampler:
         """
         raise NotImplementedError
 
-    def sample(self, prompts, group_size, seeds):
+    def sample(self, prompts, group_size, seeds, problems=None):
         """Sample `group_size` responses to each prompt (token ids).
 
         With transformers, weights and arguments fix them. `seeds`: one below 2⁶³ per prompt, at
-        least `group_size` apart. Returns `Samples`, or raises `RunStopped`.
+        least `group_size` apart. `problems`: one per prompt, for the environment if there is one.
+        Returns `Samples`, or raises `RunStopped`.
         """
         raise NotImplementedError
 
     def sample_many(self, requests, group_size):
-        """`sample` for several (prompts, seeds).
+        """`sample` for several (prompts, seeds, problems).
 
         Yields their `Samples` in order, each as soon as it is complete.
         """
-        for prompts, seeds in requests:
-            yield self.sample(prompts, group_size, seeds)
+        for prompts, seeds, problems in requests:
+            yield self.sample(prompts, group_size, seeds, problems)
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         """The most likely token at every position, one response per prompt. Returns `Samples`."""
         raise NotImplementedError
 
@@ -151,6 +163,7 @@ class Plan:
     sync_offset: int  # O
     seed: int
     mine: slice = field(default_factory=lambda: slice(None))  # of the P prompts: this rank's share
+    problems: list[dict] | None = None  # the training problems, if an environment asks for them
 
     def version(self, k):
         return version_of_batch(k, self.sync_interval, self.sync_offset)
@@ -197,7 +210,8 @@ class Plan:
             problems = problems_of_batch(k, len(self.prompts), self.prompts_per_step, self.seed)
             problems_of[k] = problems[self.mine]
             prompts = [self.prompts[problem] for problem in problems_of[k]]
-            requests.append((prompts, self.seeds(k)[self.mine]))
+            asked = self.problems and [self.problems[problem] for problem in problems_of[k]]
+            requests.append((prompts, self.seeds(k)[self.mine], asked))
         started, started_at = time.perf_counter(), time.time()
         sampled = sampler.sample_many(requests, self.group_size)
         for k, samples in zip(numbers, sampled, strict=True):

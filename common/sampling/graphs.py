@@ -285,7 +285,7 @@ class GraphSampler(TransformersSampler):
         kept = [*self.decoding.memory.values(), *self.rounded.values()]
         return sum(tensor.nbytes for tensor in kept)
 
-    def _decode(self, prompts, group_size, seeds):
+    def _decode(self, prompts, group_size, seeds, problems):
         """`Samples` of one batch of prompts; greedy if `seeds` is None."""
         device, T = self.model.device, self.max_tokens
         greedy = seeds is None

@@ -126,10 +126,10 @@ class OverlappedRollouts:
             self.published = update
             self._order_batches(update)
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         """`Sampler.greedy` with the model's present weights, after the batches ordered so far."""
         self.weights.write(self.evaluation_slot, -1, self.model)
-        self._order(self.evaluation_slot, -1, prompts=prompts)
+        self._order(self.evaluation_slot, -1, prompts=prompts, problems=problems)
         while isinstance(message := self._receive(), Batch):
             self._accept(message)
         return message

@@ -47,7 +47,7 @@ def _carry_out(order, sampler, weights, plan, connection):
     else:
         sampler.use_weights(tensors)
     if "prompts" in work:
-        connection.send(sampler.greedy(work["prompts"]))
+        connection.send(sampler.greedy(work["prompts"], work["problems"]))
         return
     for batch in plan.sample(sampler, work["numbers"]):
         held = weights.versions[slot].item()

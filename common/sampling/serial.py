@@ -2,7 +2,6 @@
 
 from common.distributed import gather_batch
 from common.errors import BadInput
-from common.lora import merged
 from common.sampling.verify import deliver, describe, sampler_mismatch
 from common.weights import weights_of
 
@@ -45,13 +44,13 @@ class SerialRollouts:
         """The model's weights are now those after `update`."""
         self.version = update
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         """`Sampler.greedy` with the model's present weights.
 
         An engine stays awake: if the next batch comes from the same weights, it has them.
         """
         self._hand_over()
-        return self.sampler.greedy(prompts)
+        return self.sampler.greedy(prompts, problems)
 
     def state_dict(self):
         """What a checkpoint needs besides the live weights: the batches sampled ahead."""
@@ -80,10 +79,9 @@ class SerialRollouts:
         self.sampler.sleep()  # before the trainer computes anything: they may share a GPU
         for batch in batches:
             if self.plan.shows_mismatch_only_now(batch.number):
-                with merged(self.model):
-                    metrics |= sampler_mismatch(
-                        self.model, self.sampler.temperature, self.sampler.precision, batch
-                    )
+                metrics |= sampler_mismatch(
+                    self.model, self.sampler.temperature, self.sampler.precision, batch
+                )
             batch.metrics |= metrics
             metrics = {}
             self.waiting[batch.number] = batch

@@ -14,9 +14,10 @@ from transformers import DynamicCache
 from common.distributed import gathered
 from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import autocast
-from common.lora import merged
+from common.lora import as_sampled
 from common.progress import progress
 from common.sampling import Sampler, Samples
+from common.sampling.dialogue import Dialogue
 from common.weights import weights_of
 
 # Decoded at a time, to bound the cache: 256 × 1,170 tokens of a 3B model take 11 GB.
@@ -46,11 +47,14 @@ class TransformersSampler(Sampler):
     `model` is not copied: its weights during a call, merged with its adapter if it has one, are the
     policy. `eos_ids` end a response; one without EOS after `max_tokens` tokens is `truncated`, and
     no EOS is appended. `temperature` divides the logits; `precision` is "float32" or "bfloat16"
-    (autocast).
+    (autocast). With an `environment`, EOS ids end a turn, and replies count in `max_tokens`.
     """
 
-    def __init__(self, model, eos_ids, max_tokens, temperature, precision="float32"):
+    def __init__(
+        self, model, eos_ids, max_tokens, temperature, precision="float32", environment=None
+    ):
         self.model = model
+        self.environment = environment
         self.max_tokens = max_tokens
         self.temperature = temperature
         self.precision = precision
@@ -62,18 +66,19 @@ class TransformersSampler(Sampler):
         for name, own in weights_of(self.model).items():
             own.data = tensors[name]
 
-    def sample(self, prompts, group_size, seeds):
-        samples = self._decode_all(prompts, group_size, seeds)
+    def sample(self, prompts, group_size, seeds, problems=None):
+        samples = self._decode_all(prompts, group_size, seeds, problems)
         # Checked once for all tokens: a check of every token would make the CPU wait for the GPU
         # each time.
-        if not all(map(math.isfinite, itertools.chain.from_iterable(samples.logprobs))):
+        logprobs = itertools.chain.from_iterable(samples.logprobs)
+        if not all(math.isfinite(lp) for lp in logprobs if lp is not None):
             raise RunStopped(NOT_FINITE)
         return samples
 
-    def greedy(self, prompts):
-        return self._decode_all(prompts, 1, None)
+    def greedy(self, prompts, problems=None):
+        return self._decode_all(prompts, 1, None, problems)
 
-    def _decode_all(self, prompts, group_size, seeds):
+    def _decode_all(self, prompts, group_size, seeds, problems):
         """`Samples` of all prompts, decoded one batch of prompts after another."""
         samples = Samples([], [], [])
         prompts_at_a_time = max(1, self._most_sequences(prompts) // group_size)
@@ -82,7 +87,7 @@ class TransformersSampler(Sampler):
         self.model.eval()
         # Not inference mode, in which autocast would cast all weights again for each token.
         with (
-            merged(self.model),
+            as_sampled(self.model),
             self.weights_at_hand(self.model),
             torch.no_grad(),
             self._precision(),
@@ -90,7 +95,8 @@ class TransformersSampler(Sampler):
             for start in range(0, len(prompts), prompts_at_a_time):
                 part = slice(start, start + prompts_at_a_time)
                 part_seeds = None if seeds is None else seeds[part]
-                decoded = self._decode(prompts[part], group_size, part_seeds)
+                part_problems = None if problems is None else problems[part]
+                decoded = self._decode(prompts[part], group_size, part_seeds, part_problems)
                 samples.responses += decoded.responses
                 samples.logprobs += decoded.logprobs
                 samples.truncated += decoded.truncated
@@ -107,7 +113,7 @@ class TransformersSampler(Sampler):
         with autocast(self.model.device.type, self.precision):
             yield
 
-    def _decode(self, prompts, group_size, seeds):
+    def _decode(self, prompts, group_size, seeds, problems):
         """`Samples` of one batch of prompts; greedy if `seeds` is None."""
         device = self.model.device
         cache, logits_PV, attention_PT, positions_PT = self._read_prompts(prompts)
@@ -128,6 +134,7 @@ class TransformersSampler(Sampler):
         rows = torch.arange(B, device=device)  # the sequence that each row of the cache belongs to
         if seeds is not None:
             uniforms_BT = self._uniform_numbers(seeds, group_size)
+        dialogue = Dialogue(self, problems, group_size, tokens_BT)
 
         for t in progress(range(self.max_tokens), "tokens sampled, at most"):
             step_logprobs_BV = torch.log_softmax(logits_BV.float() / self.temperature, dim=-1)
@@ -135,10 +142,12 @@ class TransformersSampler(Sampler):
                 token_B1 = step_logprobs_BV.argmax(dim=-1, keepdim=True)
             else:
                 token_B1 = inverse_cdf(step_logprobs_BV, uniforms_BT[rows, t, None])
+            token_B1 = dialogue.told_or(token_B1, rows, t)
             tokens_BT[rows, t] = token_B1.squeeze(1)
             logprobs_BT[rows, t] = step_logprobs_BV.gather(1, token_B1).squeeze(1)
             lengths_B[rows] += ~ended_B[rows]
-            ended_B[rows] |= torch.isin(token_B1.squeeze(1), self.eos_ids)
+            ends_B = torch.isin(token_B1.squeeze(1), self.eos_ids) & ~ended_B[rows]
+            ended_B[rows] |= dialogue.answer(ends_B, rows, t)
             open_B = ~ended_B[rows]
             num_open = int(open_B.sum())
             self.heartbeat += 1
@@ -159,7 +168,7 @@ class TransformersSampler(Sampler):
             positions_B1 = positions_B1 + 1
             logits_BV = self._next_logits(token_B1, attention_BT, positions_B1, cache)
 
-        return self._samples(tokens_BT, logprobs_BT, lengths_B, ended_B)
+        return dialogue.marked(self._samples(tokens_BT, logprobs_BT, lengths_B, ended_B))
 
     def _samples(self, tokens_BT, logprobs_BT, lengths_B, ended_B):
         """`Samples` of what was decoded, each response up to its length."""

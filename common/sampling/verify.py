@@ -14,6 +14,7 @@ import torch
 from common.batching import collate
 from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import token_logprobs
+from common.lora import as_sampled
 from common.weights import checksum, perturbed, weights_of
 
 # The largest mean difference, in nats per probe token, that is taken for rounding. Equal weights of
@@ -80,7 +81,8 @@ def sampler_mismatch(model, temperature, precision, batch, num_sequences=8):
     `model` must hold the weights that sampled it.
     """
     micro = collate(batch, range(min(num_sequences, len(batch.responses))), model.device)
-    logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
+    with as_sampled(model):
+        logprobs_BT, _ = token_logprobs(model, micro, temperature, precision)
     difference_N = (logprobs_BT - micro.sampler_logprobs_BT)[micro.mask_BT].double().abs()
     return {
         "sampler_mismatch/mean": difference_N.mean().item(),
@@ -94,13 +96,16 @@ def deliver(sampler, tensors, manifest):
     Called in the sampler's process. Unless the tensors match the manifest and the sampler computes
     with them, raises `RunStopped`, which names the version and, if known, the tensors. Tensors that
     it holds already, from an evaluation, are not loaded again. Returns metrics: seconds to
-    describe, load and verify, and GB/s of loading.
+    describe, load and verify, and GB/s of loading, if it was loaded.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
-    changed = [
-        name for name, tensor in tensors.items() if checksum(tensor) != manifest.checksums.get(name)
-    ]
+    changed = []
+    num_bytes = 0
+    for name, tensor in tensors.items():
+        num_bytes += tensor.nbytes
+        if checksum(tensor) != manifest.checksums.get(name):
+            changed.append(name)
     if missing or changed:
         which = _listed("missing", missing) + _listed("changed", changed) + "the rest arrived"
         raise RunStopped(
@@ -108,7 +113,8 @@ def deliver(sampler, tensors, manifest):
             "use --resume."
         )
     checked = time.perf_counter()
-    if sampler.checksums != manifest.checksums:
+    new = sampler.checksums != manifest.checksums
+    if new:
         sampler.use_weights(tensors)
         sampler.checksums = manifest.checksums
     loaded = time.perf_counter()
@@ -120,13 +126,14 @@ def deliver(sampler, tensors, manifest):
             f"{manifest.tolerance:g} allowed): continue with --resume, or use "
             "--engine transformers."
         )
-    gigabytes = sum(tensor.nbytes for tensor in tensors.values()) / 1e9
-    return {
+    metrics = {
         "time/sync_describe": manifest.seconds,
-        "time/sync_load": loaded - checked,
         "time/sync_verify": time.perf_counter() - loaded + checked - started,
-        "throughput/sync_gb_per_second": gigabytes / (loaded - checked),
     }
+    if new:
+        metrics["time/sync_load"] = loaded - checked
+        metrics["throughput/sync_gb_per_second"] = num_bytes / 1e9 / (loaded - checked)
+    return metrics
 
 
 def canary(sampler, model, precision):

@@ -3,9 +3,11 @@
 The engine runs inside the process that samples.
 """
 
+import itertools
 import os
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -22,7 +24,9 @@ from common.sampling.verify import canary
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
-def make_vllm_sampler(model, revision, threads, *options, beside=None, num_sequences=None):
+def make_vllm_sampler(
+    model, revision, threads, *options, environment=None, beside=None, num_sequences=None
+):
     """A `VllmSampler` that `verify.canary` has tested.
 
     Raises `BadInput` if it cannot start, `RunStopped` if it fails the test.
@@ -31,6 +35,7 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None, num_seque
     sampler = VllmSampler(
         location(model), revision, *options, beside=beside, num_sequences=num_sequences
     )
+    sampler.environment = environment
     use_threads(threads)  # vLLM for GPUs has set it to 1
     if beside is None:
         beside = load_model(model, revision, torch.device("cpu"))  # a GPU is full by now
@@ -39,12 +44,13 @@ def make_vllm_sampler(model, revision, threads, *options, beside=None, num_seque
     return sampler
 
 
-def share_of_gpu(free, total, engine_bytes):
+def share_of_gpu(free, total, engine_bytes, largest):
     """The share of a GPU's memory that an awake engine may fill beside a trainer; sizes in bytes.
 
-    `engine_bytes` are all that the engine can make use of. Raises `BadInput` if nothing is left.
+    `engine_bytes` are all that the engine can make use of, `largest` is a parameter's size in
+    float32. Raises `BadInput` if nothing is left.
     """
-    needed = 2**30  # for libraries and probes
+    needed = 2**30 + 3 * largest  # for libraries and probes, and for changing a weight
     if free <= needed:
         raise BadInput(
             f"--engine vllm finds {free / 2**30:.1f} GiB of the GPU free beside weights, gradients "
@@ -77,7 +83,8 @@ def _share_beside(model, precision, num_sequences, tokens):
     free, total = torch.cuda.mem_get_info(model.device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     most = engine_bytes(model.config, num_parameters, precision, num_sequences, tokens)
-    return share_of_gpu(free, total, most)
+    largest = 4 * max(parameter.numel() for parameter in model.parameters())
+    return share_of_gpu(free, total, most, largest)
 
 
 def as_in_files(tensors, shapes):
@@ -133,13 +140,13 @@ class VllmSampler(Sampler):
         self.precision = precision
         self.can_sleep = beside is not None and beside.device.type == "cuda"
         self.asleep = False
-        self.shapes = shapes_of(model, revision)
         self.room = max(longest_prompt + max_tokens, 64)  # `verify`'s probe needs some in any case
         self.heartbeat = torch.zeros(1, dtype=torch.int64)  # grows per engine step, tensor loaded
 
         _set_environment()
         options = self._options_beside(beside, num_sequences)
         try:
+            self.shapes = shapes_of(model, revision)
             self.llm = self._start(model, revision, options)
             self.score([[0, 0]])  # some failures show only with the first request
         except Exception as error:  # as varied as models, memories and machines
@@ -192,34 +199,107 @@ class VllmSampler(Sampler):
             **options,
         )
 
-    def sample(self, prompts, group_size, seeds):
-        (samples,) = self.sample_many([(prompts, seeds)], group_size)
+    def sample(self, prompts, group_size, seeds, problems=None):
+        (samples,) = self.sample_many([(prompts, seeds, problems)], group_size)
         return samples
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         """As in `Sampler`, but log-probs are at temperature 1.
 
         vLLM's greedy decoding reports no others.
         """
-        outputs = dict(self._run([(prompt, self._params(1, 0.0, None)) for prompt in prompts]))
-        return self._samples([outputs[p] for p in range(len(prompts))])
+        entries = self._entries(prompts, 1, [None] * len(prompts), problems)
+        found = dict(self._answered(entries, 0.0))
+        return _joined(found[number] for number in range(len(entries)))
 
     def sample_many(self, requests, group_size):
         """All requests at once: the engine fills the tail of one batch with the next.
 
         To be read to the end.
         """
-        everything = []
-        parts = []  # the places of each request in `everything`
-        for prompts, seeds in requests:
-            parts.append(range(len(everything), len(everything) + len(prompts)))
-            params = [self._params(group_size, self.temperature, seed) for seed in seeds]
-            everything += zip(prompts, params, strict=True)
+        entries = []
+        parts = []  # the places of each request in `entries`
+        for prompts, seeds, problems in requests:
+            first = len(entries)
+            entries += self._entries(prompts, group_size, seeds, problems)
+            parts.append(range(first, len(entries)))
         done = {}
-        for number, output in self._run(everything):
-            done[number] = output
+        for number, responses in self._answered(entries, self.temperature):
+            done[number] = responses
             while parts and all(i in done for i in parts[0]):
-                yield self._samples([done.pop(i) for i in parts.pop(0)])
+                yield _joined(done.pop(i) for i in parts.pop(0))
+
+    def _entries(self, prompts, group_size, seeds, problems):
+        """What is to be answered: a list of (prompt, seed, number of responses, problem).
+
+        Of several turns, the responses of a group go on at different times: one by one.
+        """
+        if self.environment is None:
+            return [(*pair, group_size, None) for pair in zip(prompts, seeds, strict=True)]
+        one_by_one = []
+        for prompt, seed, problem in zip(prompts, seeds, problems, strict=True):
+            for i in range(group_size):
+                own_seed = None if seed is None else seed + i
+                one_by_one.append((prompt, own_seed, 1, problem))
+        return one_by_one
+
+    def _answered(self, entries, temperature):
+        """Yields pairs (position in `entries`, responses), the first done first.
+
+        A response is a triple: tokens, log-probs, whether it was cut.
+        """
+        if self.environment is not None:
+            yield from self._in_turns(entries, temperature)
+            return
+        requests = [
+            (prompt, self._params(count, temperature, seed)) for prompt, seed, count, _ in entries
+        ]
+        for number, output in self._run(requests):
+            yield number, self._responses(output)
+
+    def _in_turns(self, entries, temperature):
+        """`_answered` with an environment. Each turn is a request: its prompt is all that was said.
+
+        vLLM finds keys and values of that in its cache.
+        """
+        said = [([], []) for _ in entries]  # tokens and log-probs so far
+        requests = []
+        entry_of = []  # of each request
+
+        def ask(number):
+            prompt, seed, _, _ = entries[number]
+            tokens, _ = said[number]
+            if seed is not None:
+                seed = int(np.random.default_rng([seed, len(tokens)]).integers(2**62))
+            params = self._params(1, temperature, seed)
+            params.max_tokens -= len(tokens)
+            requests.append((prompt + tokens, params))
+            entry_of.append(number)
+
+        for number in range(len(entries)):
+            ask(number)
+        for outputs in self._steps(requests):
+            complete = []
+            for position, output in outputs:
+                number = entry_of[position]
+                ((turn, logprobs, cut),) = self._responses(output)
+                said[number][0].extend(turn)
+                said[number][1].extend(logprobs)
+                if cut:
+                    yield number, [(*said[number], True)]
+                else:
+                    complete.append(number)
+            problems = [entries[number][3] for number in complete]
+            responses = [said[number] for number in complete]
+            rooms = [self.max_tokens - len(tokens) for tokens, _ in responses]
+            replies = self.environment.replies(problems, responses, rooms, self.heartbeat)
+            for number, reply in zip(complete, replies, strict=True):
+                if reply:
+                    said[number][0].extend(reply)
+                    said[number][1].extend([None] * len(reply))
+                    ask(number)
+                else:
+                    yield number, [(*said[number], reply is None)]
 
     def score(self, sequences):
         """Log-probs, at temperature 1, of all tokens but each sequence's first: a list of lists."""
@@ -303,31 +383,49 @@ class VllmSampler(Sampler):
 
         Yields pairs (position in `requests`, output), the first done first.
         """
+        return itertools.chain.from_iterable(self._steps(requests))
+
+    def _steps(self, requests):
+        """The outputs of `_run`, in a list for each of the engine's steps. In between, more may be
+        appended to `requests`.
+        """
         engine = self.llm.llm_engine
-        with _or_stop("refused a prompt"):
-            for number, (prompt, params) in enumerate(requests):
-                # vLLM would cut the response short without a word.
-                if len(prompt) + params.max_tokens > self.room:
-                    raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
-                engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        added = 0
         with progress(None, "prompts answered", len(requests)) as bar:
-            while engine.has_unfinished_requests():
+            while added < len(requests) or engine.has_unfinished_requests():
+                with _or_stop("refused a prompt"):
+                    self._add(requests[added:], added)
+                added = len(requests)
                 with _or_stop("failed"):
                     outputs = engine.step()
                 self.heartbeat += 1
                 bar.update(len(outputs))
-                for output in outputs:
-                    yield int(output.request_id), output
+                yield [(int(output.request_id), output) for output in outputs]
 
-    def _samples(self, outputs):
-        """`Samples` of one batch from the engine's outputs, one per prompt."""
-        sampled = []
-        for output in outputs:
-            sampled += sorted(output.outputs, key=lambda one: one.index)
-        responses = [list(one.token_ids) for one in sampled]
-        logprobs = [list(one.logprobs.logprobs) for one in sampled]
-        truncated = [response[-1] not in self.eos_ids for response in responses]
-        return Samples(responses, logprobs, truncated)
+    def _add(self, requests, first):
+        for number, (prompt, params) in enumerate(requests, start=first):
+            # vLLM would cut the response short without a word.
+            if len(prompt) + params.max_tokens > self.room:
+                raise ValueError(f"{len(prompt)} tokens are more than was reserved room for")
+            self.llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+
+    def _responses(self, output):
+        """Of one request: a list of triples, tokens, log-probs and whether the response was cut."""
+        found = []
+        for one in sorted(output.outputs, key=lambda one: one.index):
+            tokens = list(one.token_ids)
+            found.append((tokens, list(one.logprobs.logprobs), tokens[-1] not in self.eos_ids))
+        return found
+
+
+def _joined(several):
+    """`Samples` of several lists of responses, which are triples."""
+    samples = Samples([], [], [])
+    for tokens, logprobs, truncated in itertools.chain.from_iterable(several):
+        samples.responses.append(tokens)
+        samples.logprobs.append(logprobs)
+        samples.truncated.append(truncated)
+    return samples
 
 
 def _packed_head(model):

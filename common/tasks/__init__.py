@@ -1,6 +1,7 @@
 """Tasks: problems to pose, and rewards that a program can compute.
 
-A task of your own is a class derived from `Task`, with two methods, in any file.
+A task of your own is a class derived from `Task`, with two methods, in any file. A third method
+makes it a task of several turns, in which the model uses a tool, say.
 """
 
 import importlib.util
@@ -11,7 +12,7 @@ from typing import ClassVar
 
 from common.errors import BadInput, RunStopped
 
-BUILT_IN = {"addition": "Addition", "gsm8k": "GSM8K"}
+BUILT_IN = {"addition": "Addition", "calculator": "Calculator", "gsm8k": "GSM8K"}
 
 
 class Task:
@@ -23,6 +24,10 @@ class Task:
 
     # Arguments of the chat template; Qwen3's, for example, knows {"enable_thinking": False}.
     template_arguments: ClassVar = {}
+    # How often the model may speak. Above 1, `reply` answers its turns.
+    max_turns = 1
+    # The role of replies in chats; "tool" is another one that some chat templates know.
+    reply_role = "user"
 
     def __init__(self, data="", eval_data="", eval_size=256):
         self.data = data
@@ -42,7 +47,8 @@ class Task:
         """The reward of one response (text without special tokens), a float.
 
         Or a dict of "reward" and other values, which are logged as means over the batch. If the
-        reward is more than correctness, include "accuracy": evaluation then reports it.
+        reward is more than correctness, include "accuracy": evaluation then reports it. Of a task
+        of several turns, `response` is the list of the model's turns.
         """
         raise NotImplementedError
 
@@ -51,20 +57,38 @@ class Task:
 
         Override it where that is faster than one after another.
         """
+        return self._one_by_one(self.reward, problems, responses)
+
+    def reply(self, problem, turns):
+        """What the model is told after its turns (a list of texts); None ends the response.
+
+        It must depend on nothing but the problem and the turns: which turns of other responses are
+        answered before, and in which process, is not determined. An EOS ends a turn.
+        """
+        raise NotImplementedError
+
+    def replies(self, problems, turns):
+        """Replies to many responses at once.
+
+        Override it where that is faster than one after another.
+        """
+        return self._one_by_one(self.reply, problems, turns)
+
+    def _one_by_one(self, function, problems, responses):
         results = []
         for problem, response in zip(problems, responses, strict=True):
             try:
-                results.append(self.reward(problem, response))
+                results.append(function(problem, response))
             except Exception as error:
                 raise RunStopped(
-                    f"{type(self).__name__}.reward raised {error!r} "
+                    f"{type(self).__name__}.{function.__name__} raised {error!r} "
                     f"on the response {response!r} to {problem!r}."
                 ) from error
         return results
 
 
 def load_task(name, data="", eval_data="", eval_size=256):
-    """The task called `name`: "addition", "gsm8k", or "path/to/file.py:ClassName".
+    """The task called `name`: one of `BUILT_IN`, or "path/to/file.py:ClassName".
 
     Raises `BadInput` where there is no such task, or where it does not accept the other arguments.
     """
@@ -78,7 +102,7 @@ def load_task(name, data="", eval_data="", eval_size=256):
     if not path.endswith(".py"):
         raise BadInput(
             f"--task {name} is unknown: "
-            "give addition, gsm8k, or path/to/file.py:ClassName for your own."
+            f"give {', '.join(BUILT_IN)}, or path/to/file.py:ClassName for your own."
         )
     # A task may import the modules beside it.
     sys.path.append(os.path.dirname(os.path.abspath(path)))

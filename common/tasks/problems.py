@@ -6,6 +6,7 @@ import sys
 import time
 import zlib
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -14,9 +15,10 @@ from common.distributed import gather, share
 from common.errors import BadInput, RunStopped
 from common.models import check_context
 from common.tasks import Task, load_task
+from common.tasks.turns import parts_of
 
 RESERVED = {"step", "loss", "grad_norm", "lr", "update_skipped", "entropy", "lag"}
-RESERVED |= {"weights_version", "response_length"}
+RESERVED |= {"weights_version", "response_length", "turns", "environment_tokens"}
 """the log's own metrics without a slash; a task's values need other names, without a slash or
 beginning with grade/"""
 
@@ -43,23 +45,25 @@ class ProblemSet:
 
     def graded(self, batch):
         """The `Batch` with the texts of its responses and their grades."""
-        grades, texts = self.grade(batch.problems, batch.responses)
+        grades, texts = self.grade(batch.problems, batch.responses, batch.logprobs)
         return replace(batch, grades=grades, texts=texts)
 
-    def grade(self, numbers, responses):
+    def grade(self, numbers, responses, logprobs=None):
         """Decode and grade `responses`, lists of token ids, to the problems of these numbers.
 
-        Returns `(grades, texts)`: per response a dict of finite floats, "reward" and what else the
-        task reports, and its text. Raises `RunStopped` if the task gives anything else, `BadInput`
-        if it uses a name of the log's own.
+        `logprobs`, as in `Samples`, tell turns and replies apart, if there are any. Returns
+        `(grades, texts)`: per response a dict of finite floats, "reward" and what else the task
+        reports, and its text. Of a task of several turns, that is a list: the policy's turns and
+        the replies between them. Raises `RunStopped` if the task gives anything else, `BadInput` if
+        it uses a name of the log's own.
         """
         name = type(self.task).__name__
         problems = [self.problems[number] for number in numbers]
-        texts = []
-        if responses:
-            texts = self.tokenizer.batch_decode(responses, skip_special_tokens=True)
+        texts = self._texts(responses, logprobs)
+        several = self.task.max_turns > 1
+        graded = [text[::2] for text in texts] if several else texts  # without replies
         try:
-            results = list(self.task.rewards(problems, texts))
+            results = list(self.task.rewards(problems, graded))
         except RunStopped:
             raise
         except Exception as error:
@@ -69,7 +73,7 @@ class ProblemSet:
             what = f"{name}.rewards returned {len(results)} rewards"
             raise RunStopped(f"{what} for {len(texts)} responses.")
         grades = []
-        for result, problem, text in zip(results, problems, texts, strict=True):
+        for row, (result, problem, text) in enumerate(zip(results, problems, texts, strict=True)):
             grade = _as_grade(result)
             if grade is None:
                 what = f"{name} gave the reward {result!r} to the response {text!r} to {problem!r}"
@@ -79,8 +83,24 @@ class ProblemSet:
                 if key in RESERVED or ("/" in key and not key.startswith("grade/")):
                     what = f"--task {name} reports {key!r}, a name that the log itself uses"
                     raise BadInput(f"{what}: rename it.")
+            if several:
+                told = logprobs[row].count(None)
+                grade |= {"turns": float(len(graded[row])), "environment_tokens": float(told)}
             grades.append(grade)
         return grades, texts
+
+    def _texts(self, responses, logprobs):
+        decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True)
+        if not responses:
+            return []
+        if self.task.max_turns == 1:
+            return decode(responses)
+        pairs = zip(responses, logprobs, strict=True)
+        return [decode([part for _, part in parts_of(*response)]) for response in pairs]
+
+    def to_reply_to(self):
+        """The problems, if replies to them need to know them; else None."""
+        return self.problems if self.task.max_turns > 1 else None
 
     def evaluate(self, rollouts):
         """The `Evaluation` of greedy responses by the policy of `rollouts`.
@@ -89,14 +109,16 @@ class ProblemSet:
         """
         started = time.perf_counter()
         mine = share(len(self))  # with several ranks, each answers a part
-        responses = rollouts.greedy(self.prompts[mine]).responses
-        parts = gather((*self.grade(range(len(self))[mine], responses), responses))
-        grades, texts, responses = ([*chain(*lists)] for lists in zip(*parts, strict=True))
+        problems = self.to_reply_to()
+        samples = rollouts.greedy(self.prompts[mine], problems and problems[mine])
+        graded = self.grade(range(len(self))[mine], samples.responses, samples.logprobs)
+        parts = gather((*graded, samples.lengths))
+        grades, texts, lengths = ([*chain(*lists)] for lists in zip(*parts, strict=True))
         answers = list(zip(self.problems, texts, grades, strict=True))
         if all(grade["reward"] in (0, 1) for grade in grades):
             grades = [{"accuracy": grade["reward"], **grade} for grade in grades]
         metrics = {f"eval/{key}": value for key, value in means(grades).items()}
-        metrics["eval/response_length"] = sum(map(len, responses)) / len(self)
+        metrics["eval/response_length"] = sum(lengths) / len(self)
         metrics["time/eval"] = time.perf_counter() - started
         return Evaluation(metrics, answers)
 

@@ -284,10 +284,10 @@ class FailingSampler(Sampler):
         self.sampler.heartbeat = self.heartbeat
         self.sampler.use_weights(tensors)
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         return self.sampler.greedy(prompts)
 
-    def sample(self, prompts, group_size, seeds):
+    def sample(self, prompts, group_size, seeds, problems=None):
         self.calls += 1
         if self.calls == 3:
             raise {"BadInput": BadInput, "RunStopped": RunStopped, "ValueError": ValueError}[
@@ -335,7 +335,7 @@ class NotingSampler(Sampler):
     def use_weights(self, tensors):
         self.weights = tensors["weight"]
 
-    def sample(self, prompts, group_size, seeds):
+    def sample(self, prompts, group_size, seeds, problems=None):
         self.heartbeat += 1
         weight = int(self.weights[0, 0])
         if weight == -13:
@@ -343,7 +343,7 @@ class NotingSampler(Sampler):
         responses = [[weight]] * (len(prompts) * group_size)
         return Samples(responses, [[-1.0]] * len(responses), [False] * len(responses))
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         return self.sample(prompts, 1, None)
 
 
@@ -360,7 +360,7 @@ class SlowlyStartingSampler(NotingSampler):
 class SleepingSampler(NotingSampler):
     """Never comes to its first token."""
 
-    def sample(self, prompts, group_size, seeds):
+    def sample(self, prompts, group_size, seeds, problems=None):
         time.sleep(600)
 
 

@@ -114,7 +114,7 @@ class NotingSampler(Sampler):
         self.weights = 0
         self.calls = []
 
-    def sample(self, prompts, group_size, seeds):
+    def sample(self, prompts, group_size, seeds, problems=None):
         self.calls.append((self.weights, prompts, group_size, seeds))
         num_sequences = len(prompts) * group_size
         responses = [[self.weights, row] for row in range(num_sequences)]
@@ -124,7 +124,7 @@ class NotingSampler(Sampler):
             [row % 2 == 0 for row in range(num_sequences)],
         )
 
-    def greedy(self, prompts):
+    def greedy(self, prompts, problems=None):
         return Samples(
             [[self.weights]] * len(prompts), [[-1.0]] * len(prompts), [False] * len(prompts)
         )

@@ -15,10 +15,14 @@ import pytest
 import torch
 
 from common.errors import BadInput, RunStopped
-from common.models import load_model
+from common.models import load_model, load_tokenizer, location
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import VllmSampler, make_vllm_sampler
+from common.tasks import load_task
+from common.tasks.problems import load_problems
+from common.tasks.turns import Environment, parts_of
 from tests.conftest import REPOSITORY, build_model
+from tests.helpers import write_task
 from tests.sampling.test_transformers import (
     check_ends,
     in_float64,
@@ -28,6 +32,7 @@ from tests.sampling.test_transformers import (
     trainer_logprobs,
 )
 from tests.sampling.vllm_engines import EOS, KINDS, LONGEST_PROMPT, MAX_TOKENS, VOCABULARY, engine
+from tests.tasks.test_turns import SUMS
 
 NO_EOS = {VOCABULARY + 5}
 KEPT = []  # see `vllm_engines.start_engine`
@@ -126,7 +131,7 @@ def test_first_tokens_have_the_policys_frequencies(temperature):
 def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
     model, sampler = engine("qwen2", "float32", max_tokens=40)
     batches = [
-        (make_prompts(lengths=(3 + i, 20, 9), seed=i), [100 * i + 4 * p for p in range(3)])
+        (make_prompts(lengths=(3 + i, 20, 9), seed=i), [100 * i + 4 * p for p in range(3)], None)
         for i in range(5)
     ]
     before = sampler.heartbeat.item()
@@ -135,7 +140,7 @@ def test_batches_submitted_together_come_back_in_order_and_share_engine_steps():
         pooled.append(samples)
         steps.append(sampler.heartbeat.item() - before)
     # each with the log-probs of its own prompts
-    for (prompts, _), samples in zip(batches, pooled, strict=True):
+    for (prompts, _, _), samples in zip(batches, pooled, strict=True):
         assert (
             max(differences(samples.logprobs, trainer_logprobs(model, prompts, samples, 4, 1.0)))
             < 1e-4
@@ -232,3 +237,56 @@ def test_an_engine_that_cannot_start_is_bad_input(case, words, tmp_path, monkeyp
     ) as caught:
         VllmSampler(directory, "", {0}, 16, 1.0, "float32", 16)
     assert len(str(caught.value)) < 700 and "\n" not in str(caught.value)
+
+
+def in_turns(tmp_path, max_tokens=120):
+    """Samplers with an environment, vLLM's and transformers', and what to ask them."""
+    name = f"{write_task(tmp_path, SUMS, 'sums.py')}:Sums"
+    tokenizer = load_tokenizer("tiny")
+    problems = load_problems(load_task(name, eval_size=8), "train", tokenizer, 100)
+    source = (name, "", "", 8)
+    ends = {tokenizer.eos_token_id}
+    environment = Environment(problems.task, source, tokenizer, ends, False, 60.0)
+    generation = (ends, max_tokens, 1.0, "float32")
+    model = load_model("tiny", "", torch.device("cpu"))
+    plain = TransformersSampler(model, *generation, environment)
+    sampler = VllmSampler(location("tiny"), "", *generation, longest_prompt=40)
+    KEPT.append(sampler)
+    sampler.environment = environment
+    return sampler, plain, problems
+
+
+def test_several_turns(tmp_path):
+    sampler, plain, problems = in_turns(tmp_path)
+    prompts, asked = problems.prompts[:8], problems.problems[:8]
+    found, expected = sampler.greedy(prompts, asked), plain.greedy(prompts, asked)
+    assert (found.responses, found.truncated) == (expected.responses, expected.truncated)
+    assert [[lp is None for lp in row] for row in found.logprobs] == [
+        [lp is None for lp in row] for row in expected.logprobs
+    ]
+    requests = [
+        (prompts[:4], [0, 100, 200, 300], asked[:4]),
+        (prompts[4:], [1, 2, 3, 4], asked[4:]),
+    ]
+    batches = list(sampler.sample_many(requests, 3))
+    told = 0
+    for (part, _, own), samples in zip(requests, batches, strict=True):
+        assert len(samples.responses) == 12
+        for row, (response, logprobs) in enumerate(
+            zip(samples.responses, samples.logprobs, strict=True)
+        ):
+            prompt, n = part[row // 3], own[row // 3]["n"]
+            with torch.no_grad():
+                logits_TV = plain.model(input_ids=torch.tensor([prompt + response])).logits[0]
+            plain_TV = logits_TV[len(prompt) - 1 : -1].log_softmax(-1)
+            replies = []
+            for is_sampled, tokens in parts_of(response, logprobs):
+                if not is_sampled:
+                    replies.append(problems.tokenizer.decode(tokens))
+                    told += len(tokens)
+            assert replies == [f"\nQ: {n + k}+{k}+9\nA:" for k in range(1, len(replies) + 1)]
+            for t, (token, logprob) in enumerate(zip(response, logprobs, strict=True)):
+                assert logprob is None or abs(logprob - plain_TV[t, token].item()) < 1e-4
+    assert told > 50
+    again = list(sampler.sample_many(requests, 3))
+    assert [batch.responses for batch in again] == [batch.responses for batch in batches]
