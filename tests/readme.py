@@ -152,7 +152,7 @@ def what_fits():
         whole, without = 22 * billions, 18 * billions
         # Inputs and outputs of the linear layers: queries and output; keys and values; the MLP's
         adapter = 32 * layers * (2 * 2 * hidden + 2 * (hidden + keys) + 3 * (hidden + mlp))
-        lora = 4 * billions + 16 * adapter / 1e9
+        lora = 2 * billions + 16 * adapter / 1e9
         cells = [f"{whole:.0f} GB", card(whole), f"{without:.0f} GB", f"{lora:.0f} GB", card(lora)]
         lines.append(f"| {model} | {' | '.join(cells)} |")
     return "\n".join(lines)

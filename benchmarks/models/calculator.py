@@ -86,7 +86,8 @@ def main(args):
 {table(HEADER, rows(groups, args.seeds))}
 
 Means of the first and of the last five steps; the gradient norm over all steps. A turn more is a
-call more. Two calls are needed for three terms, three for four.
+call more. Two calls are needed for three terms, three for four. Where replies are in the loss, they
+are in the KL as well: the policy learns to say what the calculator says.
 
 The first held-out problems, greedy, seed {args.seeds[0]}; what the calculator replied is in
 brackets:
