@@ -1,6 +1,6 @@
 """Where the time of a training step on a CPU goes: the default run, by kinds of operations.
 
-    python benchmarks/speed/step_profile.py         about 4 minutes on two idle cores
+    python benchmarks/speed/step_profile.py         about 10 minutes on two idle cores
 
 Steps are profiled with the untrained policy and with that of the finished default run, at a
 learning rate of 1e-9, which keeps it. PyTorch's profiler tells how long an operation takes itself,
