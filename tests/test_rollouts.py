@@ -94,7 +94,7 @@ def settings(schedule, **options):
 
 def problem_sets(*prompts):
     """What `make_rollouts` reads of the training problems and of the held-out ones."""
-    return [types.SimpleNamespace(prompts=some) for some in prompts]
+    return [types.SimpleNamespace(prompts=some, to_reply_to=lambda: None) for some in prompts]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
@@ -187,10 +187,9 @@ def test_an_engine_is_told_its_longest_prompt_and_whom_it_is_beside(decide):
     assert keywords["beside"] is started["SerialRollouts"][0][0]
     assert started["SerialRollouts"][0][3] is True  # verified
     arguments, _ = decide((1, 1), engine="vllm")["OverlappedRollouts"]
-    assert (
-        arguments[1].args == ("tiny", "", 1, {0, 1}, 16, 1.0, "float32", 5)
-        and not arguments[1].keywords
-    )
+    assert arguments[1].args == ("tiny", "", 1, {0, 1}, 16, 1.0, "float32", 5) and arguments[
+        1
+    ].keywords == {"environment": None}
     assert arguments[-2:] == (True, KEEP_FREED_MEMORY)
     arguments, _ = decide((1, 1))["OverlappedRollouts"]
     assert arguments[-2:] == (False, {})
