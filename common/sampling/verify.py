@@ -96,7 +96,7 @@ def deliver(sampler, tensors, manifest):
     Called in the sampler's process. Unless the tensors match the manifest and the sampler computes
     with them, raises `RunStopped`, which names the version and, if known, the tensors. Tensors that
     it holds already, from an evaluation, are not loaded again. Returns metrics: seconds to
-    describe, load and verify, and GB/s of loading, if it was loaded.
+    describe, load and verify, and GB/s of loading.
     """
     started = time.perf_counter()
     missing = manifest.checksums.keys() - tensors.keys()
@@ -113,10 +113,12 @@ def deliver(sampler, tensors, manifest):
             "use --resume."
         )
     checked = time.perf_counter()
-    new = sampler.checksums != manifest.checksums
-    if new:
+    if sampler.checksums != manifest.checksums:
         sampler.use_weights(tensors)
         sampler.checksums = manifest.checksums
+        seconds = time.perf_counter() - checked
+        speed = num_bytes / 1e9 / seconds
+        sampler.loading = {"time/sync_load": seconds, "throughput/sync_gb_per_second": speed}
     loaded = time.perf_counter()
     gap = _gap(sampler, manifest)
     if not gap <= manifest.tolerance:  # so that NaN fails as well
@@ -126,14 +128,11 @@ def deliver(sampler, tensors, manifest):
             f"{manifest.tolerance:g} allowed): continue with --resume, or use "
             "--engine transformers."
         )
-    metrics = {
+    return {
         "time/sync_describe": manifest.seconds,
         "time/sync_verify": time.perf_counter() - loaded + checked - started,
+        **sampler.loading,
     }
-    if new:
-        metrics["time/sync_load"] = loaded - checked
-        metrics["throughput/sync_gb_per_second"] = num_bytes / 1e9 / (loaded - checked)
-    return metrics
 
 
 def canary(sampler, model, precision):
