@@ -99,7 +99,8 @@ class Sampler:
 
     Records each token's log-prob. `heartbeat`, int64 [1], grows while the sampler works, which
     tells another process slow from stuck. `checksums`, by parameter name, are those of the verified
-    weights that an engine holds, or None, and `loading` is what loading them took. `environment` answers turns; None if there is only one.
+    weights that an engine holds, or None, and `loading` is what loading them took. `environment`
+    answers turns; None if there is only one.
     """
 
     heartbeat: torch.Tensor
