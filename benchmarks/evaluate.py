@@ -53,7 +53,7 @@ from common.sampling.transformers import MOST_SEQUENCES, TransformersSampler
 from common.sampling.verify import deliver, describe
 from common.tasks import load_task
 from common.tasks.problems import load_problems, means
-from common.tasks.turns import Environment
+from common.tasks.turns import environment_of
 from common.weights import weights_of
 
 
@@ -163,11 +163,7 @@ def greedy_answers(models, task, how_many, max_response_tokens, precision="float
     for name in models:
         model = load_model(str(name), "", torch.device("cpu"))
         ends = end_of_sequence_ids(model, tokenizer)
-        environment = None
-        if problems.task.max_turns > 1:
-            chat = not isinstance(problems.problems[0]["prompt"], str)
-            source = (task, "", "", how_many)
-            environment = Environment(problems.task, source, tokenizer, ends, chat, 60.0)
+        environment = environment_of([problems], (task, "", "", how_many), ends, 60.0)
         sampler = TransformersSampler(model, ends, max_response_tokens, 1.0, precision, environment)
         samples = sampler.greedy(problems.prompts, problems.to_reply_to())
         grades, texts = problems.grade(range(how_many), samples.responses, samples.logprobs)

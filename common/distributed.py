@@ -236,14 +236,28 @@ def part_like(parameter, tensor):
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
-def own_part(tensor):
+@contextmanager
+def replaced(tensors, values):
+    """Context in which some tensors of a dict, which may be sharded, have other values.
+
+    `values` are pairs of a name and a whole tensor, taken one by one. What they replace is kept on
+    the CPU, since a GPU may be full, and comes back bit for bit.
+    """
+    saved = {}
+    try:
+        for name, value in values:
+            tensor = tensors[name]
+            saved[name] = _own_part(tensor.detach()).to("cpu", copy=True)
+            tensor.data.copy_(part_like(tensor, value.to(tensor.device, tensor.dtype)))
+        yield
+    finally:
+        for name, own in saved.items():
+            _own_part(tensors[name]).data.copy_(own)
+
+
+def _own_part(tensor):
     """What this rank holds of a tensor, which may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def kept_on_cpu(tensor):
-    """A copy of this rank's part, on the CPU: a GPU may be full."""
-    return own_part(tensor.detach()).to("cpu", copy=True)
 
 
 def _sharded_modules(model):

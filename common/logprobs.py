@@ -20,6 +20,11 @@ def autocast(device_type, precision, cache=True):
     return torch.autocast(device_type, torch.bfloat16, enabled=enabled, cache_enabled=cache)
 
 
+def autocast_of(model):
+    """Context for a forward pass of a model as its weights need it: autocast if they are bf16."""
+    return autocast(model.device.type, "bfloat16" if model.dtype == torch.bfloat16 else "float32")
+
+
 def token_logprobs(model, micro, temperature, precision="float32"):
     """Log-prob of each response token, and entropy of the distribution it was sampled from.
 

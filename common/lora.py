@@ -15,7 +15,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common.distributed import kept_on_cpu, own_part, part_like, whole
+from common.distributed import replaced, whole
 
 ADAPTER = "default"  # peft's name of a model's only adapter
 
@@ -100,22 +100,12 @@ def without_adapter(model):
 def merged(model):
     """Context in which a model computes with merged weights instead of its adapter. No gradients.
 
-    Afterwards its own weights, kept on the CPU, are back, bit for bit. Nothing happens if there is
-    no adapter.
+    Afterwards its own weights are back, bit for bit. Nothing happens if there is no adapter.
     """
-    layers = adapted_layers(model)
-    weights = {f"{name}.weight": layer.base_layer.weight for name, layer in layers.items()}
-    values = MergedWeights(weights, layers)
-    own = {}
-    try:
-        for name, weight in weights.items():
-            own[name] = kept_on_cpu(weight)
-            weight.data.copy_(part_like(weight, values[name].to(weight.dtype)))
-        with without_adapter(model):
-            yield
-    finally:
-        for name, before in own.items():
-            own_part(weights[name]).data.copy_(before)
+    active = {n: layer for n, layer in adapted_layers(model).items() if not layer.disable_adapters}
+    weights = {f"{name}.weight": layer.base_layer.weight for name, layer in active.items()}
+    with replaced(weights, MergedWeights(weights, active).items()), without_adapter(model):
+        yield
 
 
 def as_sampled(model):

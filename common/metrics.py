@@ -13,7 +13,6 @@ import torch
 
 from common.distributed import gather
 from common.recording import token_values
-from common.sampling import num_sampled
 from common.sampling.verify import TOLERANCE
 from common.tasks.problems import means
 
@@ -97,7 +96,7 @@ class StepMetrics:
         Warns if trainer and sampler disagree by more than rounding explains.
         """
         self.phase(None)
-        lengths = num_sampled(batch.logprobs)
+        lengths = batch.lengths_PG.flatten().tolist()
         rewards_PG = batch.rewards_PG
         equal_P = (rewards_PG == rewards_PG[:, :1]).all(dim=1)
         steps = [self.times[key] for key in self.times if key not in NOT_OF_A_STEP]
@@ -123,7 +122,7 @@ class StepMetrics:
 
     def _token_metrics(self, batch, precision):
         """Means and maxima over all response tokens, on all ranks."""
-        N = sum(num_sampled(batch.logprobs))
+        N = batch.lengths_PG.sum().item()
         sums, maxima = Counter(), {}
         for more, larger in gather((as_numbers(self.sums), as_numbers(self.maxima))):
             sums.update(more)  # adds

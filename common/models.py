@@ -22,7 +22,7 @@ from common.distributed import (
 )
 from common.errors import NOT_FINITE, BadInput, RunStopped
 from common.layers import speed_up
-from common.logprobs import autocast
+from common.logprobs import autocast_of
 from common.lora import Base, adapted_layers, add_adapter
 from common.weights import weights_of
 
@@ -177,8 +177,12 @@ def _load_weights(name, revision, config, dtype):
 
 def shapes_of(name, revision):
     """A model without memory for its weights, on PyTorch's "meta" device."""
+    return _without_memory(_load(AutoConfig, name, revision))
+
+
+def _without_memory(config):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(_load(AutoConfig, name, revision))
+        return AutoModelForCausalLM.from_config(config)
 
 
 def save_model(model, tokenizer, directory):
@@ -187,9 +191,8 @@ def save_model(model, tokenizer, directory):
     The first then has merged weights, the second, `adapter`, is one of the `peft` library. Raises
     `RunStopped` for a model that the last update has ruined.
     """
-    precision = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
     # Weights may be finite, and what they compute may not.
-    with torch.no_grad(), autocast(model.device.type, precision):
+    with torch.no_grad(), autocast_of(model):
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         logits = model(input_ids=one_token).logits
     if not all(whole(tensor).isfinite().all() for tensor in [*model.parameters(), logits]):
@@ -207,9 +210,7 @@ def save_model(model, tokenizer, directory):
     if adapted_layers(model):
         if rank() == 0:
             model.save_pretrained(directory.with_name("adapter"), state_dict=state)
-        # A model of this class without an adapter
-        with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(model.config)
+        plain = _without_memory(model.config)  # a model of this class without an adapter
         plain.generation_config = model.generation_config
         plain._weight_conversions = getattr(model, "_weight_conversions", None)
         plain.config.dtype = torch.float32

@@ -20,7 +20,7 @@ from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import TOLERANCE, sampler_mismatch
 from common.sampling.vllm import KEEP_FREED_MEMORY, make_vllm_sampler
-from common.tasks.turns import Environment
+from common.tasks.turns import environment_of
 
 
 def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, precision):
@@ -42,7 +42,8 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
 
     eos_ids = end_of_sequence_ids(policy, tokenizer)
     generation = (eos_ids, args.max_response_tokens, args.temperature, precision)
-    environment = make_environment(args, train_set, eval_set, tokenizer, eos_ids)
+    source = (args.task, args.data, args.eval_data, args.eval_size)
+    environment = environment_of([train_set, eval_set], source, eos_ids, args.sampler_timeout)
     verified = args.engine == "vllm"
     start = (args.model, args.revision, threads)
     if verified:
@@ -90,16 +91,6 @@ def make_plan(args, train_set):
         mine=share(args.prompts_per_step),
         problems=train_set.to_reply_to(),
     )
-
-
-def make_environment(args, train_set, eval_set, tokenizer, eos_ids):
-    """What answers the policy's turns; None where the task has only one. Raises `BadInput`."""
-    if train_set.to_reply_to() is None:
-        return None
-    source = (args.task, args.data, args.eval_data, args.eval_size)
-    problems = train_set.problems + eval_set.problems
-    chat = any(not isinstance(problem["prompt"], str) for problem in problems)
-    return Environment(train_set.task, source, tokenizer, eos_ids, chat, args.sampler_timeout)
 
 
 def create_training_state(optimizer):

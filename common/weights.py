@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from common.distributed import kept_on_cpu, own_part, part_like, whole
+from common.distributed import replaced, whole
 from common.lora import MergedWeights, adapted_layers, merged, plain_name
 
 
@@ -52,20 +52,8 @@ def parameters_from(model, values):
 
     `values` are pairs of a name and a whole tensor, taken one by one.
     """
-    parameters = _plain_tensors(model)
-    saved = {}
-    with merged(model):
-        try:
-            for name, value in values:
-                parameter = parameters[name]
-                saved[name] = kept_on_cpu(parameter)
-                parameter.data.copy_(
-                    part_like(parameter, value.to(parameter.device, parameter.dtype))
-                )
-            yield
-        finally:
-            for name, own in saved.items():
-                own_part(parameters[name]).data.copy_(own)
+    with merged(model), replaced(_plain_tensors(model), values):
+        yield
 
 
 def perturbed(model, names, strength=0.5):

@@ -72,21 +72,28 @@ def exact(directories):
 
 @pytest.fixture(scope="module")
 def batch(exact):
-    """Two groups of four, graded.
+    policy, _ = exact
+
+    def logprobs_of(prompt, response):
+        return logprobs_and_entropies(policy, prompt, response)[0].tolist()
+
+    return two_groups(policy.config.vocab_size, logprobs_of)
+
+
+def two_groups(vocab_size, logprobs_of):
+    """Two groups of four, graded. `logprobs_of(prompt, response)` are the policy's.
 
     The sampler's log-probs are off by about −0.5, 0 or 0.5 a token: some sequences are clipped, and
     rounding to bfloat16 moves no token across a bound.
     """
-    policy, _ = exact
-    vocab_size = policy.config.vocab_size
     rng = random.Random(3)
     prompts = [[rng.randrange(vocab_size) for _ in range(n)] for n in (5, 9) for _ in range(G)]
     responses = [[rng.randrange(vocab_size) for _ in range(rng.randint(1, 12))] for _ in prompts]
     sampled = []
     for prompt, response in zip(prompts, responses, strict=True):
         drift = (-0.5, 0.0, 0.5)[len(sampled) % 3]
-        lps, _ = logprobs_and_entropies(policy, prompt, response)
-        sampled.append([lp + drift + rng.uniform(-0.1, 0.1) for lp in lps.tolist()])
+        lps = logprobs_of(prompt, response)
+        sampled.append([lp + drift + rng.uniform(-0.1, 0.1) for lp in lps])
     rewards = [1.0, 0.0, 0.0, 1.0, 0.0, 0.5, 0.25, 1.0]
     return Batch(
         number=1,

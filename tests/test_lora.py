@@ -5,7 +5,6 @@ runs of other kinds (beside training, resumed, on several ranks) that must be th
 """
 
 import copy
-import random
 import types
 
 import pytest
@@ -21,7 +20,6 @@ from common.logprobs import token_logprobs
 from common.lora import Base, add_adapter, merged, trainable
 from common.metrics import StepMetrics
 from common.models import load_model, load_policy, load_reference
-from common.sampling import Batch
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import canary, deliver, describe, logprobs_of
 from common.weights import perturbed, weights_of
@@ -38,9 +36,10 @@ from tests.helpers import (
     train,
 )
 from tests.sampling.test_verify import Engine
+from tests.test_gradient import G, two_groups
 
 CPU = torch.device("cpu")
-RANK, ALPHA, G = 4, 8.0, 4
+RANK, ALPHA = 4, 8.0
 SCRIPTS = ("grpo", "rec_oneside_nois", "red_weight")
 
 
@@ -71,6 +70,15 @@ def with_adapter(directory, dtype=torch.float32):
     return model
 
 
+def base_weights(model):
+    """Copies of the untouched weights, by their plain names."""
+    return {
+        name.replace(".base_layer", ""): tensor.detach().clone()
+        for name, tensor in model.named_parameters()
+        if ".lora_" not in name
+    }
+
+
 def merged_by_hand(model):
     """Every weight in float64, by its plain name."""
     found = {}
@@ -89,31 +97,12 @@ def merged_by_hand(model):
 
 @pytest.fixture(scope="module")
 def batch(directories):
-    """Two groups of four responses, sampled by a policy that is about −0.5, 0 or 0.5 nats a token
-    off: rounding to bfloat16 moves no token across a bound.
-    """
-    rng = random.Random(3)
-    prompts = [[rng.randrange(250) for _ in range(n)] for n in (5, 9) for _ in range(G)]
-    responses = [[rng.randrange(250) for _ in range(rng.randint(1, 12))] for _ in prompts]
     model = with_adapter(directories[True])
-    scored = [
-        logprobs_of(model, [prompt + response], "float32")[-len(response) :].tolist()
-        for prompt, response in zip(prompts, responses, strict=True)
-    ]
-    return Batch(
-        number=1,
-        version=0,
-        group_size=G,
-        problems=[0] * G + [1] * G,
-        prompts=prompts,
-        responses=responses,
-        logprobs=[
-            [lp + (-0.5, 0.0, 0.5)[i % 3] + rng.uniform(-0.1, 0.1) for lp in row]
-            for i, row in enumerate(scored)
-        ],
-        truncated=[True] * 2 * G,
-        grades=[{"reward": r} for r in (1.0, 0.0, 0.0, 1.0, 0.0, 0.5, 0.25, 1.0)],
-    )
+
+    def scored(prompt, response):
+        return logprobs_of(model, [prompt + response], "float32")[-len(response) :].tolist()
+
+    return two_groups(model.config.vocab_size, scored)
 
 
 def loss_of_token(name, new, old, advantage):
@@ -135,11 +124,8 @@ def truth(name, directory, model, batch):
         for key, tensor in model.named_parameters()
         if tensor.requires_grad
     }
-    weights = {  # in bfloat16, those of the base are rounded
-        key.replace(".base_layer", ""): tensor.detach().double()
-        for key, tensor in model.named_parameters()
-        if ".lora_" not in key
-    }
+    # In bfloat16, those of the base are rounded.
+    weights = {key: tensor.double() for key, tensor in base_weights(model).items()}
     for key in adapter:
         if ".lora_A." in key:
             stem = key.partition(".lora_A.")[0]
@@ -286,11 +272,7 @@ def test_what_the_sampler_computes_is_what_the_trainer_computes(directories):
 def spoiled(model, how):
     """Weights that a mistake would send: those of the base, or the adapter applied twice."""
     right = dict(weights_of(model))
-    base = {
-        name.replace(".base_layer", ""): tensor.detach().clone()
-        for name, tensor in model.named_parameters()
-        if ".lora_" not in name
-    }
+    base = base_weights(model)
     if how == "base":
         return base
     return {name: right[name] + (right[name] - base[name]) for name in right}

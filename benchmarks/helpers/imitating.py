@@ -10,16 +10,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import grpo
-from common import batching, metrics
+from common import batching
 from common.commandline import run
 from common.logprobs import token_logprobs
 from common.sampling import Batch
 
 collate = batching.collate
-
-
-def lengths(logprobs):
-    return [len(of_response) for of_response in logprobs]
 
 
 def collate_with_replies(batch, rows, device="cpu"):
@@ -43,9 +39,8 @@ def token_logprobs_with_replies(model, micro, *arguments):
 
 def main(args):
     batching.collate = collate_with_replies
-    metrics.num_sampled = lengths
     Batch.lengths_PG = property(
-        lambda batch: torch.tensor(lengths(batch.logprobs)).view(-1, batch.group_size)
+        lambda batch: torch.tensor(list(map(len, batch.logprobs))).view(-1, batch.group_size)
     )
     grpo.token_logprobs = token_logprobs_with_replies
     grpo.__file__ = __file__  # the run is this script's

@@ -59,6 +59,8 @@ class Dialogue:
 
     def marked(self, samples):
         """`Samples` without log-probs of replies; truncated where a reply did not fit."""
+        if self.environment is None:
+            return samples
         for row, place in self.told_BT.nonzero().tolist():
             samples.logprobs[row][place] = None
         for row in self.no_room_B.nonzero().flatten().tolist():

@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from common.layers import attention_can_be_replaced
-from common.logprobs import autocast
+from common.logprobs import autocast, autocast_of
 from common.progress import progress
 from common.sampling.transformers import TransformersSampler, inverse_cdf
 from common.weights import weights_of
@@ -104,8 +104,7 @@ def can_use_graphs(model):
 def cache_of_one_token(model):
     """A `transformers` cache of the model that has read one token."""
     cache = DynamicCache(config=model.config)
-    precision = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
-    with torch.no_grad(), autocast(model.device.type, precision):
+    with torch.no_grad(), autocast_of(model):
         one_token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         model(input_ids=one_token, past_key_values=cache, use_cache=True)
     return cache

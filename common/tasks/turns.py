@@ -133,6 +133,19 @@ class Environment:
         return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
+def environment_of(problem_sets, source, eos_ids, timeout):
+    """The `Environment` of some `ProblemSet`s of one task; None where it has only one turn.
+
+    Raises `BadInput`.
+    """
+    first = problem_sets[0]
+    if first.to_reply_to() is None:
+        return None
+    problems = [problem for problem_set in problem_sets for problem in problem_set.problems]
+    chat = any(not isinstance(problem["prompt"], str) for problem in problems)
+    return Environment(first.task, source, first.tokenizer, eos_ids, chat, timeout)
+
+
 def _made_again(source, *others):
     return Environment(load_task(*source), source, *others)
 
