@@ -165,8 +165,11 @@ of a few hundredths mean nothing. A checkpoint of an adapter has its weights and
 memory is that of the process, with Python and PyTorch.
 
 {chr(10).join(parts)}"""
-    environment = reporting.environment_of(args.runs / "default-all_weights")
-    reporting.write_report(args.output / "report.md", report, environment)
+    environments = [
+        reporting.environment_of(args.runs / f"{task}-all_weights")
+        for task in ("default", "Extraction")
+    ]
+    reporting.write_report(args.output / "report.md", report, "\n\n".join(environments))
 
 
 if __name__ == "__main__":
