@@ -228,12 +228,10 @@ def main(args):
     with rollouts, log, finish_step_on_interrupt() as interrupt:
         if log.step == 0:
             log.write(0, {}, eval_set.evaluate(rollouts))
-
         for step in range(log.step + 1, args.num_steps + 1):
             metrics = StepMetrics(log.recorded_rows(step))  # responses to record token by token
 
-            # Sample G responses to each of P prompts, with the log-prob of every token. With a
-            # schedule other than the default, that may have been done during training.
+            # Sample G responses to each of P prompts. (That may have been done during training.)
             metrics.phase("wait")
             batch = rollouts.next(step)
 
@@ -252,6 +250,8 @@ def main(args):
             # Evaluate with the newest weights. (What batches are sampled with is not affected.)
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
+                metrics.phase("drain")
+                rollouts.drain()  # batches under way come first, and take their own time
                 metrics.phase("eval")
                 evaluation = eval_set.evaluate(rollouts)
 

@@ -9,7 +9,6 @@ large model into a directory, `step_000040.shards`.
 import os
 import shutil
 import zipfile
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from common.distributed import broadcast, gather, part_like, rank, size, whole_state
 from common.errors import BadInput, RunStopped
 from common.lora import trainable
-from common.weights import checksum
+from common.weights import checksum, tensors_of
 
 KEEP = 2  # how many of the newest checkpoints stay
 # Bytes of weights and moments, 3 billion parameters; beyond, with several ranks, a directory
@@ -91,7 +90,7 @@ class Checkpoints:
             left_by_a_killed_run = directory.glob("*.unfinished")
             for old in [*_checkpoints(self.log.dir)[:-KEEP], *left_by_a_killed_run]:
                 _delete(old)
-        gather(None, timedelta(hours=1))  # writing may take longer than anything else
+        gather(None, "writing")  # which may take longer than anything else
 
     def load_newest(self):
         """Continue from the newest checkpoint of the run, if there is one. Raises `BadInput`."""
@@ -140,7 +139,7 @@ def _changing(model):
     """Of a model's state, what training changes: with LoRA, the adapter alone."""
     return {
         name: tensor.detach()
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in tensors_of(model).items()
         if tensor.requires_grad or not isinstance(tensor, torch.nn.Parameter)
     }
 

@@ -16,7 +16,14 @@ import tyro
 from safetensors import SafetensorError
 
 from common import tasks
-from common.errors import OUT_OF_MEMORY, BadInput, RunStopped, is_out_of_memory
+from common.errors import (
+    OUT_OF_MEMORY,
+    BadInput,
+    RunStopped,
+    is_lost_rank,
+    is_out_of_memory,
+    lost_rank,
+)
 from common.options import RunOptions
 
 # The usual ratio of learning rates, with LoRA and without
@@ -57,9 +64,12 @@ def run(main, Args, script):
         main(args)
     except Exception as error:
         if not isinstance(error, (BadInput, RunStopped, OSError, SafetensorError)):
-            if not is_out_of_memory(error):
+            if is_out_of_memory(error):
+                error = RunStopped(OUT_OF_MEMORY)
+            elif "RANK" in os.environ and is_lost_rank(error):
+                error = RunStopped(lost_rank(error))
+            else:
                 raise
-            error = RunStopped(OUT_OF_MEMORY)
         # Messages of libraries, quoted in ours, may have several lines.
         message = " ".join((str(error) or repr(error)).split())
         # torchrun ends all ranks when one fails. The others wait until rank 0 has had its say.

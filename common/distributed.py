@@ -9,6 +9,7 @@ gradients are summed. Without `torchrun`, one rank has everything.
 import dataclasses
 import functools
 import os
+import socket
 import threading
 import time
 import types
@@ -22,7 +23,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.errors import BadInput, RunStopped
+from common.errors import BadInput, RunStopped, lost_rank
+
+LONGEST_WRITING = timedelta(hours=1)  # of a checkpoint
+FOR_RANK_0 = timedelta(seconds=10)
+_groups = {}  # for objects, which go between CPUs: group and patience, by purpose
 
 
 def join_ranks(device, timeout):
@@ -33,13 +38,17 @@ def join_ranks(device, timeout):
     if "WORLD_SIZE" not in os.environ or dist.is_initialized():
         return
     threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    _check_torchrun()
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    global _patience, _between_cpus  # the latter for objects; tensors go between GPUs
-    _patience = timedelta(seconds=timeout)
+    patience = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=_patience)
-    _between_cpus = dist.new_group(backend="gloo", timeout=timedelta(hours=1))
+    dist.init_process_group(backend, timeout=patience)
+    for purpose, longest in (("", patience), ("writing", LONGEST_WRITING)):
+        # Rank 0 says which rank is late. The others wait longer for rank 0, so that they hear of
+        # that, and say themselves if it is rank 0 that hangs.
+        group = dist.new_group(backend="gloo", timeout=longest + FOR_RANK_0)
+        _groups[purpose] = (group, longest)
 
 
 def check_number_of_ranks(args):
@@ -50,6 +59,20 @@ def check_number_of_ranks(args):
     if size() % args.replicas:
         what = f"--replicas {args.replicas} does not divide {size()} ranks"
         raise BadInput(f"{what}: give a divisor.")
+
+
+def _check_torchrun():
+    """Raise `RunStopped` if torchrun has ended while this rank imported its modules.
+
+    Then nobody listens where ranks meet, and this one would look for it until the timeout.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        address = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError as error:
+            where = ":".join(map(str, address))
+            raise RunStopped(f"torchrun is gone ({where}: {error}): start it again.") from error
 
 
 def _exit_with(parent):
@@ -66,21 +89,21 @@ def size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def gather(value, patience=None):
+def gather(value, purpose=""):
     """Every rank's value, of any type, in the order of ranks.
 
+    A rank is waited for as long as `join_ranks` was told, or an hour for the purpose "writing".
     Raises `RunStopped`, naming a rank that is late.
     """
     values = [value] * size()
+    if size() == 1:
+        return values
+    group, patience = _groups[purpose]
     try:
-        if size() > 1:
-            dist.monitored_barrier(_between_cpus, patience or _patience, wait_all_ranks=True)
-            dist.all_gather_object(values, value, _between_cpus)
+        dist.monitored_barrier(group, patience, wait_all_ranks=True)
+        dist.all_gather_object(values, value, group)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunStopped(
-            f"Communication between ranks failed ({reason}): continue with --resume."
-        ) from error
+        raise RunStopped(lost_rank(error)) from error
     return values
 
 

@@ -1,5 +1,7 @@
 """The two errors that end a run with a message instead of a traceback."""
 
+import re
+
 
 class BadInput(Exception):
     """Something the user gave cannot work.
@@ -33,3 +35,21 @@ def is_out_of_memory(error):
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def lost_rank(error):
+    """What to say of a RuntimeError of `torch.distributed`, whose text is long and has signs that
+    no terminal needs.
+    """
+    reason = re.sub(r"\[\S*\]|[^ -~]", " ", str(error))
+    reason = " ".join(reason.split())[:300]
+    return (
+        f"Communication between ranks failed ({reason}): see why a rank has ended or hangs, and "
+        "continue with --resume."
+    )
+
+
+def is_lost_rank(error):
+    """Whether an exception is what `torch.distributed` raises where a rank ends or hangs."""
+    signs = r"Connection (closed|reset)|Broken pipe|Timed out waiting|Application timeout|NCCL"
+    return isinstance(error, RuntimeError) and bool(re.search(signs, str(error)))

@@ -54,11 +54,14 @@ def _token_logprobs(model, micro, temperature, precision):
     if getattr(head, "bias", None) is not None:  # one more feature, which is always 1
         hidden_NH = torch.cat([hidden_NH, hidden_NH.new_ones(len(hidden_NH), 1)], dim=1)
         weight_VH = torch.cat([weight_VH, head.bias.unsqueeze(1)], dim=1)
-    # W (h / τ) = (W h) / τ. The trainer applies the temperature here and nowhere else.
+    # W (h / τ) = (W h) / τ. The trainer applies the temperature here and nowhere else. A cap comes
+    # before it: c tanh(z / c) / τ is the logit z / τ with the cap c / τ.
+    scale, cap = scale_and_cap(model.config.get_text_config())
     dtype = torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype
-    hidden_NH = (hidden_NH / temperature).to(dtype)
+    hidden_NH = (hidden_NH * (scale / temperature)).to(dtype)
+    cap = cap and cap / temperature
     targets_N = micro.targets_BT.flatten()[places_N]
-    logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N)
+    logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap)
 
     def at_their_places(values_N):
         zeros_BT = values_N.new_zeros(mask_BT.shape)
@@ -67,10 +70,22 @@ def _token_logprobs(model, micro, temperature, precision):
     return at_their_places(logprobs_N), at_their_places(entropy_N)
 
 
-def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
+def scale_and_cap(config):
+    """What a model does to its logits W h, read off its configuration: a factor, and then the c of
+    c tanh(z / c), or None. `rollouts.check_decoding` compares it with what the model computes.
+    """
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):  # Cohere, Falcon-H1, …
+        scale *= getattr(config, name, None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+    return scale, getattr(config, "final_logit_softcapping", None)  # Gemma
+
+
+def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap=None):
     """Log-prob of each target and entropy of its distribution, differentiable in h and W.
 
-    Equation: logprob = log softmax(W h)_y and entropy = −Σ_v p_v log p_v with p = softmax(W h).
+    Equation: logprob = log softmax(z)_y and entropy = −Σ_v p_v log p_v with p = softmax(z) and
+    z = W h or, with a cap c, z = c tanh(W h / c).
 
     h and W are float32 or bfloat16, y int64. Products have the dtype of h, sums are float32. A
     float32 W may come with bfloat16 h, as under autocast: it is rounded for the products, and its
@@ -92,7 +107,7 @@ def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
     if hidden_NH.is_cuda:
         from common.kernels import triton  # a CPU does without
 
-        return triton.logprobs_and_entropy(hidden_NH, weight_VH, targets_N)
+        return triton.logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap)
     if len(weight_VH) >= LARGE_VOCABULARY:
-        return cpu.SlicedLogprobs.apply(hidden_NH, weight_VH, targets_N)
-    return cpu.plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N)
+        return cpu.SlicedLogprobs.apply(hidden_NH, weight_VH, targets_N, cap)
+    return cpu.plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap)

@@ -24,7 +24,7 @@ from common.errors import NOT_FINITE, BadInput, RunStopped
 from common.layers import speed_up
 from common.logprobs import autocast_of
 from common.lora import Base, adapted_layers, add_adapter
-from common.weights import weights_of
+from common.weights import tensors_of, weights_of
 
 VLLM_VERSION = "0.32.0"
 TINY_MODEL = "tiny"  # the bundled model's name, so that a run can be resumed from another checkout
@@ -155,10 +155,14 @@ def load_model(name, revision, device, gradient_checkpointing=False, dtype=torch
         model.get_input_embeddings().register_forward_hook(_as_float32)
     if device.type == "cpu":
         speed_up(model)
+    model.eval()
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    # Checkpointing acts in training mode only; no dropout is left for that mode to switch on.
-    return model.train(gradient_checkpointing)
+        # It acts in training mode, which these modules get, and not what is inside of them: a
+        # router, for instance, may be random in that mode.
+        for module in model.modules():
+            module.training = getattr(module, "gradient_checkpointing", False)
+    return model
 
 
 def _as_float32(module, inputs, output):
@@ -205,7 +209,7 @@ def save_model(model, tokenizer, directory):
         eos_token_id=before.eos_token_id,
         pad_token_id=before.pad_token_id,
     )
-    state = whole_state(model.state_dict())
+    state = whole_state({name: tensor.detach() for name, tensor in tensors_of(model).items()})
     plain = model
     if adapted_layers(model):
         if rank() == 0:

@@ -40,10 +40,15 @@ def weights_of(model):
 
 
 def _plain_tensors(model):
+    tensors = tensors_of(model).items()
+    return {plain_name(name): tensor for name, tensor in tensors if ".lora_" not in name}
+
+
+def tensors_of(model):
+    """The model's `state_dict`, but tied weights once."""
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = {name: tensor for name, tensor in model.named_buffers() if name in persistent}
-    tensors = dict(model.named_parameters()) | buffers
-    return {plain_name(name): tensor for name, tensor in tensors.items() if ".lora_" not in name}
+    return dict(model.named_parameters()) | buffers
 
 
 @contextmanager

@@ -45,10 +45,10 @@ def leaves(*tensors, dtype=None):
     return [(t.to(dtype) if dtype else t).detach().clone().requires_grad_() for t in tensors]
 
 
-def truth(hidden, weight, targets, dlogprobs, dentropy):
+def truth(hidden, weight, targets, dlogprobs, dentropy, cap=None):
     """Log-probs, entropies, dh and dW in float64."""
     hidden, weight = leaves(hidden, weight, dtype=torch.float64)
-    results = cpu.plain_logprobs_and_entropy(hidden, weight, targets)
+    results = cpu.plain_logprobs_and_entropy(hidden, weight, targets, cap)
     (results[0] @ dlogprobs.double() + results[1] @ dentropy.double()).backward()
     return *(r.detach() for r in results), hidden.grad, weight.grad
 

@@ -31,7 +31,7 @@ from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import Run, as_options, run_all
 from benchmarks.helpers.reporting import column, table, yes
 from benchmarks.speed.schedule_replay import MODES, shortest_step, times_of_steps
-from common.sampling.shared_weights import SharedWeights
+from common.sampling.shared_weights import share_weights
 
 # In Sync (1), there is nothing to overlap.
 SCHEDULES = {label: mode for label, mode in MODES.items() if mode != (1, 0)}
@@ -78,7 +78,7 @@ def measure_copies(repeats):
     shapes = [(32_000, 768), *layer * 14]
     model = torch.nn.ParameterList([torch.nn.Parameter(torch.randn(shape)) for shape in shapes])
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    weights = SharedWeights(model, num_slots=2)
+    weights = share_weights(model, num_slots=2)
     source, target = torch.randn(num_parameters), torch.zeros(num_parameters)
     plain, hand_over = [], []
     for repeat in range(repeats + 2):

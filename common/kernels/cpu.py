@@ -12,7 +12,7 @@ from common.layers import linear
 SLICE = 4096
 
 
-def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
+def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap=None):
     """The plain expression, which holds several N × V tensors.
 
     Arguments and results are those of `logprobs.logprobs_and_entropy`.
@@ -21,13 +21,18 @@ def plain_logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
     # are exact in float32.
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
     rounded_VH = weight_VH.to(hidden_NH.dtype)
-    logits_NV = linear(hidden_NH.to(dtype), rounded_VH.to(dtype))
+    logits_NV = capped(linear(hidden_NH.to(dtype), rounded_VH.to(dtype)), cap)
     logprobs_NV = torch.log_softmax(logits_NV, dim=-1)
     logprobs_N = logprobs_NV.gather(-1, targets_N.unsqueeze(-1)).squeeze(-1)
     # p log p → 0 as p → 0, also where a masked vocabulary entry has log p = −inf.
     finite_NV = logprobs_NV.clamp(min=torch.finfo(dtype).min)
     entropy_N = -(logprobs_NV.exp() * finite_NV).sum(dim=-1)
     return logprobs_N, entropy_N
+
+
+def capped(logits, cap):
+    """c tanh(z / c), which stays between −c and c; z itself if `cap` is None."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class SlicedLogprobs(torch.autograd.Function):
@@ -43,13 +48,16 @@ class SlicedLogprobs(torch.autograd.Function):
     0. So a centre c close to the largest logits of the others is subtracted inside of the product
     (which rounds once, at its end), and rounding then costs a share q no more than 2⁻⁸ |log q| of
     itself, at most 1.4e-3 in absolute terms, and that times 1 − p_y in the gradient. The target's
-    logit, the one number that shows by itself, is computed in float32.
+    logit, the one number that shows by itself, is computed in float32. (So is everything where
+    logits are capped: the centre can be subtracted only afterwards.)
     """
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, targets_N):
+    def forward(ctx, hidden_NH, weight_VH, targets_N, cap=None):
+        ctx.cap = cap
         target_weight_NH = weight_VH[targets_N].to(hidden_NH.dtype)
         targeted_N = (hidden_NH.float() * target_weight_NH.float()).sum(dim=1)
+        targeted_N = capped(targeted_N, cap)
         centre_N = targeted_N.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).to(hidden_NH.dtype)
         # In bits (base 2, which is the fastest exponential), with x = (z − c) log₂e
         sum_N = torch.zeros_like(targeted_N)  # Σ 2^x
@@ -60,7 +68,7 @@ class SlicedLogprobs(torch.autograd.Function):
 
         for start in range(0, len(weight_VH) if len(hidden_NH) else 0, SLICE):
             weight_vH = weight_VH[start : start + SLICE].to(hidden_NH.dtype)
-            logits_vN = linear(weight_vH, hidden_NH, -centre_N)
+            logits_vN = _logits_above(centre_N, weight_vH, hidden_NH, cap)
             target_places = _targets_within(targets_N, start, len(weight_vH))
             logits_vN[target_places] = -torch.inf
             peak_N = logits_vN.amax(dim=0).float()
@@ -75,7 +83,7 @@ class SlicedLogprobs(torch.autograd.Function):
                 weighted_N[rows] = shift.exp2() * (weighted_N[rows] + shift * sum_N[rows])
                 sum_N[rows] *= shift.exp2()
                 centre_N[rows] = centre
-                logits_vN[:, rows] = linear(weight_vH, hidden_NH[rows], -centre)
+                logits_vN[:, rows] = _logits_above(centre, weight_vH, hidden_NH[rows], cap)
                 logits_vN[target_places] = -torch.inf
             # 2^−1000 is 0 in float32; with the −inf of targets and masked entries, 2^x x would be
             # NaN.
@@ -94,27 +102,33 @@ class SlicedLogprobs(torch.autograd.Function):
         # below z_v − centre.
         near_N = (centre_N.float() + log_sum_N).to(hidden_NH.dtype)
         rest_N = log_sum_N + (centre_N.float() - near_N.float()) - logsigmoid(-odds_N)
-        ctx.save_for_backward(hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N)
+        slope_N = torch.ones_like(targeted_N)  # of the target's logit in W h
+        if cap is not None:
+            slope_N = 1 - (targeted_N / cap).square()
+        ctx.save_for_backward(
+            hidden_NH, weight_VH, targets_N, near_N, rest_N, odds_N, entropy_N, slope_N
+        )
         return logprobs_N, entropy_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx, a_N, b_N):
         hidden_NH, weight_VH, *per_row = ctx.saved_tensors
-        live, live_nH, targets_n, centre_n, rest_n, odds_n, entropy_n, a_n, b_n = live_rows(
-            a_N, b_N, hidden_NH, *per_row, a_N, b_N
+        live, live_nH, targets_n, centre_n, rest_n, odds_n, entropy_n, slope_n, a_n, b_n = (
+            live_rows(a_N, b_N, hidden_NH, *per_row, a_N, b_N)
         )
         at_target_n = gradient_at_target(odds_n, entropy_n, a_n, b_n)
         # log p + entropy is the difference of two nearly equal numbers where p is flat: in bf16
         # nothing would be left of it.
         has_entropy = bool((b_n != 0).any())
-        dtype = torch.float32 if has_entropy else hidden_NH.dtype
+        in_float32 = has_entropy or ctx.cap is not None
+        dtype = torch.float32 if in_float32 else hidden_NH.dtype
 
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The target's own entry is a row's largest: for dh it is multiplied in float32, apart from
         # the others.
         target_weight_nH = weight_VH[targets_n].to(hidden_NH.dtype)
-        dhidden_nH = at_target_n.unsqueeze(1) * target_weight_nH.float()
+        dhidden_nH = (at_target_n * slope_n).unsqueeze(1) * target_weight_nH.float()
         dweight_VH = None
         if wants_weight:
             dweight_VH = torch.empty_like(weight_VH) if len(live) else torch.zeros_like(weight_VH)
@@ -123,7 +137,7 @@ class SlicedLogprobs(torch.autograd.Function):
             weight_vH = weight_VH[start : start + SLICE].detach().to(hidden_NH.dtype).to(dtype)
             weight_vH.requires_grad_(wants_weight)
             with torch.enable_grad():
-                logits_vn = linear(weight_vH, factor_nH, -centre_n.to(dtype))
+                logits_vn = _logits_above(centre_n.to(dtype), weight_vH, factor_nH, ctx.cap)
             log2p_vn = logits_vn.detach().float().mul_(LOG2_E).sub_(LOG2_E * rest_n)
             # dL/dz = −a p − b p (log p + entropy), and the target's own entry
             if has_entropy:
@@ -145,7 +159,14 @@ class SlicedLogprobs(torch.autograd.Function):
 
         dhidden_NH = torch.zeros_like(hidden_NH)
         dhidden_NH.index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
-        return dhidden_NH, dweight_VH, None
+        return dhidden_NH, dweight_VH, None, None
+
+
+def _logits_above(centre_N, weight_vH, hidden_NH, cap):
+    """z − c, [v, N]: of uncapped logits in one product, which is rounded once."""
+    if cap is None:
+        return linear(weight_vH, hidden_NH, -centre_N)
+    return capped(linear(weight_vH.float(), hidden_NH.float()), cap) - centre_N.float()
 
 
 def _targets_within(targets_N, start, width):

@@ -79,9 +79,10 @@ def _split(N, V, blocks, device):
 @triton.jit
 def _bits_tile(
     hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    CAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """One tile [BLOCK_N, BLOCK_V] of x = log₂e · h Wᵀ, summed in float32 along H.
+    """One tile [BLOCK_N, BLOCK_V] of x = log₂e · h Wᵀ, summed in float32 along H, or of
+    log₂e · c tanh(h Wᵀ / c) if there is a CAP c.
 
     It is 0 outside of the matrices.
     """
@@ -102,7 +103,19 @@ def _bits_tile(
             other=0.0,
         )
         sums = tl.dot(hidden_tile, weight_tile, sums, input_precision="ieee")
+    if CAP > 0:
+        sums = CAP * _tanh(sums / CAP)
     return 1.4426950408889634 * sums
+
+
+@triton.jit
+def _tanh(x):
+    """(1 − e^(−2x)) / (1 + e^(−2x)); near 0, where that loses digits, the series."""
+    power = tl.exp2(-2.8853900817779268 * tl.abs(x))
+    far = (1 - power) / (1 + power)
+    square = x * x
+    near = x * (1 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    return tl.where(tl.abs(x) < 0.2, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -124,7 +137,7 @@ def _block_and_place(num_row_blocks, GROUP: tl.constexpr):
 @triton.jit(do_not_specialize=["N"])
 def _forward_kernel(
     hidden, weight, targets, largest, sums, weighted, targeted,
-    N, V, H, hidden_n, hidden_h, weight_v, weight_h, SPLIT,
+    N, V, H, hidden_n, hidden_h, weight_v, weight_h, SPLIT, CAP: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Row statistics over one split of the vocabulary.
@@ -154,7 +167,7 @@ def _forward_kernel(
         columns = first + tl.arange(0, BLOCK_V)
         x = _bits_tile(
             hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
-            BLOCK_N, BLOCK_V, BLOCK_H,
+            CAP, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
         is_target = columns[None, :] == target[:, None]
         x_target += tl.sum(tl.where(is_target, x, 0.0), axis=1)
@@ -178,7 +191,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=["N", "first_column"])
 def _gradient_kernel(
     hidden, weight, targets, largest, rest, entropy, dlogprob, dentropy, at_target, grad,
-    N, V, H, first_column, hidden_n, hidden_h, weight_v, weight_h,
+    N, V, H, first_column, hidden_n, hidden_h, weight_v, weight_h, CAP: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A slice of the logits' gradient, from logits that are computed again.
@@ -187,7 +200,7 @@ def _gradient_kernel(
 
         p = 2^((x − m) − r)        G = −a p − b p (ln p + entropy)
 
-    and at the target, what was computed beforehand.
+    and at the target, what was computed beforehand. With a cap, G goes on to the logits before it.
 
     Tile walk: one tile of G per program, those of a `GROUP` of row blocks together. `weight` points
     at the slice, whose first entry is `first_column` of the vocabulary; V is the slice's width.
@@ -197,7 +210,7 @@ def _gradient_kernel(
     columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
     x = _bits_tile(
         hidden, weight, rows, columns, N, V, H, hidden_n, hidden_h, weight_v, weight_h,
-        BLOCK_N, BLOCK_V, BLOCK_H,
+        CAP, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
     exists = rows < N
     target = tl.load(targets + rows, mask=exists, other=-1).to(tl.int32) - first_column
@@ -211,12 +224,15 @@ def _gradient_kernel(
     g = -tl.exp2(log2_p) * (a[:, None] + b[:, None] * surprise)
     g_target = tl.load(at_target + rows, mask=exists, other=0.0)
     g = tl.where(columns[None, :] == target[:, None], g_target[:, None], g)
+    if CAP > 0:  # the slope of the capped logit
+        tanh = x / (1.4426950408889634 * CAP)
+        g *= 1 - tanh * tanh
     places = rows[:, None].to(tl.int64) * V + columns[None, :]
     within = exists[:, None] & (columns[None, :] < V)
     tl.store(grad + places, g.to(grad.dtype.element_ty), mask=within)
 
 
-def _statistics(hidden_NH, weight_VH, targets_N):
+def _statistics(hidden_NH, weight_VH, targets_N, cap):
     """Run the forward kernel and combine its splits, in a fixed order.
 
     Returns float32 [N]: log-prob, entropy, log-odds of the target, m, r.
@@ -236,7 +252,8 @@ def _statistics(hidden_NH, weight_VH, targets_N):
         with torch.cuda.device_of(hidden_NH):
             _forward_kernel[(num_programs,)](
                 hidden_NH, weight_VH, targets_N, m_SN, s_SN, t_SN, x_target_N,
-                N, V, H, *hidden_NH.stride(), *weight_VH.stride(), split, GROUP=GROUP, **blocks,
+                N, V, H, *hidden_NH.stride(), *weight_VH.stride(), split,
+                cap, GROUP=GROUP, **blocks,
             )  # fmt: skip
     m_N = m_SN.amax(dim=0)
     moved_SN = torch.exp2(m_SN - m_N)
@@ -251,12 +268,12 @@ def _statistics(hidden_NH, weight_VH, targets_N):
     return logprobs_N, entropy_N, odds_N, m_N, r_N
 
 
-def logprobs_and_entropy(hidden_NH, weight_VH, targets_N):
+def logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap=None):
     """Log-prob of each target, and entropy.
 
     See `logprobs.logprobs_and_entropy`, which checks the arguments.
     """
-    return _LogprobsAndEntropy.apply(hidden_NH, weight_VH, targets_N)
+    return _LogprobsAndEntropy.apply(hidden_NH, weight_VH, targets_N, cap or 0.0)
 
 
 class _LogprobsAndEntropy(torch.autograd.Function):
@@ -266,11 +283,12 @@ class _LogprobsAndEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, targets_N):
+    def forward(ctx, hidden_NH, weight_VH, targets_N, cap):
+        ctx.cap = cap
         ctx.weight_dtype = weight_VH.dtype
         weight_VH = weight_VH.to(hidden_NH.dtype)
         targets_N = targets_N.contiguous()
-        logprobs_N, entropy_N, *rest = _statistics(hidden_NH, weight_VH, targets_N)
+        logprobs_N, entropy_N, *rest = _statistics(hidden_NH, weight_VH, targets_N, cap)
         ctx.save_for_backward(hidden_NH, weight_VH, targets_N, entropy_N, *rest)
         return logprobs_N, entropy_N
 
@@ -308,7 +326,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 _gradient_kernel[(num_programs,)](
                     live_nH, weight_vH, targets_n, m_n, rest_n, entropy_n, a_n, b_n,
                     at_target_n, grad_nv, n, v, H, start, *live_nH.stride(), *weight_vH.stride(),
-                    GROUP=GROUP, **blocks,
+                    ctx.cap, GROUP=GROUP, **blocks,
                 )  # fmt: skip
             if wants_weight:
                 _write_product(dweight_VH[start : start + width], grad_nv.T, live_nH)
@@ -316,7 +334,7 @@ class _LogprobsAndEntropy(torch.autograd.Function):
                 _add_product(dhidden_nH, grad_nv, weight_vH)
         dhidden_NH = torch.zeros_like(hidden_NH)
         dhidden_NH.index_copy_(0, live, dhidden_nH.to(hidden_NH.dtype))
-        return dhidden_NH, dweight_VH, None
+        return dhidden_NH, dweight_VH, None, None
 
 
 def _write_product(place, a, b):

@@ -10,6 +10,8 @@ import os
 import queue
 import signal
 import threading
+from multiprocessing import resource_tracker
+from multiprocessing.reduction import ForkingPickler
 from unittest.mock import patch
 
 import torch
@@ -20,7 +22,7 @@ from common.interrupt import STOP_SIGNALS
 from common.progress import progress
 from common.sampling import Batch
 from common.sampling.process import run_sampler
-from common.sampling.shared_weights import SharedWeights
+from common.sampling.shared_weights import share_weights
 from common.sampling.verify import describe, sampler_mismatch
 from common.weights import parameters_from, weights_of
 
@@ -55,7 +57,7 @@ class OverlappedRollouts:
         # those are the multiples of I above j − O − I and up to j: at most ceil(O / I) + 1. One
         # more slot is for evaluation.
         self.evaluation_slot = -(-plan.sync_offset // plan.sync_interval) + 1
-        self.weights = SharedWeights(model, self.evaluation_slot + 1)
+        self.weights = share_weights(model, self.evaluation_slot + 1)
         self.slot_of = {}  # version: its slot, for the versions still needed
         self.to_order = []  # versions of a resumed run that the sampler has not been told of
         self.published = -1  # the newest version the sampler has been told of
@@ -67,27 +69,29 @@ class OverlappedRollouts:
         # A fork would inherit thread pools and locks in any state.
         context = torch.multiprocessing.get_context("spawn")
         self.connection, its_end = context.Pipe()
-        arguments = (its_end, self.weights, self.make_sampler, self.plan)
+        # Little is handed over here, and the rest is sent: a start whose arguments do not fit into
+        # a pipe waits for the process to read them, and for ever if it dies before.
+        arguments = (its_end, self.weights.memory)
         self.process = context.Process(
             target=run_sampler, args=arguments, name="sampler", daemon=True
         )
-        # No warning about semaphores that a killed engine leaves. Ctrl-C reaches both processes;
-        # only the trainer acts.
+        # No warning about semaphores that a killed engine leaves
         environment = {"PYTHONWARNINGS": "ignore:resource_tracker", **self.environment}
-        with contextlib.ExitStack() as restored, patch.dict(os.environ, environment):
-            for number in STOP_SIGNALS:
-                restored.callback(signal.signal, number, signal.signal(number, signal.SIG_IGN))
+        with patch.dict(os.environ, environment), _signals_wait():
             self.process.start()
         its_end.close()
-        # A thread empties the pipe, so that the sampler need not wait while the trainer is busy.
-        self.inbox = queue.SimpleQueue()
-        threading.Thread(target=_read_into, args=(self.inbox, self.connection), daemon=True).start()
+        # Threads fill and empty the pipe, so that neither process need wait for the other to read.
+        self.inbox, self.outbox = queue.SimpleQueue(), queue.SimpleQueue()
+        for work, box in ((_read_into, self.inbox), (_write_from, self.outbox)):
+            threading.Thread(target=work, args=(box, self.connection), daemon=True).start()
+        self._send((self.weights.shapes, self.make_sampler, self.plan))
         self._order_what_a_resumed_run_needs()
         return self
 
     def __exit__(self, *exception):
         self.process.kill()  # what it is sampling now can be sampled again
         self.process.join()
+        self.outbox.put(None)
         self.connection.close()
 
     def next(self, step):
@@ -125,6 +129,13 @@ class OverlappedRollouts:
             self.slot_of[update] = slot
             self.published = update
             self._order_batches(update)
+
+    def drain(self):
+        """Wait for all batches ordered so far; an evaluation comes after them."""
+        if self.published >= 0:
+            last_ordered = self.plan.batches_of(self.published)[-1]
+            while self.last_arrived < last_ordered:
+                self._accept(self._receive())
 
     def greedy(self, prompts, problems=None):
         """`Sampler.greedy` with the model's present weights, after the batches ordered so far."""
@@ -192,8 +203,10 @@ class OverlappedRollouts:
 
     def _order(self, slot, version, **work):
         manifest = describe(self.model, version, self.precision) if self.verified else None
-        with contextlib.suppress(OSError):  # the process has died; `_receive` will report it
-            self.connection.send((slot, version, manifest, work))
+        self._send((slot, version, manifest, work))
+
+    def _send(self, message):
+        self.outbox.put(ForkingPickler.dumps(message))  # here, where it can fail
 
     def _receive(self):
         """The sampler's next batch or answers, or the error it ended with.
@@ -239,9 +252,30 @@ class OverlappedRollouts:
         return f"waiting for weights of version {self.plan.version(k)} for batch {k}"
 
 
+@contextlib.contextmanager
+def _signals_wait():
+    """Context in which stop signals wait, also in processes that start in it.
+
+    Ctrl-C reaches the trainer's process and the sampler's, and only the trainer acts.
+    """
+    resource_tracker.ensure_running()  # its own start would let signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _read_into(inbox, connection):
     """Put every message into the queue, and None when there can be no more."""
     with contextlib.suppress(EOFError, OSError):
         while True:
             inbox.put(connection.recv())
     inbox.put(None)
+
+
+def _write_from(outbox, connection):
+    """Send what comes out of the queue, until that is None."""
+    with contextlib.suppress(OSError):  # the process has died; `_receive` will report it
+        while (message := outbox.get()) is not None:
+            connection.send_bytes(message)

@@ -2,21 +2,28 @@
 
 import os
 import re
+import signal
 import threading
 import traceback
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 
 from common.errors import BadInput, RunStopped
+from common.interrupt import STOP_SIGNALS
+from common.sampling.shared_weights import SharedWeights
 from common.sampling.verify import deliver
 
 
-def run_sampler(connection, weights, make_sampler, plan):
-    """Sample with what `make_sampler()` returns, from `SharedWeights`, as `connection` asks.
+def run_sampler(connection, memory):
+    """Sample from weights in `memory` (of `SharedWeights`), as `connection` asks.
 
-    A message is a slot of the weights, its version, a `Manifest` or None, and the work: numbers of
-    batches of the `Plan`, or prompts to answer greedily.
+    The first message has the shapes of the weights, a function that makes the sampler, and the
+    `Plan`. Each of the others is a slot of the weights, its version, a `Manifest` or None, and the
+    work: numbers of batches of the plan, or prompts to answer greedily.
     """
+    for number in STOP_SIGNALS:  # the trainer acts on them
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # This process is no rank, and its engine must not take it for one.
     ranks = re.compile(r"TORCHELASTIC_|MASTER_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_)")
@@ -24,6 +31,8 @@ def run_sampler(connection, weights, make_sampler, plan):
         if ranks.match(name):
             del os.environ[name]
     try:
+        shapes, make_sampler, plan = connection.recv()
+        weights = SharedWeights(shapes, memory)
         sampler = make_sampler()
         sampler.heartbeat = weights.heartbeat
         while True:

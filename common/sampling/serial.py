@@ -44,6 +44,9 @@ class SerialRollouts:
         """The model's weights are now those after `update`."""
         self.version = update
 
+    def drain(self):
+        """Nothing is sampled while the trainer works."""
+
     def greedy(self, prompts, problems=None):
         """`Sampler.greedy` with the model's present weights.
 

@@ -41,6 +41,18 @@ def inverse_cdf(logprobs_BV, uniform_B1):
     return torch.minimum(token_B1, last_B1)
 
 
+@contextlib.contextmanager
+def _evaluation_mode(model):
+    """Context without gradient checkpointing, which acts in training mode, and would switch the
+    cache off.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    yield
+    for module in training:
+        module.training = True
+
+
 class TransformersSampler(Sampler):
     """Batched decoding with a key-value cache.
 
@@ -82,11 +94,9 @@ class TransformersSampler(Sampler):
         """`Samples` of all prompts, decoded one batch of prompts after another."""
         samples = Samples([], [], [])
         prompts_at_a_time = max(1, self._most_sequences(prompts) // group_size)
-        was_training = self.model.training
-        # Gradient checkpointing, active in training mode only, would switch the cache off.
-        self.model.eval()
         # Not inference mode, in which autocast would cast all weights again for each token.
         with (
+            _evaluation_mode(self.model),
             as_sampled(self.model),
             self.weights_at_hand(self.model),
             torch.no_grad(),
@@ -100,7 +110,6 @@ class TransformersSampler(Sampler):
                 samples.responses += decoded.responses
                 samples.logprobs += decoded.logprobs
                 samples.truncated += decoded.truncated
-        self.model.train(was_training)
         return samples
 
     def _most_sequences(self, prompts):

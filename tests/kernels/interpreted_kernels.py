@@ -77,9 +77,9 @@ def seeded(monkeypatch):
         )
 
 
-def run(hidden, weight, targets, dlogprobs, dentropy):
+def run(hidden, weight, targets, dlogprobs, dentropy, cap=None):
     hidden, weight = leaves(hidden, weight)
-    results = kernels.logprobs_and_entropy(hidden, weight, targets)
+    results = kernels.logprobs_and_entropy(hidden, weight, targets, cap)
     (results[0] @ dlogprobs + results[1] @ dentropy).backward()
     return *(r.detach() for r in results), hidden.grad, weight.grad
 
@@ -91,6 +91,16 @@ def test_against_float64(shape, upstream, dtype):
     arguments = problem(*shape, dtype, 0.57)
     a, b = (on * torch.randn(shape[0], device=DEVICE) for on in UPSTREAM[upstream])
     assert_close(run(*arguments, a, b), truth(*arguments, a, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("cap", [2.0, 30.0])  # logits are −10 to 10
+def test_capped_logits(cap, dtype):
+    arguments = problem(127, 65, 257, dtype)
+    a, b = torch.randn(2, 127, device=DEVICE)
+    expected = truth(*arguments, a, b, cap)
+    assert (expected[0] - truth(*arguments, a, b)[0]).abs().mean() > 0.02  # the cap shows
+    assert_close(run(*arguments, a, b, cap), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

@@ -23,9 +23,9 @@ def seeded_slices(monkeypatch):
     monkeypatch.setattr(cpu, "SLICE", 300)  # of 1,000: three whole slices and the tail
 
 
-def run(hidden, weight, targets, dlogprobs, dentropy):
+def run(hidden, weight, targets, dlogprobs, dentropy, cap=None):
     hidden, weight = leaves(hidden, weight)
-    results = SlicedLogprobs.apply(hidden, weight, targets)
+    results = SlicedLogprobs.apply(hidden, weight, targets, cap)
     (results[0] @ dlogprobs + results[1] @ dentropy).backward()
     return *(r.detach() for r in results), hidden.grad, weight.grad
 
@@ -38,6 +38,17 @@ def test_against_float64(shape, dtype, spread, upstream):
     arguments = problem(*shape, dtype, spread)
     a, b = (on * torch.randn(shape[0]) for on in UPSTREAM[upstream])
     assert_close(run(*arguments, a, b), truth(*arguments, a, b), dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("cap", [2.0, 30.0])  # logits are −10 to 10
+def test_capped_logits(cap, upstream, dtype):
+    arguments = problem(127, 65, 1000, dtype)
+    a, b = (on * torch.randn(127) for on in UPSTREAM[upstream])
+    expected = truth(*arguments, a, b, cap)
+    assert (expected[0] - truth(*arguments, a, b)[0]).abs().mean() > 0.02  # the cap shows
+    assert_close(run(*arguments, a, b, cap), expected, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

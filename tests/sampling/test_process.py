@@ -29,7 +29,7 @@ from common.sampling import Plan, Sampler, Samples, shared_weights, version_of_b
 from common.sampling import overlapped as module
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
-from common.sampling.shared_weights import SharedWeights
+from common.sampling.shared_weights import share_weights
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import Manifest, logprobs_of
 from common.weights import checksum, parameters_from
@@ -268,8 +268,10 @@ def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     run = Run(argv, tmp_path / "log", afresh=True)
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
-    said = r"Watch the reward\. |Held-out reward|Everything is in |$"
-    progress = re.compile(r"(Loading weights: |Writing model shards: )? *\d+%\||" + said)
+    said = r"Watch the reward\. |Held-out reward|Everything is in |\s*(\x1b\[A)?$"
+    progress = re.compile(
+        r"(Loading weights: |Writing model shards: )? *\d+%\||.*: \d+it \[|" + said
+    )
     assert [line for line in lines if not progress.match(line)] == []
     assert len(lines) > NUM_STEPS
 
@@ -758,13 +760,13 @@ def test_parameters_of_a_loaded_model_are_aligned(model_name):
         assert {tensor.data_ptr() % 64 for tensor in copy.deepcopy(model).parameters()} == {0}
         model.load_state_dict(copy.deepcopy(model.state_dict()))  # of a checkpoint
         assert {tensor.data_ptr() % 64 for tensor in model.parameters()} == {0}
-        weights = SharedWeights(model, num_slots=2)
+        weights = share_weights(model, num_slots=2)
         assert {t.data_ptr() % 64 for slot in (0, 1) for t in weights.tensors(slot).values()} == {0}
 
 
 def test_parameters_are_aligned_views_of_the_slot():
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 7, bias=False))
-    weights = SharedWeights(model, num_slots=3)
+    weights = share_weights(model, num_slots=3)
     for slot in range(3):
         set_weights(model, slot)
         weights.write(slot, 10 + slot, model)
@@ -790,7 +792,7 @@ def test_parameters_are_aligned_views_of_the_slot():
                 and parameter.data_ptr() % 64 == 0
             )
             assert parameter.is_shared() and (parameter == slot).all()
-    weights.memory[1].fill_(7.0)  # what the trainer writes is there at once
+    weights.slots[1].fill_(7.0)  # what the trainer writes is there at once
     assert all((parameter == 7).all() for parameter in reader.parameters())
 
 
@@ -808,7 +810,7 @@ def test_parameters_are_exchanged_and_put_back_whatever_happens():
 
 def test_too_little_shared_memory_is_one_line(place, tmp_path, capfd, monkeypatch):
     with pytest.raises(BadInput, match=r"takes \d{8,} MiB of shared memory .*--shm-size.*--serial"):
-        SharedWeights(torch.nn.Linear(2**24, 2**22, bias=False, device="meta"), num_slots=2)
+        share_weights(torch.nn.Linear(2**24, 2**22, bias=False, device="meta"), num_slots=2)
     _, settings = place
     shutil = shared_weights.shutil
     usage = shutil.disk_usage("/dev/shm")._replace(free=100_000)  # less than the model
