@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 import traceback
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -534,11 +535,19 @@ def started(settings, tmp_path, *more, **lag):
     return run
 
 
-def test_a_killed_rank_ends_all(settings, tmp_path):
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_ends_all(rank, settings, tmp_path):
     run = started(settings, tmp_path)
-    os.kill(run.find("grpo.py", "-u"), signal.SIGKILL)
-    assert run.is_over()
+    of_rank = f"\0RANK={rank}\0".encode()
+    (pid,) = (
+        pid
+        for pid, line in run.processes().items()
+        if "grpo.py" in line and of_rank in Path(f"/proc/{pid}/environ").read_bytes()
+    )
+    os.kill(pid, signal.SIGKILL)
+    assert run.is_over(20)
     assert "exitcode  : -9" in run.said and run.agent.returncode
+    assert "Traceback" not in run.said.partition("torch.distributed.elastic")[0]
 
 
 def test_ranks_do_not_outlive_torchrun_nor_their_samplers(settings, tmp_path):
@@ -589,9 +598,9 @@ def test_two_machines(settings, lone_run, tmp_path):
     assert_nearly_the_same(tmp_path / "run", lone_run)
 
 
-def failing_on_rank_1(tmp_path, what):
-    """The dense task, with a line of code that rank 1 runs before its rewards."""
-    line = f"        if os.environ.get('RANK') == '1':\n            {what}\n        return sum"
+def failing_on_rank(rank, tmp_path, what):
+    """The dense task, with a line of code that a rank runs before its rewards."""
+    line = f"        if os.environ.get('RANK') == '{rank}':\n            {what}\n        return sum"
     text = "import os, time\n" + DENSE_TASK.replace("        return sum", line)
     return f"{write_task(tmp_path, text)}:Digits"
 
@@ -603,20 +612,23 @@ def said_by_ranks(tmp_path, argv, count=2):
 
 
 def test_a_reward_that_raises_on_one_rank_names_it(tmp_path):
-    task = failing_on_rank_1(tmp_path, "raise KeyError('oh')")
+    task = failing_on_rank(1, tmp_path, "raise KeyError('oh')")
     _, (zero, one) = said_by_ranks(tmp_path, options(tmp_path, task=task))
     assert "rank 1: Digits.reward raised KeyError('oh')" in one
     assert "Digits.reward" not in zero and "Communication between ranks failed" in zero
 
 
-def test_a_rank_that_hangs_is_named(tmp_path):
-    # Until rank 0 has said so.
-    said = f"'ranks failed' in open({str(tmp_path / 'log-0')!r}).read()"
-    task = failing_on_rank_1(tmp_path, f"while not {said}: time.sleep(0.1)")
-    _, (zero, _) = said_by_ranks(
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_a_rank_that_hangs_is_named(hangs, tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "FOR_RANK_0", timedelta(seconds=4))
+    # Until the other rank has said so.
+    said = f"'ranks failed' in open({str(tmp_path / f'log-{1 - hangs}')!r}).read()"
+    task = failing_on_rank(hangs, tmp_path, f"while not {said}: time.sleep(0.1)")
+    _, logs = said_by_ranks(
         tmp_path, options(tmp_path, task=task, sampler_timeout=4.0, eval_size=1)
     )
-    assert re.search(r"Communication between ranks failed \(.*[Rr]ank.? 1", zero), zero
+    message = rf"Communication between ranks failed \(.*[Rr]ank.? {hangs}.*--resume"
+    assert re.search(message, logs[1 - hangs]), logs[1 - hangs]
 
 
 def test_bad_input_is_said_once_with_exit_code_2(settings, tmp_path):
