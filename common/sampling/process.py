@@ -8,6 +8,8 @@ import traceback
 from multiprocessing import parent_process
 from multiprocessing.connection import wait
 
+from tqdm import tqdm
+
 from common.errors import BadInput, RunStopped
 from common.interrupt import STOP_SIGNALS
 from common.sampling.shared_weights import SharedWeights
@@ -24,6 +26,8 @@ def run_sampler(connection, memory):
     for number in STOP_SIGNALS:  # the trainer acts on them
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    # The lock that tqdm would make is a named semaphore, which a killed process leaves behind.
+    tqdm.set_lock(threading.RLock())
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     # This process is no rank, and its engine must not take it for one.
     ranks = re.compile(r"TORCHELASTIC_|MASTER_|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_)")
