@@ -30,6 +30,7 @@ REWARDS = [[0.0, 1.0, 0.0, 0.0, 0.25], [0.5, 0.0, 1.0, 0.0, 0.0], [0.7] * 5]
 LENGTHS = [9, 8, 16, 1, 8, 17, 8, 9, 3, 2, 8, 1, 2, 8, 5]
 # A sampled token's ratio, in turn: between all bounds of all clipping, on both sides of 1.
 RATIOS = [0.3, 0.7, 0.9, 1.05, 1.24, 1.5, 2.5, 3.5]
+REPLY = 6  # tokens that no policy sampled, in the middle of some responses
 SPLITS = {
     "one micro-batch": [list(range(15))],
     "one row each": [[row] for row in range(15)],
@@ -179,6 +180,13 @@ EQUATIONS = {
 }
 
 
+def places_of(row):
+    """Columns of a row's own tokens. Every third row has two turns, the second after a reply."""
+    first, length = 3 + row % 4, LENGTHS[row]
+    turn = length // 2 if row % 3 == 0 else length
+    return [*range(first, first + turn), *range(first + turn + REPLY, first + length + REPLY)]
+
+
 def loss_and_gradients(script, responses, split):
     """The script's loss, and its gradients by log-probs and entropies of all tokens, in order."""
     args = script.Args()
@@ -186,12 +194,12 @@ def loss_and_gradients(script, responses, split):
     weights_PG = script.token_weights(advantages_PG, torch.tensor(LENGTHS).view(3, 5), args)
     total, slopes = 0.0, [None] * 15
     for rows in split:
-        # Prompts and padding hold numbers that must not count.
-        width = 7 + max(LENGTHS[row] for row in rows)
+        # Prompts, replies between turns, and padding hold numbers that must not count.
+        width = 7 + max(LENGTHS[row] for row in rows) + REPLY
         columns = [torch.full((len(rows), width), x, dtype=torch.float64) for x in (7, 0, 5, 3)]
         mask_BT = torch.zeros(len(rows), width, dtype=torch.bool)
         for b, row in enumerate(rows):
-            place = (b, slice(3 + row % 4, 3 + row % 4 + LENGTHS[row]))
+            place = (b, places_of(row))
             mask_BT[place] = True
             for column_BT, values in zip(columns, zip(*responses[row], strict=True), strict=True):
                 column_BT[place] = torch.tensor(values, dtype=torch.float64)

@@ -4,6 +4,7 @@ Independent truths: a naive greedy loop that reads one whole sequence for each t
 plain forward pass, a float64 loop over the sampled tokens.
 """
 
+import copy
 import math
 import pickle
 import random
@@ -12,6 +13,7 @@ import threading
 import pytest
 import torch
 
+from benchmarks import variants
 from common.batching import collate
 from common.errors import BadInput, RunStopped
 from common.layers import use_threads
@@ -393,13 +395,12 @@ def test_a_chat_goes_on_after_the_policys_own_eos(tmp_path):
 # Loss and gradient
 
 G = 4
+KL_COEF = 0.1
+REWARDS = [1.0, 0.0, 0.5, 0.0]
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo"])
-def test_loss_and_gradient_over_the_sampled_tokens_only(name, tmp_path):
-    model = load_model("tiny", "", CPU)
-    exact = load_model("tiny", "", CPU).double()
-    rng = random.Random(1)
+def several_turns(rng):
+    """A group of responses of up to four turns: prompts, responses, log-probs where sampled."""
     prompts = [[rng.randrange(5, 250) for _ in range(4)]] * G
     responses, logprobs = [], []
     for turns in (1, 2, 4, 1):
@@ -414,51 +415,73 @@ def test_loss_and_gradient_over_the_sampled_tokens_only(name, tmp_path):
             lps += [-3.0] * said
         responses.append(tokens)
         logprobs.append(lps)
+    return prompts, responses, logprobs
 
-    def new_logprobs(row):
-        ids = torch.tensor([prompts[row] + responses[row]])
-        logits_TV = exact(input_ids=ids).logits[0, len(prompts[row]) - 1 : -1]
-        return logits_TV.log_softmax(-1)[torch.arange(len(responses[row])), responses[row]]
 
-    for row in range(G):  # at lag > 0: the sampler's policy was another one
-        drift = (-0.5, 0.0, 0.5)[row % 3]
-        new = new_logprobs(row).tolist()
-        logprobs[row] = [
-            None if old is None else lp + drift + rng.uniform(-0.1, 0.1)
-            for old, lp in zip(logprobs[row], new, strict=True)
-        ]
-    rewards = [1.0, 0.0, 0.5, 0.0]
+def own_logprobs(model, prompt, response, logprobs):
+    """Of the tokens that the policy sampled."""
+    logits_TV = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+    own = [t for t, logprob in enumerate(logprobs) if logprob is not None]
+    return logits_TV.log_softmax(-1)[own, [response[t] for t in own]]
+
+
+def loss_of_response(name, new, old, reference, advantage, N):
+    """From the equations, over the tokens that the policy sampled."""
+    log_ratios, d = new - old, new - reference
+    low, high = 0.8, 1.3 if name == "gspo" else 1.2
+    if name == "gspo":
+        log_ratios = log_ratios.mean().unsqueeze(0)
+    if name == "kl_in_reward":
+        advantage = advantage - KL_COEF * d.sum().detach()
+    ratios = log_ratios.exp()
+    losses = -torch.minimum(ratios * advantage, ratios.clamp(low, high) * advantage)
+    if name == "paper_grpo":
+        losses = losses + KL_COEF * ((-d).exp() + d - 1)
+    return losses.mean() / G if name in ("gspo", "paper_grpo") else losses.sum() / N
+
+
+def script_and_args(name, directory):
+    if name == "grpo":
+        script = import_script("grpo.py")
+        return script, script.Args(max_tokens_per_microbatch=40)
+    variants.write(name, directory / f"{name}_in_turns.py")
+    script = import_script(directory / f"{name}_in_turns.py")
+    own = {"clip_low": 0.2, "clip_high": 0.3} if name == "gspo" else {"kl_coef": KL_COEF}
+    return script, script.Args(max_tokens_per_microbatch=40, **own)
+
+
+@pytest.mark.parametrize("name", ["grpo", "gspo", "kl_in_reward", "paper_grpo"])
+def test_loss_and_gradient_over_the_sampled_tokens_only(name, tmp_path):
+    model, reference = load_model("tiny", "", CPU), load_model("tiny", "", CPU)
+    with torch.no_grad():
+        reference.model.norm.weight.mul_(0.9)
+    exact, exact_reference = copy.deepcopy(model).double(), copy.deepcopy(reference).double()
+    rng = random.Random(1)
+    prompts, responses, logprobs = several_turns(rng)
+    rows = list(zip(prompts, responses, logprobs, strict=True))
+    for row, response in enumerate(rows):  # at lag > 0: the sampler's policy was another one
+        new, drift = own_logprobs(exact, *response).tolist(), (-0.5, 0.0, 0.5)[row % 3]
+        old = iter([lp + drift + rng.uniform(-0.1, 0.1) for lp in new])
+        logprobs[row][:] = [None if lp is None else next(old) for lp in logprobs[row]]
     batch = Batch(
         number=2, version=0, group_size=G, problems=[0] * G, prompts=prompts,
         responses=responses, logprobs=logprobs, truncated=[False] * G,
-        grades=[{"reward": reward} for reward in rewards],
+        grades=[{"reward": reward} for reward in REWARDS],
     )  # fmt: skip
-    if name == "gspo":
-        from benchmarks import variants
-
-        variants.write("gspo", tmp_path / "gspo_in_turns.py")
-        script = import_script(tmp_path / "gspo_in_turns.py")
-        args = script.Args(clip_low=0.2, clip_high=0.3, max_tokens_per_microbatch=40)
-    else:
-        script = import_script("grpo.py")
-        args = script.Args(max_tokens_per_microbatch=40)
+    script, args = script_and_args(name, tmp_path)
     batch.advantages_PG = script.advantages(batch.rewards_PG, args)
-    step = StepMetrics()
-    loss = script.gradient(batch, model, None, args, "float32", step)
+    loss = script.gradient(batch, model, reference, args, "float32", StepMetrics())
 
+    N = sum(lp is not None for of_row in logprobs for lp in of_row)
+    mean = sum(REWARDS) / G
+    std = (sum((r - mean) ** 2 for r in REWARDS) / G) ** 0.5
     total = 0.0
-    N = sum(lp is not None for row in logprobs for lp in row)
-    mean = sum(rewards) / G
-    std = (sum((r - mean) ** 2 for r in rewards) / G) ** 0.5
-    for row in range(G):
-        advantage = (rewards[row] - mean) / (std + 1e-6)
-        new = new_logprobs(row)
-        own = [t for t, lp in enumerate(logprobs[row]) if lp is not None]
-        log_ratios = torch.stack([new[t] - logprobs[row][t] for t in own])
-        low, high = 0.8, 1.3 if name == "gspo" else 1.2
-        ratios = log_ratios.mean().exp().unsqueeze(0) if name == "gspo" else log_ratios.exp()
-        losses = -torch.minimum(ratios * advantage, ratios.clamp(low, high) * advantage)
-        total = total + losses.sum() * (1 / G if name == "gspo" else 1 / N)
+    for reward, response in zip(REWARDS, rows, strict=True):
+        old = torch.tensor([lp for lp in response[2] if lp is not None], dtype=torch.float64)
+        new = own_logprobs(exact, *response)
+        initial = own_logprobs(exact_reference, *response).detach()
+        advantage = (reward - mean) / (std + 1e-6)
+        total = total + loss_of_response(name, new, old, initial, advantage, N)
     total.backward()
     assert loss == pytest.approx(total.item(), abs=1e-5)
     expected = dict(exact.named_parameters())
@@ -468,8 +491,7 @@ def test_loss_and_gradient_over_the_sampled_tokens_only(name, tmp_path):
     ).sqrt()
     assert (error / norm).item() < 1e-4
     assert batch.lengths_PG.sum().item() == N < sum(map(len, responses))
-    micro = collate(batch, range(G))
-    assert micro.mask_BT.sum().item() == N
+    assert collate(batch, range(G)).mask_BT.sum().item() == N
 
 
 # Runs
