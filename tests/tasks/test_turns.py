@@ -8,6 +8,7 @@ import copy
 import math
 import pickle
 import random
+import signal
 import threading
 
 import pytest
@@ -27,14 +28,18 @@ from common.tasks.calculator import Calculator
 from common.tasks.problems import load_problems
 from common.tasks.turns import Environment, around_a_reply, parts_of
 from tests.helpers import (
+    Run,
     assert_same_run,
     command,
+    forked_samplers,
     import_script,
+    kill,
     metrics,
     options,
     resume,
     rollouts,
     train,
+    wait_for,
     write_task,
 )
 
@@ -496,8 +501,17 @@ def test_loss_and_gradient_over_the_sampled_tokens_only(name, tmp_path):
 
 # Runs
 
-LAG = {"sync_interval": 2, "sync_offset": 1, "eval_interval": 2, "checkpoint_interval": 2}
 SETTINGS = {"model": "tiny", "max_response_tokens": 100, "num_steps": 4, "rollouts_interval": 1}
+STALE = {
+    **SETTINGS, "max_response_tokens": 80, "sync_interval": 2, "sync_offset": 1,
+    "eval_interval": 2, "checkpoint_interval": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(task_name, tmp_path_factory):
+    """A run with stale batches that nothing disturbed."""
+    return train(tmp_path_factory.mktemp("whole"), **STALE, task=task_name)
 
 
 def test_a_run_and_what_it_records(task_name, tmp_path):
@@ -523,15 +537,63 @@ def test_a_run_and_what_it_records(task_name, tmp_path):
     assert all(isinstance(texts, list) and len(texts) % 2 for texts in lists)
 
 
-def test_beside_training_and_resumed_it_is_the_same(task_name, tmp_path):
-    settings = {**SETTINGS, **LAG, "task": task_name}
-    whole = train(tmp_path, "whole", **settings)
-    assert_same_run(whole, train(tmp_path, "beside", **{**settings, "serial": False}))
-    for name, serial in (("parts", True), ("parts_beside", False)):
-        part = {**settings, "num_steps": 2, "serial": serial}
-        assert command(*options(tmp_path, name, **part)) == 0
-        assert command(*resume(tmp_path / name, "--num-steps", 4)) == 0
-        assert_same_run(whole, tmp_path / name)
+def test_beside_training_and_resumed_it_is_the_same(task_name, whole, tmp_path):
+    with forked_samplers():
+        beside = train(tmp_path, "beside", **STALE, task=task_name, serial=False)
+    assert_same_run(whole, beside)
+    assert metrics(whole)[-1]["environment_tokens"] > 0
+    part = {**STALE, "task": task_name, "num_steps": 2}
+    assert command(*options(tmp_path, "parts", **part)) == 0
+    assert command(*resume(tmp_path / "parts", "--num-steps", 4)) == 0
+    assert_same_run(whole, tmp_path / "parts")
+
+
+# From the second step on, the sampler waits for a reply.
+HELD = """
+import os
+import time
+
+
+class Held(Sums):
+    graded = 0
+
+    def reply(self, problem, turns):
+        if os.path.exists({hold!r}):
+            open({held!r}, "w").close()
+            time.sleep(600)
+        return super().reply(problem, turns)
+
+    def reward(self, problem, turns):
+        self.graded += 1
+        if self.graded == 4 + 16 + 1 and not os.path.exists({held!r}):
+            open({hold!r}, "w").close()
+        return super().reward(problem, turns)
+"""
+
+
+def test_killed_in_the_middle_of_a_dialogue_it_ends_the_same(whole, tmp_path):
+    hold, held = tmp_path / "hold", tmp_path / "held"
+    text = SUMS + HELD.format(hold=str(hold), held=str(held))
+    task = f"{write_task(tmp_path, text)}:Held"
+    settings = {**STALE, "task": task, "serial": False, "checkpoint_interval": 1}
+    run = Run(options(tmp_path, "killed", **settings), tmp_path / "log")
+    wait_for(lambda: held.exists() or run.trainer.poll() is not None)
+    assert kill(run.trainer.pid)
+    assert run.end() == -signal.SIGKILL  # and nobody is left, although the tool is still at work
+    assert 1 <= metrics(tmp_path / "killed")[-1]["step"] < 4
+    hold.unlink()
+    with forked_samplers():
+        assert command(*resume(tmp_path / "killed")) == 0
+    assert_same_run(whole, tmp_path / "killed")
+
+
+def test_an_adapter_learns_the_same_beside_training(task_name, tmp_path):
+    settings = {**STALE, "task": task_name, "lora_rank": 4, "learning_rate": 1e-3}
+    serial = train(tmp_path, "serial", **settings)
+    last = metrics(serial)[-1]
+    assert last["environment_tokens"] > 0 and last["kl/ref_k2"] > 0
+    with forked_samplers():
+        assert_same_run(serial, train(tmp_path, "beside", **{**settings, "serial": False}))
 
 
 def test_an_impure_reply_ends_a_run_in_a_sentence(tmp_path, capfd):
