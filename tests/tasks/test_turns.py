@@ -30,6 +30,7 @@ from common.tasks.turns import Environment, around_a_reply, parts_of
 from tests.helpers import (
     Run,
     assert_same_run,
+    checkpoint,
     command,
     forked_samplers,
     import_script,
@@ -548,40 +549,41 @@ def test_beside_training_and_resumed_it_is_the_same(task_name, whole, tmp_path):
     assert_same_run(whole, tmp_path / "parts")
 
 
-# From the second step on, the sampler waits for a reply.
+# The third batch waits for a reply, and the first step for that. (A batch has four problems.)
 HELD = """
 import os
 import time
 
 
 class Held(Sums):
-    graded = 0
+    asked, graded = set(), 0
 
     def reply(self, problem, turns):
-        if os.path.exists({hold!r}):
+        self.asked.update({{problem["n"]}} & set(range(11, 41)))
+        if len(self.asked) > 8 and not os.path.exists({held!r}):
             open({held!r}, "w").close()
             time.sleep(600)
         return super().reply(problem, turns)
 
     def reward(self, problem, turns):
         self.graded += 1
-        if self.graded == 4 + 16 + 1 and not os.path.exists({held!r}):
-            open({hold!r}, "w").close()
+        while self.graded == 4 + 1 and not os.path.exists({held!r}):
+            time.sleep(0.01)
         return super().reward(problem, turns)
 """
 
 
 def test_killed_in_the_middle_of_a_dialogue_it_ends_the_same(whole, tmp_path):
-    hold, held = tmp_path / "hold", tmp_path / "held"
-    text = SUMS + HELD.format(hold=str(hold), held=str(held))
+    text = SUMS + HELD.format(held=str(tmp_path / "held"))
     task = f"{write_task(tmp_path, text)}:Held"
     settings = {**STALE, "task": task, "serial": False, "checkpoint_interval": 1}
     run = Run(options(tmp_path, "killed", **settings), tmp_path / "log")
-    wait_for(lambda: held.exists() or run.trainer.poll() is not None)
+    first = tmp_path / "killed" / "checkpoints" / "step_000001.pt"
+    wait_for(lambda: first.exists() or run.trainer.poll() is not None)
     assert kill(run.trainer.pid)
     assert run.end() == -signal.SIGKILL  # and nobody is left, although the tool is still at work
-    assert 1 <= metrics(tmp_path / "killed")[-1]["step"] < 4
-    hold.unlink()
+    (waiting,) = checkpoint(tmp_path / "killed", 1)["rollouts"]["waiting"]
+    assert waiting["number"] == 2 and any(None in row for row in waiting["logprobs"])
     with forked_samplers():
         assert command(*resume(tmp_path / "killed")) == 0
     assert_same_run(whole, tmp_path / "killed")
