@@ -468,6 +468,32 @@ def test_the_page_shows_the_record(run_dir, open_page):
     assert {"pushed up", "pushed down"} <= seen
 
 
+def test_who_wrote_what_in_several_turns(run_dir, open_page, tmp_path):
+    run, records = shutil.copytree(run_dir, tmp_path / "told"), rollouts(run_dir)
+    group = next(record for record in records if "responses" in record)
+    response = group["responses"][1]
+    told = [2 <= i < 5 or i == 7 for i in range(len(response["tokens"]))]
+    response["told"] = told
+    next(record for record in records if "greedy" in record)["greedy"] = ["44+28=", "72", " so 72."]
+    (run / "rollouts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (run / "rollouts.html").write_text(viewer.page([run]), encoding="utf-8")
+    page = open_page(run / "rollouts.html")
+    grey = "spans => spans.map(span => span.classList.contains('told'))"
+    for lens in ("loss", "entropy"):
+        page.select_option("#lens", lens)
+        assert "written by the environment" in page.inner_text("#keys")
+        assert page.locator("#groups .told").count() == sum(told) == 4
+        paragraph = page.locator("#groups .tokens").nth(1)
+        assert paragraph.locator(".t").evaluate_all(grey) == told
+        heads = page.locator("#groups .response h3").all_inner_texts()
+        assert ["4 of them replies" in head for head in heads][:3] == [False, True, False]
+    page.locator("#groups .told").first.focus()
+    assert tip(page) == {"written by": "the environment"}
+    assert page.locator("#greedy .told").all_inner_texts() == ["72"]
+    assert "44+28=72 so 72." in page.inner_text("#greedy")
+    assert "environment" not in open_page(run_dir / "rollouts.html").inner_text("#keys")
+
+
 def test_colours_sort_and_filter_change_what_is_shown(run_dir, open_page):
     page = open_page(run_dir / "rollouts.html")
     go_to(page, 6)
