@@ -133,10 +133,12 @@ def _as_grade(result):
     """A task's result as a dict of floats with "reward", or None if it is anything else."""
     values = result if isinstance(result, dict) else {"reward": result}
     try:
+        # Not float() alone: it would take the text "1.0" for a number.
+        finite = all(map(math.isfinite, values.values()))
         grade = {str(key): float(value) for key, value in values.items()}
     except (TypeError, ValueError, OverflowError):
         return None
-    return grade if "reward" in grade and all(map(math.isfinite, grade.values())) else None
+    return grade if "reward" in grade and finite else None
 
 
 def means(grades):

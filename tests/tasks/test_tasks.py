@@ -4,9 +4,11 @@ import json
 import random
 import subprocess
 import sys
+from decimal import Decimal
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY, build_model
 from helpers import dense_task, steps, train, write_task
 
@@ -235,7 +237,8 @@ def test_a_task_of_ones_own_in_a_file(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     "reward",
     [
-        "1 / 0", "None", "'good'", "'nan'", "float('nan')", "float('inf')", "10 ** 400", "[1]",
+        "1 / 0", "None", "'good'", "'nan'", "'1.0'", "b'1.0'",
+        "{'reward': '1.0'}", "float('nan')", "float('inf')", "10 ** 400", "[1]",
         "{}", "{'accuracy': 1}", "{'reward': None}", "{'reward': float('-inf')}",
         "{'reward': 1, 'words': float('nan')}",
     ],
@@ -251,6 +254,18 @@ def test_a_reward_that_is_no_finite_number_stops_the_run(reward, tmp_path, token
         RunStopped, match=r"^Echo.* the response 'seven' to {'prompt': 'train  7', 'n': 7}"
     ):
         problem_set.grade([7], [tokenizer.encode("seven")])
+
+
+@pytest.mark.parametrize(
+    "one", [1, True, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1.0), Decimal(1)]
+)
+def test_numbers_of_all_kinds_are_rewards(one, tokenizer):
+    class Same(Prompts):
+        def reward(self, problem, response):
+            return one
+
+    (grade,), _ = load_problems(Same("?"), "train", tokenizer, 9).grade([0], [[1]])
+    assert grade == {"reward": 1.0} and type(grade["reward"]) is float
 
 
 @pytest.mark.parametrize(
