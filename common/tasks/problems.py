@@ -7,13 +7,14 @@ import time
 import zlib
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 import numpy as np
 
 from common.distributed import gather, share
 from common.errors import BadInput, RunStopped
 from common.models import check_context
+from common.progress import progress
 from common.tasks import Task, load_task
 from common.tasks.turns import parts_of
 
@@ -21,6 +22,7 @@ RESERVED = {"step", "loss", "grad_norm", "lr", "update_skipped", "entropy", "lag
 RESERVED |= {"weights_version", "response_length", "turns", "environment_tokens"}
 """the log's own metrics without a slash; a task's values need other names, without a slash or
 beginning with grade/"""
+ENCODED_AT_ONCE = 1024  # prompts
 
 
 @dataclass
@@ -192,14 +194,14 @@ def load_problems(task, split, tokenizer, max_prompt_tokens):
 
 def _encoded(prompts, task, tokenizer):
     """Token ids of prompts, each text or a list of chat messages."""
-    if not prompts:
-        return []
-    texts = [_as_text(prompt, task, tokenizer) for prompt in prompts]
-    token_ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    texts = (_as_text(prompt, task, tokenizer) for prompt in progress(prompts, "encoding prompts"))
+    token_ids = []
+    while batch := list(islice(texts, ENCODED_AT_ONCE)):
+        token_ids += tokenizer(batch, add_special_tokens=False)["input_ids"]
     plain = [number for number, prompt in enumerate(prompts) if isinstance(prompt, str)]
     if plain:
         first = plain[0]
-        (special,) = tokenizer([texts[first]])["input_ids"]
+        (special,) = tokenizer([prompts[first]])["input_ids"]
         front = special[: special.index(token_ids[first][0])]
         for number in plain:
             token_ids[number] = front + token_ids[number]
@@ -212,4 +214,18 @@ def _as_text(prompt, task, tokenizer):
     begun = prompt[-1]["role"] == "assistant"
     options = {"add_generation_prompt": not begun, "continue_final_message": begun}
     options |= task.template_arguments
-    return tokenizer.apply_chat_template(prompt, tokenize=False, **options)
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, **options)
+    if begun:
+        _check_continued(prompt[-1]["content"], text)
+    return text
+
+
+def _check_continued(content, text):
+    """Raise `ValueError` unless a text ends with what the assistant's message begins with.
+
+    Many templates trim messages, and the response would follow another text than the task gave.
+    """
+    said = content if isinstance(content, str) else content[-1]["text"]
+    if not said.strip() or not text.endswith(said):
+        what = f"the last message, {said!r}, is empty, or the template changes it"
+        raise ValueError(f"{what}: leave out blanks at its ends")

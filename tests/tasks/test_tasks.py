@@ -450,6 +450,39 @@ def test_a_last_message_of_the_assistant_is_continued(tokenizer):
     assert tokenizer.decode(prompt).endswith("assistant: It is")
 
 
+TRIMS = (
+    "{% for m in messages %}<{{ m.role }}>\n{{ m.content | trim }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("said", ["It is ", "It is\n", " It is", "", " "])
+def test_blanks_of_a_continued_message_are_kept_or_refused(said, trims, tokenizer, monkeypatch):
+    if trims:
+        monkeypatch.setattr(tokenizer, "chat_template", TRIMS)
+    task = Prompts([{"role": "user", "content": "?"}, {"role": "assistant", "content": said}])
+    if trims or not said.strip():
+        with pytest.raises(BadInput, match="leave out blanks at its ends"):
+            load_problems(task, "train", tokenizer, 99)
+    else:
+        (prompt,) = load_problems(task, "train", tokenizer, 99).prompts
+        assert tokenizer.decode(prompt) == f"user: ?\nassistant: {said}"
+
+
+def test_encoding_in_parts_changes_nothing_and_shows_a_bar(tokenizer, capsys, monkeypatch):
+    texts = [f"Q: {n}" if n % 3 else [{"role": "user", "content": f"{n}?"}] for n in range(50)]
+    expected = load_problems(Prompts(*texts), "train", tokenizer, 99).prompts
+    monkeypatch.setattr("common.progress.SHOW_AFTER", 0)
+    monkeypatch.setattr("common.tasks.problems.ENCODED_AT_ONCE", 7)
+    assert load_problems(Prompts(*texts), "train", tokenizer, 99).prompts == expected
+    assert "encoding prompts: " in capsys.readouterr().err
+    assert [tokenizer.decode(prompt) for prompt in expected[:2]] == [
+        "user: 0?\nassistant:",
+        "Q: 1",
+    ]
+
+
 def test_arguments_for_the_chat_template(tokenizer, monkeypatch):
     monkeypatch.setattr(
         tokenizer, "chat_template", "{{ messages[0].content }}{% if loud %}!{% endif %}"
