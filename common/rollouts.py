@@ -20,7 +20,7 @@ from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import TOLERANCE, sampler_mismatch
 from common.sampling.vllm import KEEP_FREED_MEMORY, make_vllm_sampler
-from common.tasks.turns import environment_of
+from common.tasks.turns import environment_of, warn_of_endless_responses
 
 
 def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, precision):
@@ -41,6 +41,7 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
     check_decoding(policy, prompts, few, args.temperature, precision, args.model)
 
     eos_ids = end_of_sequence_ids(policy, tokenizer)
+    warn_of_endless_responses([train_set, eval_set], eos_ids)
     generation = (eos_ids, args.max_response_tokens, args.temperature, precision)
     source = (args.task, args.data, args.eval_data, args.eval_size)
     environment = environment_of([train_set, eval_set], source, eos_ids, args.sampler_timeout)

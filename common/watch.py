@@ -8,6 +8,7 @@ from common.errors import RunStopped
 
 MOST_SKIPPED_UPDATES = 5  # steps in a row, after which the run stops
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
+STEPS_WITHOUT_END = 3  # in a row, in which every response was cut, after which it says so
 
 
 class Watch:
@@ -17,9 +18,22 @@ class Watch:
         self.run_dir = run_dir
         self.skipped_in_a_row = 0
         self.without_signal = 0
+        self.without_end = 0
 
     def look(self, step, metrics):
-        """Warn of steps in a row without any signal. Raises `RunStopped` after skipped updates."""
+        """Warn of steps in a row without any signal, or without a response that ends.
+
+        Raises `RunStopped` after skipped updates.
+        """
+        no_end = metrics.get("response_length/truncated") == 1
+        self.without_end = self.without_end + 1 if no_end else 0
+        if self.without_end == STEPS_WITHOUT_END:
+            tqdm.write(
+                f"For {STEPS_WITHOUT_END} steps, every response was cut at the limit (see "
+                "completions.jsonl): raise --max-response-tokens, or give a chat model prompts "
+                "that are lists of chat messages.",
+                file=sys.stderr,
+            )
         no_signal = metrics.get("reward/zero_std_groups") == 1
         self.without_signal = self.without_signal + 1 if no_signal else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:

@@ -748,6 +748,13 @@ def test_a_run_without_signal_says_so_once(learns, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize(("length", "times"), [(1, 1), (64, 0)])
+def test_a_run_whose_responses_never_end_says_so_once(length, times, tmp_path, capsys):
+    settings = {"task": dense_task(tmp_path), "num_steps": watch.STEPS_WITHOUT_END + 2}
+    train(tmp_path, **settings, max_response_tokens=length)
+    assert capsys.readouterr().err.count("every response was cut at the limit") == times
+
+
 def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "SHOW_AFTER", 0)
     train(tmp_path, num_steps=1)

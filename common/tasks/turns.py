@@ -10,6 +10,7 @@ tells the two apart: from it follow mask, N and every metric.
 import contextlib
 import copy
 import queue
+import sys
 import threading
 import time
 from itertools import groupby
@@ -141,9 +142,14 @@ def environment_of(problem_sets, source, eos_ids, timeout):
     first = problem_sets[0]
     if first.to_reply_to() is None:
         return None
-    problems = [problem for problem_set in problem_sets for problem in problem_set.problems]
-    chat = any(not isinstance(problem["prompt"], str) for problem in problems)
+    chat = list in _kinds_of_prompts(problem_sets)
     return Environment(first.task, source, first.tokenizer, eos_ids, chat, timeout)
+
+
+def _kinds_of_prompts(problem_sets):
+    """`str` for plain text, `list` for chat messages."""
+    problems = [problem for problem_set in problem_sets for problem in problem_set.problems]
+    return {str if isinstance(problem["prompt"], str) else list for problem in problems}
 
 
 def _made_again(source, *others):
@@ -176,3 +182,35 @@ def around_a_reply(tokenizer, task):
         how = f"give another reply_role than {task.reply_role!r}, or another model"
         raise BadInput(f"{what} has no place for replies ({error!r}): {how}.") from error
     return found[0]
+
+
+def end_of_turn(tokenizer, task):
+    """The token that the chat template writes after the model's turn; None if it is no one token,
+    or if there is no template.
+    """
+    turn = "What the model says"
+    chat = [{"role": "user", "content": "The problem"}, {"role": "assistant", "content": turn}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, **task.template_arguments)
+    except Exception:  # as varied as templates are; a task that needs one has been refused before
+        return None
+    _, found, after = text.rpartition(turn)
+    tokens = tokenizer(after.strip(), add_special_tokens=False)["input_ids"]
+    return tokens[0] if found and len(tokens) == 1 else None
+
+
+def warn_of_endless_responses(problem_sets, eos_ids):
+    """Say so where prompts and chat template make it likely that no EOS ends a response."""
+    tokenizer = problem_sets[0].tokenizer
+    end = end_of_turn(tokenizer, problem_sets[0].task)
+    if end is None:
+        return
+    kinds = _kinds_of_prompts(problem_sets)
+    model = f"--model {tokenizer.name_or_path}"
+    if list in kinds and end not in eos_ids:
+        what = f"{model} ends a turn with {tokenizer.decode([end])!r}, which is no EOS"
+        how = f'set "eos_token_id": {sorted({*eos_ids, end})} in its generation_config.json'
+        print(f"The chat template of {what}, so responses may run on: {how}.", file=sys.stderr)
+    if str in kinds and end in eos_ids:  # of a base model, the EOS is another token
+        what = f"{model} is a chat model, and may continue plain text without an end"
+        print(f"{what}: give prompts that are lists of chat messages.", file=sys.stderr)

@@ -5,9 +5,12 @@ plain forward pass, a float64 loop over the sampled tokens.
 """
 
 import copy
+import json
 import math
 import pickle
 import random
+import re
+import shutil
 import signal
 import threading
 
@@ -19,14 +22,19 @@ from common.batching import collate
 from common.errors import BadInput, RunStopped
 from common.layers import use_threads
 from common.metrics import StepMetrics
-from common.models import load_model, load_tokenizer
+from common.models import load_model, load_tokenizer, location
 from common.sampling import Batch
 from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import sampler_mismatch
 from common.tasks import load_task
 from common.tasks.calculator import Calculator
-from common.tasks.problems import load_problems
-from common.tasks.turns import Environment, around_a_reply, parts_of
+from common.tasks.problems import ProblemSet, load_problems
+from common.tasks.turns import (
+    Environment,
+    around_a_reply,
+    parts_of,
+    warn_of_endless_responses,
+)
 from tests.helpers import (
     Run,
     assert_same_run,
@@ -356,6 +364,17 @@ THINKING = (
     "</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+CHATS = """
+from common.tasks import Task
+
+
+class Chats(Task):
+    def problems(self, split):
+        return [{"prompt": [{"role": "user", "content": str(n)}]} for n in range(4)]
+
+    def reward(self, problem, response):
+        return len(response)
+"""
 AROUND = {
     ("chatml", "user"): (
         CHATML, "<|im_end|>\n<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"),
@@ -396,6 +415,51 @@ def test_a_chat_goes_on_after_the_policys_own_eos(tmp_path):
     expected = "\n<|im_start|>user\nhm<|end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(reply) == expected
     assert reply.count(tokenizer.eos_token_id) == 1  # the template's, not the tool's
+
+
+# Where responses may not end
+
+CHAT = [{"role": "user", "content": "Go"}]
+IS_CHAT_MODEL = "is a chat model, and may continue plain text without an end"
+
+
+@pytest.mark.parametrize(
+    ("template", "prompts", "said"),
+    [
+        (CHATML.replace("<|im_end|>", "<|end|>"), [CHAT], ""),
+        (CHATML.replace("<|im_end|>", "<|end|>"), ["Go"], IS_CHAT_MODEL),
+        (CHATML.replace("<|im_end|>", "<|end|>"), [CHAT, "Go"], IS_CHAT_MODEL),
+        (CHATML.replace("<|im_end|>", "<|pad|>"), [CHAT], "a turn with '<|pad|>', which is no EOS"),
+        (CHATML.replace("<|im_end|>", "<|pad|>"), ["Go"], ""),  # a base model
+        (load_tokenizer("tiny").chat_template, [CHAT, "Go"], ""),  # no token stands for an end
+        (SILENT, [CHAT, "Go"], ""),
+        (None, ["Go"], ""),
+    ],
+)
+def test_prompts_that_no_eos_may_answer(template, prompts, said, capsys):
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.chat_template = template
+    problems = [{"prompt": prompt} for prompt in prompts]
+    problem_set = ProblemSet(Calculator(), tokenizer, problems, [])
+    warn_of_endless_responses([problem_set], {tokenizer.eos_token_id})
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == bool(said)
+    ids = sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
+    assert (f'"eos_token_id": {ids} in its generation_config.json' in error) == ("no EOS" in said)
+
+
+def test_an_eos_that_the_models_directory_lists_is_no_surprise(tmp_path, capsys):
+    """What the warning says to do is enough."""
+    directory = shutil.copytree(location("tiny"), tmp_path / "model")
+    (directory / "chat_template.jinja").write_text(CHATML.replace("<|im_end|>", "<|pad|>"))
+    task = write_task(tmp_path, CHATS)
+    settings = {"task": f"{task}:Chats", "model": directory, "num_steps": 1}
+    train(tmp_path, "before", **settings)
+    advice = re.search(r'set "eos_token_id": (.*) in its', capsys.readouterr().err)[1]
+    path = directory / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": json.loads(advice)}))
+    train(tmp_path, "after", **settings)
+    assert "no EOS" not in capsys.readouterr().err
 
 
 # Loss and gradient
