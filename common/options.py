@@ -21,7 +21,7 @@ class RunOptions:
     revision: str = ""
     """revision of a hub model; empty for its main branch"""
     data: str = ""
-    """training data: a .jsonl or .parquet file, or a hub dataset; empty for the task's own"""
+    """training data: a .jsonl, .csv or .parquet file, or a hub dataset; empty for the task's own"""
     eval_data: str = ""
     """held-out data, in the same formats; empty for the task's own"""
     eval_size: int = option(256, at_least=1)

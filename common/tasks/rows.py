@@ -1,34 +1,38 @@
-"""Rows of data from a JSON, JSONL or Parquet file, a directory, or the Hugging Face hub."""
+"""Rows of data from a JSON, JSONL, CSV or Parquet file, a directory, or the Hugging Face hub."""
 
+import csv
 import glob
+import gzip
+import io
 import json
 import os
 import tempfile
-from pathlib import Path
 
 from common.errors import BadInput
+
+FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
 
 def read_rows(source, option, columns):
     """Read rows that have a non-empty string in each of `columns`; numbers are turned into strings.
 
-    `source` is a JSONL, JSON (one array) or Parquet file, or a directory or hub name that
-    `load_dataset` accepts, with a configuration after a colon ("openai/gsm8k:main"). Returns
-    `(rows, test_rows)`, lists of dicts; the latter are of the split called "test", if there is one.
+    `source` is a JSONL, JSON (one array), CSV (with a header) or Parquet file, all but the last
+    also as `.gz`, or a directory or hub name that `load_dataset` accepts, with a configuration
+    after a colon ("openai/gsm8k:main"). Returns `(rows, test_rows)`, lists of dicts; the latter are
+    of the split called "test", if there is one.
     Raises `BadInput`, which names `option` and a malformed row.
     """
-    if source.endswith((".jsonl", ".json", ".parquet")) and not os.path.exists(source):
-        raise BadInput(
-            f"{option} {source}: there is no such file; give an existing .jsonl or .parquet file."
-        )
+    if source.endswith(FILES) and not os.path.exists(source):
+        how = "give an existing .jsonl, .csv or .parquet file"
+        raise BadInput(f"{option} {source}: there is no such file; {how}.")
     try:
         splits = _load(source)
     except Exception as error:
         # What `datasets` raises is as varied as the ways to fail: no network, no such name, …
         reason = " ".join(str(e) for e in (error, error.__cause__) if e) or "the file is empty"
         raise BadInput(
-            f"{option} {source} cannot be loaded ({reason[:300]}): give a .jsonl or .parquet file, "
-            "or a hub dataset, as in openai/gsm8k:main."
+            f"{option} {source} cannot be loaded ({reason[:300]}): give a .jsonl, .csv or "
+            ".parquet file, or a hub dataset, as in openai/gsm8k:main."
         ) from error
 
     rows = list(splits.get("train", []))
@@ -56,8 +60,12 @@ def _load(source):
     """The rows of each split."""
     if os.path.isfile(source) and not source.endswith(".parquet"):
         # By hand: pyarrow turns dates into timestamps, reports no row numbers, and crashes on null
-        # lines.
-        return {"train": _json_rows(Path(source).read_text(encoding="utf-8-sig"))}
+        # lines; pandas turns 1.50 into 1.5.
+        open_text = gzip.open if source.endswith(".gz") else open
+        with open_text(source, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+        is_csv = source.removesuffix(".gz").endswith(".csv")
+        return {"train": list(csv.DictReader(io.StringIO(text))) if is_csv else _json_rows(text)}
 
     import datasets  # takes over a second, and few runs need it
 

@@ -2,6 +2,8 @@
 stays behind.
 """
 
+import csv
+import gzip
 import json
 import os
 import subprocess
@@ -58,8 +60,29 @@ def test_all_kinds_of_files_give_the_same_rows(tmp_path):
         str(tmp_path / "data.parquet"),
         str(tmp_path / "array.json"),
     ]
+    with open(tmp_path / "data.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, COLUMNS)  # quotes the answers, which have two lines
+        writer.writeheader()
+        writer.writerows(rows)
+    sources.append(str(tmp_path / "data.csv"))
+    for path in [path for path in tmp_path.iterdir() if path.suffix != ".parquet"]:
+        sources.append(f"{path}.gz")
+        with gzip.open(sources[-1], "wb") as file:
+            file.write(path.read_bytes())
     for source in sources:
         assert read_rows(source, "--data", COLUMNS) == (rows, [])
+
+
+def test_numbers_of_a_csv_file_stay_as_they_are_written(tmp_path):
+    (tmp_path / "data.csv").write_text('question,answer\nWhat?,1.50\nWhat?,"1,800"\nWhat?,007\n')
+    rows, _ = read_rows(str(tmp_path / "data.csv"), "--data", COLUMNS)
+    assert [row["answer"] for row in rows] == ["1.50", "1,800", "007"]
+
+
+@pytest.mark.parametrize("bad_row", ["What?", "What?,", '"What?"," "', ",2"])
+def test_malformed_row_of_a_csv_file_is_named_by_its_number(bad_row, tmp_path):
+    (tmp_path / "data.csv").write_text(f"question,answer\nWhat?,1\n{bad_row}\nWhat?,3\n")
+    assert "row 2 has no text" in refused(tmp_path / "data.csv")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -143,7 +166,9 @@ def test_parquet_row_without_text_is_named_by_its_number(tmp_path):
     assert "row 7" in refused(tmp_path / "data.parquet")
 
 
-@pytest.mark.parametrize("name", ["absent.jsonl", "absent.parquet", "absent.json", "absent"])
+@pytest.mark.parametrize(
+    "name", ["absent.jsonl", "absent.parquet", "absent.csv", "a.json.gz", "absent"]
+)
 def test_data_is_missing(name, tmp_path):
     refused(tmp_path / name)
 
@@ -162,7 +187,7 @@ def test_a_missing_file_is_refused_without_a_look_at_the_hub(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet"])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.parquet", "data.csv", "data.jsonl.gz"])
 @pytest.mark.parametrize("content", ["", "\n", "\n\n \n", "PAR1 but nothing else"])
 def test_data_has_no_rows(name, content, tmp_path):
     (tmp_path / name).write_text(content)
