@@ -21,6 +21,7 @@ from common.distributed import (
     whole_state,
 )
 from common.errors import NOT_FINITE, BadInput, RunStopped
+from common.hub import reach_hub
 from common.layers import speed_up
 from common.logprobs import autocast_of
 from common.lora import Base, adapted_layers, add_adapter
@@ -257,6 +258,8 @@ def _load(auto_class, name, revision, **options):
         # Explicitly no code from the model's directory: transformers would ask on the terminal
         # whether to run it.
         options |= {"revision": revision or "main", "trust_remote_code": False}
+        if not os.path.isdir(path):
+            reach_hub(name, "config.json", revision=revision)
         return auto_class.from_pretrained(location(name), **options)
     # As varied as the ways to fail: no network, no such name, a file cut short, …
     except Exception as error:

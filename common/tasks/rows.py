@@ -9,6 +9,7 @@ import os
 import tempfile
 
 from common.errors import BadInput
+from common.hub import reach_hub
 
 FILES = (".jsonl", ".json", ".csv", ".parquet", ".gz")
 
@@ -79,6 +80,8 @@ def _load(source):
             return {"train": datasets.Dataset.from_parquet(glob.escape(source), **local)}
         name, _, configuration = source.partition(":")
         options = local if os.path.isdir(name) else {}
+        if not options:
+            reach_hub(name, "README.md", "dataset")
         return datasets.load_dataset(name, configuration or None, **options)
 
 
