@@ -4,7 +4,11 @@ A task of your own is a class derived from `Task`, with two methods, in any file
 makes it a task of several turns, in which the model uses a tool, say.
 """
 
+import asyncio
+import contextlib
+import functools
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -28,6 +32,8 @@ class Task:
     max_turns = 1
     # The role of replies in chats; "tool" is another one that some chat templates know.
     reply_role = "user"
+    # How many calls of an `async def reward` (or `reply`) run at the same time.
+    concurrency = 16
 
     def __init__(self, data="", eval_data="", eval_size=256):
         self.data = data
@@ -48,7 +54,8 @@ class Task:
 
         Or a dict of "reward" and other values, which are logged as means over the batch. If the
         reward is more than correctness, include "accuracy": evaluation then reports it. Of a task
-        of several turns, `response` is the list of the model's turns.
+        of several turns, `response` is the list of the model's turns. It may be an `async def`:
+        then rewards of a batch are computed at the same time, `concurrency` of them.
         """
         raise NotImplementedError
 
@@ -75,16 +82,39 @@ class Task:
         return self._one_by_one(self.reply, problems, turns)
 
     def _one_by_one(self, function, problems, responses):
+        pairs = list(zip(problems, responses, strict=True))
+        if inspect.iscoroutinefunction(function):
+            return self._event_loop.run(self._concurrently(function, pairs))
         results = []
-        for problem, response in zip(problems, responses, strict=True):
-            try:
-                results.append(function(problem, response))
-            except Exception as error:
-                raise RunStopped(
-                    f"{type(self).__name__}.{function.__name__} raised {error!r} "
-                    f"on the response {response!r} to {problem!r}."
-                ) from error
+        for pair in pairs:
+            with self._errors_of(function, *pair):
+                results.append(function(*pair))
         return results
+
+    async def _concurrently(self, function, pairs):
+        free = asyncio.Semaphore(self.concurrency)
+
+        async def call(pair):
+            async with free:
+                with self._errors_of(function, *pair):
+                    return await function(*pair)
+
+        return await asyncio.gather(*map(call, pairs))
+
+    @functools.cached_property
+    def _event_loop(self):
+        """One for all batches, since a task's connections to a server belong to a loop."""
+        return asyncio.Runner()
+
+    @contextlib.contextmanager
+    def _errors_of(self, function, problem, response):
+        try:
+            yield
+        except Exception as error:
+            raise RunStopped(
+                f"{type(self).__name__}.{function.__name__} raised {error!r} "
+                f"on the response {response!r} to {problem!r}."
+            ) from error
 
 
 def load_task(name, data="", eval_data="", eval_size=256):

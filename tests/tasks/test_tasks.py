@@ -1,5 +1,7 @@
 """Tasks: the bundled additions, GSM8K, tasks of one's own, and their prompts."""
 
+import asyncio
+import functools
 import json
 import random
 import subprocess
@@ -287,6 +289,45 @@ def test_rewards_that_are_not_one_per_response(rewards, said, tmp_path, tokenize
     with pytest.raises(RunStopped, match=r"^Echo") as error:
         problem_set.grade([1, 2], [[1], [2]])
     assert said in str(error.value)
+
+
+class Judge(Task):
+    """Its rewards take a while, in which others are asked for; `most` were at work at one time."""
+
+    concurrency = 3
+    at_work = most = 0
+
+    def problems(self, split):
+        return [{"prompt": str(n), "n": n} for n in range(10)]
+
+    async def reward(self, problem, response):
+        self.at_work += 1
+        self.most = max(self.most, self.at_work)
+        # Like a connection to a server, a queue that is waited for belongs to its event loop.
+        async with self.connection:
+            await asyncio.sleep(0.001)
+        self.at_work -= 1
+        return {"reward": 1 / (problem["n"] - 7), "seen": len(response)}
+
+    @functools.cached_property
+    def connection(self):
+        return asyncio.Semaphore(2)
+
+
+def test_rewards_of_a_batch_may_be_waited_for_together(tokenizer):
+    problem_set = load_problems(Judge(), "train", tokenizer, 9)
+    numbers = [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    responses = [tokenizer.encode("1" * number) for number in numbers]
+    for _ in range(2):  # the second batch waits for the same connection
+        grades, _ = problem_set.grade(numbers, responses)
+        assert grades == [{"reward": 1 / (number - 7), "seen": number} for number in numbers]
+    assert problem_set.task.most == 3
+
+
+def test_an_error_in_a_reward_that_is_waited_for(tokenizer):
+    problem_set = load_problems(Judge(), "train", tokenizer, 9)
+    with pytest.raises(RunStopped, match=r"^Judge.reward raised ZeroDiv.* response 'hm' to .*7"):
+        problem_set.grade(range(10), [tokenizer.encode("hm")] * 10)
 
 
 @pytest.mark.parametrize("name", [*sorted(RESERVED), "reward/mean", "time/step", "my/own"])

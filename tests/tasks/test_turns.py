@@ -13,6 +13,7 @@ import re
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,6 +239,13 @@ def ask(name, tokenizer, turns=("7+5=12",), room=100, problem=None, **options):
     problem = problem or {"prompt": "Q: 1+2\nA:", "n": 11}
     (reply,) = environment.replies([problem], [(tokens, logprobs)], [room], BEAT)
     return reply
+
+
+def test_replies_may_be_waited_for_together(tmp_path, tokenizer):
+    path = written(tmp_path, "        return '|'.join(turns)\n").rpartition(":")[0]
+    text = Path(path).read_text().replace("def reply", "async def reply")
+    Path(path).write_text(text)
+    assert tokenizer.decode(ask(f"{path}:Sums", tokenizer, ["a", "b"])) == "a|b"
 
 
 def test_the_task_sees_the_turns_without_replies_and_special_tokens(tmp_path, tokenizer):
