@@ -1,6 +1,9 @@
 """The two errors that end a run with a message instead of a traceback."""
 
+import contextlib
 import re
+
+from safetensors import SafetensorError
 
 
 class BadInput(Exception):
@@ -26,6 +29,16 @@ OUT_OF_MEMORY = (
     "The GPU's memory is full: lower --max-tokens-per-microbatch, give --gradient-checkpointing or "
     "--no-reference-kl, or set PYTORCH_ALLOC_CONF=expandable_segments:True in the environment."
 )
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Raises `RunStopped` where what is done inside cannot write `path`: the disk is full, say."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        what = f"{path} cannot be written ({error})"
+        raise RunStopped(f"{what}: make room, and go on with --resume.") from error
 
 
 def is_out_of_memory(error):

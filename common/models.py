@@ -20,7 +20,7 @@ from common.distributed import (
     whole,
     whole_state,
 )
-from common.errors import NOT_FINITE, BadInput, RunStopped
+from common.errors import NOT_FINITE, BadInput, RunStopped, writing
 from common.hub import reach_hub
 from common.layers import speed_up
 from common.logprobs import autocast_of
@@ -194,7 +194,7 @@ def save_model(model, tokenizer, directory):
     """Write a Hugging Face model directory; of a model with an adapter, another one beside it.
 
     The first then has merged weights, the second, `adapter`, is one of the `peft` library. Raises
-    `RunStopped` for a model that the last update has ruined.
+    `RunStopped` for a model that the last update has ruined, and where writing fails.
     """
     # Weights may be finite, and what they compute may not.
     with torch.no_grad(), autocast_of(model):
@@ -213,8 +213,10 @@ def save_model(model, tokenizer, directory):
     state = whole_state({name: tensor.detach() for name, tensor in tensors_of(model).items()})
     plain = model
     if adapted_layers(model):
+        adapter = directory.with_name("adapter")
         if rank() == 0:
-            model.save_pretrained(directory.with_name("adapter"), state_dict=state)
+            with writing(adapter):
+                model.save_pretrained(adapter, state_dict=state)
         plain = _without_memory(model.config)  # a model of this class without an adapter
         plain.generation_config = model.generation_config
         plain._weight_conversions = getattr(model, "_weight_conversions", None)
@@ -224,8 +226,9 @@ def save_model(model, tokenizer, directory):
             if rank() == 0:
                 state[name] = tensor.cpu()
     if rank() == 0:
-        plain.save_pretrained(directory, state_dict=state)
-        tokenizer.save_pretrained(directory)
+        with writing(directory):
+            plain.save_pretrained(directory, state_dict=state)
+            tokenizer.save_pretrained(directory)
 
 
 def location(name):

@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from common.environment import describe_environment
-from common.errors import BadInput
+from common.errors import BadInput, writing
 
 
 class RunFiles:
@@ -63,10 +63,11 @@ class RunFiles:
             self.files[name] = file
 
     def append(self, name, *records):
-        """Write records to a log, one line each."""
+        """Write records to a log, one line each. Raises `RunStopped` where that fails."""
         for record in records:
-            self.files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
-            self.files[name].flush()
+            with writing(self.dir / name):
+                self.files[name].write(json.dumps(record, allow_nan=False).encode() + b"\n")
+                self.files[name].flush()
 
     def flushed_offsets(self):
         """The length of each log in bytes, all of them on disk."""

@@ -570,6 +570,7 @@ def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_
     assert (
         "grpo.py: error: " in ended.stderr.splitlines()[-1]
         and what in ended.stderr.splitlines()[-1]
+        and ended.stderr.splitlines()[-1].endswith(": make room, and go on with --resume.")
     )
     assert {path.name for path in run_dir.glob("checkpoints/*")} == {
         "step_000001.pt",
@@ -579,6 +580,41 @@ def test_a_full_disk_is_said_in_one_line(limit, what, place, uninterrupted, tmp_
     monkeypatch.syspath_prepend(directory)
     assert command(*resume(run_dir)) == 0
     assert_same_run(run_dir, expected)
+
+
+FULL_IN_THE_END = """
+import os
+import resource
+from dense import Digits
+
+
+class Full(Digits):
+    def problems(self, split):
+        if os.environ.get("FULL"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000))
+        return super().problems(split)
+"""
+
+
+@pytest.mark.parametrize(("lora_rank", "name"), [(0, "model"), (4, "adapter")])
+def test_a_disk_that_is_full_in_the_end(lora_rank, name, place, tmp_path, monkeypatch):
+    directory, settings = place
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY}:{directory}")
+    monkeypatch.syspath_prepend(directory)
+    task = f"{write_task(tmp_path, FULL_IN_THE_END)}:Full"
+    run_dir = train(tmp_path, **{**settings, "task": task, "num_steps": 1, "lora_rank": lora_rank})
+    expected = (run_dir / "model" / "model.safetensors").read_bytes()
+    for saved in (run_dir / "model", run_dir / "adapter"):
+        shutil.rmtree(saved, ignore_errors=True)
+    monkeypatch.setenv("FULL", "1")
+    ended = run_module("grpo", *resume(run_dir))
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    line = ended.stderr.splitlines()[-1]
+    assert f"{run_dir / name} cannot be written (" in line
+    assert line.endswith(": make room, and go on with --resume.")
+    monkeypatch.delenv("FULL")
+    assert command(*resume(run_dir)) == 0
+    assert (run_dir / "model" / "model.safetensors").read_bytes() == expected
 
 
 def test_moved_run_can_be_resumed(place, uninterrupted, tmp_path):
