@@ -284,19 +284,34 @@ VALUE_WORDS = (
     "half|halves|third|quarter|"
     "(?:four|fif|six|seven|eigh|nin|ten|twelf|hundred|thousand|million)th|am|pm"
 )
+# Commands that change how what follows them looks
+FONTS = (
+    "(?:math)?(?:bf|rm|it|sf|tt)|em|bfseries|itshape|tiny|small|normalsize|large|Large|LARGE|huge|"
+    "Huge|(?:text|display)style"
+)
 
 
 def _tidy(text):
     """Rewrite what math-verify 0.9 misreads. A comment "x: y" means that it would read x as y."""
-    # €18 and \[18\]: nothing
-    text = re.sub(r"\\?[$€£¥₹]|(?<!\\)\\[()\[\]]", "", text)
+    # €18, US$18 and \[18\]: nothing
+    money = r"\b(?:US|CA|C|AU|A)\\?\$|\\?[$€£¥₹₩¢]|\\(?:pounds|euro|cent)s?(?![A-Za-z])"
+    text = re.sub(rf"{money}|(?<!\\)\\[()\[\]]", "", text)
     # 18°: nothing
     text = re.sub(r"°|\^ ?\{?\\circ\}?", " ", text)
+    # \textcolor{red}{18}: nothing
+    text = re.sub(r"\\(?:text)?color\s*\{[^{}]*\}", "", text)
     # 18\text{ thousand}: 18
-    text = re.sub(r"\\(?:(?:text|math|mbox|bold)\w*|bm)\s*\{([^{}]*)\}", r" \1 ", text)
+    braced = r"(?:text|math|mbox|bold)\w*|bm|emph|underline"
+    text = re.sub(rf"\\(?:{braced})\s*\{{([^{{}}]*)\}}", r" \1 ", text)
+    # {\bf 18} and \bf 18: nothing
+    font = rf"\\(?:{FONTS})(?![A-Za-z])"
+    text = re.sub(rf"\{{ *{font}([^{{}}]*)\}}", r" \1 ", text)
+    text = re.sub(font, " ", text)
     # **18** and 18,: nothing
     text = re.sub(r"(?<!\\)\\[,;:! ]|[~\s]+", " ", text)
     text = text.strip("* ").rstrip(".,;:")
+    # USD 18: U·S·D·18
+    text = re.sub(r"^(?:USD|EUR|GBP|CHF|CAD|AUD|INR|Rs\.?) *(?=[\d.])", "", text)
     # 10\pi \approx 31.4: also 31.4
     text = re.sub(r"([\d)}]|\\pi) *(?:\\approx|≈).*", r"\1", text)
     # \approx 18: nothing
@@ -322,7 +337,7 @@ def _tidy(text):
     # 18 dollars: 18·d·o·l·l·a·r·s. A unit after a number goes, unless it has words that change the
     # value.
     unit = r"(?:m|[A-Za-z]{2,})(?![A-Za-z])[A-Za-z./ -]*(?:\^ ?\{?\d\}?|[²³])?"
-    text = re.sub(r"^([^A-Za-z\\]*\d) +[gshLCFK]$", r"\1", text)
+    text = re.sub(r"^([^A-Za-z\\]*\d) +(?:[gshLCFKVAWNJΩ]|\\Omega)$", r"\1", text)
     return re.sub(rf"(?<=[\d}}%)]) +(?!.*\b(?i:{VALUE_WORDS})s?\b){unit}$", "", text)
 
 

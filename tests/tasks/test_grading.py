@@ -157,6 +157,13 @@ RIGHT = {
         \boldsymbol{18} | \bm{18} | \approx 18 | ≈ 18
         x \approx 18 | 1.8e1 | 18e0 | 180e-1 | 18 percent
         18\text{ percent} | 18 pct | 17+1=18 | 018
+        \bf 18 | {\bf 18} | \bf{18} | \mathbf 18 | \rm 18 | \large 18 | \displaystyle 18
+        \emph{18} | \underline{18} | \color{red}18 | \color{red}{18} | \textcolor{red}{18}
+        18 V | 18\text{ V} | 18\,\text{V} | 18\ \mathrm{V} | 18\,{\rm V} | 18 {\rm cm}
+        18 A | 18 W | 18 N | 18 J | 18 Ω | 18\ \Omega | x = 18\text{ cm}
+        USD 18 | USD18 | USD 18.00 | EUR 18 | CHF 18 | GBP 18 | CAD 18 | Rs. 18 | Rs 18 | Rs.18
+        \text{USD }18 | US$18 | US\$18 | US$ 18 | C$18 | A$18 | $18 USD | 18 EUR
+        \pounds 18 | \pounds18 | \euro 18 | 18\euro | 18¢ | 18\text{¢} | ₩18
     """),
     "1000000": forms(r"""
         1e6 | 1E6 | 1 million | 1\text{ million} | 1000 thousand | 0.001 billion | 10^6 | 1,000,000
@@ -195,6 +202,9 @@ WRONG = {
         18 and a half | 18\text{ and a half}
         18 tenths | 18 hundredths | 18 doubled | 18 halves | 17=18
         18=17=18 | 18_3 | 18 times 2 | 0.18% | 18 1/2
+        \bf 17 | {\bf 17} | \textcolor{18}{17} | 17 V | x V | V | 18 x | 18 k | 18 M | 18 V + 2
+        18 V or 17 V | x = 17\text{ V} | \Omega | 18 \pi | 18 + \Omega
+        USD 17 | USD | USD 18 million | USD 18 or 17 | -USD 18 | USD -18 | US$17 | \pounds 17
         18 plus tax | 18 minus 5 | 18 pi | 18 squared | 17, no, 18 | the answer is 17, not 18
     """),
     "1,800": forms("18 | 800 | 1 | 1.800 | 1,80 | 1,8000 | 18,00 | 1 80 | 1,801 | 180,0"),
