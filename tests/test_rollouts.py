@@ -25,8 +25,8 @@ from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import KEEP_FREED_MEMORY, engine_bytes, share_of_gpu
-from common.tasks import load_task
-from common.tasks.problems import load_problems
+from common.tasks import Task, load_task
+from common.tasks.problems import ProblemSet, load_problems
 from tests.conftest import build_model
 from tests.helpers import dense_task, train
 
@@ -94,7 +94,8 @@ def settings(schedule, **options):
 
 def problem_sets(*prompts):
     """What `make_rollouts` reads of the training problems and of the held-out ones."""
-    return [types.SimpleNamespace(prompts=some, to_reply_to=lambda: None) for some in prompts]
+    tokenizer = load_tokenizer("tiny")
+    return [ProblemSet(Task(), tokenizer, [], list(some)) for some in prompts]
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
