@@ -297,10 +297,22 @@ def assert_nearly_the_same(run_dir, other):
                 assert found[key] == pytest.approx(value, rel=1e-4, abs=1e-4), key
 
 
+def names_in_model(run_dir):
+    return load_file(run_dir / "model" / "model.safetensors").keys()
+
+
+def names_in_checkpoint(run_dir):
+    newest = max((run_dir / "checkpoints").glob("*.pt"))
+    return torch.load(newest, weights_only=True)["model"].keys()
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_a_run_on_several_ranks_is_that_of_one(count, settings, lone_run, tmp_path):
     run_on(count, options(tmp_path, **settings, **RUN), tmp_path / "log")
     assert_nearly_the_same(tmp_path / "run", lone_run)
+    for names_of in (names_in_model, names_in_checkpoint):  # tied weights once
+        assert names_of(tmp_path / "run") == names_of(lone_run)
+        assert not any("lm_head" in name for name in names_of(lone_run))
 
 
 def test_several_updates_per_batch_on_two_ranks_are_those_of_one(settings, tmp_path):

@@ -21,7 +21,7 @@ from common.rollouts import check_decoding
 from common.sampling.transformers import TransformersSampler
 from common.sampling.vllm import as_in_files
 from common.weights import weights_of
-from tests.conftest import TINY_MODEL
+from tests.conftest import REPOSITORY, TINY_MODEL
 
 SIZES = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -246,3 +246,8 @@ def test_what_cannot_work_is_refused(family, tmp_path):
     with pytest.raises(BadInput, match=f"--model {directory}.* {reason}") as error:
         check_decoding(model, PROMPTS, 8, 1.0, "float32", directory)
     assert str(error.value).endswith("give another model.")
+
+
+def test_the_documentation_lists_them():
+    text = (REPOSITORY / "common" / "README.md").read_text()
+    assert [family for family in (*FAMILIES, *REFUSED) if f"`{family}`" not in text] == []

@@ -251,12 +251,28 @@ def test_a_sampler_that_hangs_ends_the_run(place, tmp_path):
     )
 
 
+@pytest.mark.parametrize("victim, number", [("sampler", "SIGKILL"), ("trainer", "SIGTERM")])
+def test_a_run_that_is_stopped_while_the_sampler_starts(victim, number, tmp_path):
+    # Its prompts are more than fits into a pipe, which the sampler reads once it has started.
+    settings = {"model": "tiny", "task": "addition", "sync_offset": 1, "serial": False}
+    run = Run(options(tmp_path, **settings), tmp_path / "log")
+    sampler = run.sampler()
+    os.kill({"sampler": sampler, "trainer": run.trainer.pid}[victim], getattr(signal, number))
+    code = run.end(30, grace=15)  # the sampler looks for the trainer after its imports
+    if victim == "sampler":
+        assert code == 1 and "The sampler's process died (exit code -9" in run.log.read_text()
+    else:
+        assert code == -signal.SIGTERM
+
+
 def test_the_sampler_leaves_when_the_trainer_is_killed(place, tmp_path):
     _, settings = place
     argv = options(tmp_path, **{**settings, "num_steps": 1000}, sync_offset=1, serial=False)
     run = Run(argv, tmp_path / "log")
-    run.sampler()
+    sampler = run.sampler()
     wait_for(lambda: num_logged(tmp_path / "run") >= 2 or run.trainer.poll() is not None)
+    # A named semaphore would stay behind.
+    assert "/dev/shm/sem." not in Path(f"/proc/{sampler}/maps").read_text()
     assert kill(run.trainer.pid)
     assert run.end() == -signal.SIGKILL  # and nobody is left
 
