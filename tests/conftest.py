@@ -8,6 +8,8 @@ from pathlib import Path
 
 # before transformers is imported: a test never reaches for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+# before torch is: threads that wait for work leave their core to the tests beside them
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 

@@ -24,9 +24,10 @@ is the least of its rounds: disturbances only add.
   machine reaches on a plain product of bf16 matrices; next to a time stands its ratio to the floor.
 
 Flat logits: W of the size of an initialised model's; peaked: entropies of about one nat, as trained
-models have them. What needs a GPU is marked "not run" on a machine without one. A peer that is not
-installed, or that does not run here, is listed with the reason. Writes `results/logprob_kernels/`,
-after each part and each size on a GPU, so that a crash loses nothing that was measured before.
+models have them. Capped logits, as Gemma's, are peaked ones, for those that know a cap. What needs
+a GPU is marked "not run" on a machine without one. A peer that is not installed, or that does not
+run here, is listed with the reason. Writes `results/logprob_kernels/`, after each part and each
+size on a GPU, so that a crash loses nothing that was measured before.
 """
 
 import ctypes
@@ -57,6 +58,7 @@ from common.logprobs import LARGE_VOCABULARY, logprobs_and_entropy, token_logpro
 PEERS = ("trl", "liger-kernel", "verl", "quack-kernels", "cut-cross-entropy", "triton")
 PARTS = ("gpu", "step", "cpu", "crossover")
 OURS, PLAIN = "this repository", "plain"
+CAP = 30.0  # that of Gemma 2
 
 
 @dataclass
@@ -81,13 +83,16 @@ class Args:
 # log-probs
 
 
-def ours(hidden, weight, targets, upstream):
-    return logprobs_and_entropy(hidden, weight, targets)[0] @ upstream
+def ours(hidden, weight, targets, upstream, cap=None):
+    return logprobs_and_entropy(hidden, weight, targets, cap)[0] @ upstream
 
 
-def plain_results(hidden, weight, targets, entropy):
+def plain_results(hidden, weight, targets, entropy, cap=None):
     """Logits in the inputs' dtype, statistics in float32, as the scripts did before."""
-    logprobs_NV = torch.log_softmax((hidden @ weight.T).float(), dim=-1)
+    logits_NV = hidden @ weight.T
+    if cap is not None:
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    logprobs_NV = torch.log_softmax(logits_NV.float(), dim=-1)
     found_N, entropy_N = logprobs_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), None
     if entropy:
         with torch.no_grad():
@@ -96,8 +101,8 @@ def plain_results(hidden, weight, targets, entropy):
     return found_N, entropy_N
 
 
-def plain(hidden, weight, targets, upstream, entropy=True):
-    return plain_results(hidden, weight, targets, entropy)[0] @ upstream
+def plain(hidden, weight, targets, upstream, entropy=True, cap=None):
+    return plain_results(hidden, weight, targets, entropy, cap)[0] @ upstream
 
 
 def compiled():
@@ -121,10 +126,10 @@ def from_file(package, path):
     return module
 
 
-def trl():
+def trl(cap=None):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    options = (1.0, 8192, None, 1.0, ("entropy",))
+    options = (1.0, 8192, cap, 1.0, ("entropy",))
     return lambda h, w, y, up: ChunkedLogProbFunction.apply(h, w, None, y, *options)[0] @ up
 
 
@@ -160,10 +165,10 @@ def quack():
     )
 
 
-def cce(filter_eps):
+def cce(filter_eps, cap=None):
     from cut_cross_entropy import linear_cross_entropy
 
-    options = {"reduction": "none", "impl": "cce", "filter_eps": filter_eps}
+    options = {"reduction": "none", "impl": "cce", "filter_eps": filter_eps, "softcap": cap}
     return lambda h, w, y, up: -(linear_cross_entropy(h, w, y, **options).float() @ up)
 
 
@@ -183,6 +188,16 @@ ON_GPU = {
     "quack (no entropy)": quack,
     "cce (no entropy)": lambda: cce("auto"),
     "cce_exact (no entropy)": lambda: cce(None),  # `impl="cce_exact"` is not in this version
+}
+CAPPED_ON_CPU = {
+    OURS: lambda: partial(ours, cap=CAP),
+    PLAIN: lambda: partial(plain, cap=CAP),
+    "TRL": lambda: trl(CAP),
+}
+CAPPED_ON_GPU = {
+    **CAPPED_ON_CPU,
+    "cce (no entropy)": lambda: cce("auto", CAP),
+    "cce_exact (no entropy)": lambda: cce(None, CAP),
 }
 OPERATIONS = {"quack (no entropy)": (6, 0)}
 """multiples of N·H·V, for all rows and for live ones; (2, 6) for all others"""
@@ -256,15 +271,20 @@ class PeakMemory:
         return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
 
 
-def true_gradients(problem):
+def true_gradients(problem, cap):
     """dh, dW in float64, a few rows at a time."""
     hidden, weight, targets, upstream = problem
     hidden64, weight64 = hidden.detach().double(), weight.detach().double()
     dhidden, dweight = torch.zeros_like(hidden64), torch.zeros_like(weight64)
     for rows in torch.arange(len(hidden)).split(256):
-        p = torch.softmax(hidden64[rows] @ weight64.T, dim=-1)
+        logits = hidden64[rows] @ weight64.T
+        slope = 1.0
+        if cap is not None:
+            slope = 1 - torch.tanh(logits / cap).square()
+            logits = cap * torch.tanh(logits / cap)
+        p = torch.softmax(logits, dim=-1)
         p[torch.arange(len(rows)), targets[rows]] -= 1
-        p *= -upstream[rows].unsqueeze(1)
+        p *= -upstream[rows].unsqueeze(1) * slope
         dhidden[rows] = p @ weight64
         dweight.addmm_(p.T, hidden64[rows])
     return dhidden, dweight
@@ -278,9 +298,9 @@ def reason(error):
     return f"{type(error).__name__}: {error}".splitlines()[0][:100]
 
 
-def contest(makers, problem, rounds):
+def contest(makers, problem, rounds, cap=None):
     """Time, extra memory and gradient error of every contestant that runs: one dict for each."""
-    contestants, rows, true = {}, {}, true_gradients(problem)
+    contestants, rows, true = {}, {}, true_gradients(problem, cap)
     for name, make in makers.items():
         hidden, weight, _, _ = problem
         try:
@@ -314,12 +334,13 @@ def contest(makers, problem, rounds):
 
 def run_cpu(args):
     cases = []
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, cap in ((torch.bfloat16, None), (torch.float32, None), (torch.bfloat16, CAP)):
         problem = make_problem(args.rows, args.hidden_sizes[0], dtype, True, "cpu", args.vocabulary)
-        case = {"N": args.rows, "H": args.hidden_sizes[0], "V": args.vocabulary}
+        case = {"N": args.rows, "H": args.hidden_sizes[0], "V": args.vocabulary, "cap": cap}
         case |= {"dtype": str(dtype).removeprefix("torch."), "load_average": os.getloadavg()[0]}
         print(case)
-        cases.append(case | {"contestants": contest(ON_CPU, problem, args.rounds)})
+        makers = ON_CPU if cap is None else CAPPED_ON_CPU
+        cases.append(case | {"contestants": contest(makers, problem, args.rounds, cap)})
     return cases
 
 
@@ -358,11 +379,16 @@ def run_gpu(args, keep):
     del matrix
     cases, best = [], max(rates)
     N, V = 16_384, args.vocabulary
-    for H, logits, live in itertools.product(args.hidden_sizes, ("flat", "peaked"), (1.0, 0.5)):
-        problem = make_problem(N, H, torch.bfloat16, logits == "peaked", "cuda", V, live)
+    grid = list(itertools.product(args.hidden_sizes, ("flat", "peaked"), (1.0, 0.5)))
+    grid += [(H, "capped", 1.0) for H in args.hidden_sizes]
+    for H, logits, live in grid:
+        problem = make_problem(N, H, torch.bfloat16, logits != "flat", "cuda", V, live)
         case = {"N": N, "H": H, "logits": logits, "live": live}
         print(case)
-        rows = contest(ON_GPU, problem, args.rounds)
+        if logits == "capped":
+            rows = contest(CAPPED_ON_GPU, problem, args.rounds, CAP)
+        else:
+            rows = contest(ON_GPU, problem, args.rounds)
         for name, row in rows.items():
             every, of_live = OPERATIONS.get(name, (2, 6))
             row["floor_seconds"] = (every + of_live * live) * N * H * V / best
@@ -443,6 +469,8 @@ def cpu_table(case):
         cells[-1].append(f"{row['gradient_error']:.1e}")
     header = ["contestant", "seconds", "× plain", "extra memory, MiB", "× plain", "gradient error"]
     title = f"N = {case['N']}, H = {case['H']}, V = {case['V']:,}, {case['dtype']}, peaked logits"
+    if case.get("cap"):
+        title += f", capped at {case['cap']:g}"
     title += f" (load average at the start: {case['load_average']:.1f}):"
     return f"{title}\n\n{reporting.table(header, cells)}"
 
@@ -461,7 +489,9 @@ def gpu_table(gpu):
     header = ["H", "logits", "live rows", "contestant", "ms", "× floor", "extra memory, MiB"]
     header.append("gradient error")
     if gpu is None:
-        grid = itertools.product((896, 2048, 3584), ("flat", "peaked"), ("100%", "50%"))
+        sizes = (896, 2048, 3584)
+        grid = list(itertools.product(sizes, ("flat", "peaked"), ("100%", "50%")))
+        grid += [(H, "capped", "100%") for H in sizes]
         return reporting.table(header, [[*place, "all", "not run", "", "", ""] for place in grid])
     cells = []
     for case in gpu["cases"]:
