@@ -114,6 +114,8 @@ def run_all(runs, num_steps, directory, jobs):
         finally:
             for process in active.values():
                 process.terminate()
+            for process in active.values():
+                process.wait()  # for its checkpoint: it would be killed with this process
 
 
 def _start(run, num_steps, directory):
