@@ -51,12 +51,13 @@ ANY = {"N", "first_column"}  # compiled once for all values
 INTEGERS = ANY | {"V", "H", "hidden_n", "weight_v", "SPLIT"}
 
 
+@pytest.mark.parametrize("cap", [0.0, 30.0])
 @pytest.mark.parametrize("architecture", SHARED_MEMORY)
 @pytest.mark.parametrize("name", ["_forward_kernel", "_gradient_kernel"])
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="there is no triton on this platform"
 )
-def test_kernels_compile(name, architecture, monkeypatch):
+def test_kernels_compile(name, architecture, cap, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -68,7 +69,7 @@ def test_kernels_compile(name, architecture, monkeypatch):
     kernel = getattr(kernels, name)
     # What Triton sees at a launch: contiguous rows, sizes and addresses that 16 divides, and
     # constants.
-    constants = {"hidden_h": 1, "weight_h": 1, "GROUP": kernels.GROUP, **blocks}
+    constants = {"hidden_h": 1, "weight_h": 1, "CAP": cap, "GROUP": kernels.GROUP, **blocks}
     options = {"num_warps": blocks["num_warps"], "num_stages": blocks["num_stages"]}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     signature, attributes = {}, {}
