@@ -58,7 +58,7 @@ def _token_logprobs(model, micro, temperature, precision):
     # before it: c tanh(z / c) / τ is the logit z / τ with the cap c / τ.
     scale, cap = scale_and_cap(model.config.get_text_config())
     dtype = torch.bfloat16 if precision == "bfloat16" else weight_VH.dtype
-    hidden_NH = (hidden_NH * (scale / temperature)).to(dtype)
+    hidden_NH = (hidden_NH * scale / temperature).to(dtype)
     cap = cap and cap / temperature
     targets_N = micro.targets_BT.flatten()[places_N]
     logprobs_N, entropy_N = logprobs_and_entropy(hidden_NH, weight_VH, targets_N, cap)

@@ -182,7 +182,8 @@ def test_only_response_tokens_reach_the_head_and_a_temperature_of_one_no_bit(
 
     monkeypatch.setattr("common.logprobs.logprobs_and_entropy", spy)
     token_logprobs(model, micro, 1.0, precision)
-    ((hidden_NH, weight_VH, targets_N),) = given
+    ((hidden_NH, weight_VH, targets_N, cap),) = given
+    assert cap is None
     with autocast("cpu", precision):
         expected_BTH = model.base_model(micro.inputs_BT).last_hidden_state
     assert torch.equal(hidden_NH, expected_BTH[micro.mask_BT].to(getattr(torch, precision)))
