@@ -18,9 +18,10 @@ from common.distributed import rank
 from common.errors import BadInput
 from common.runfiles import RunFiles, free_directory, write_atomically
 from common.tracking import start_tracking
-from common.watch import Watch
+from common.watch import NO_SIGNAL, Watch, never_learned
 
 COMPLETIONS_PER_STEP = 4
+ALWAYS_SHOWN = ("eval/reward", "eval/accuracy", "eval/response_length")
 
 
 def make_log(script, args):
@@ -176,14 +177,10 @@ class RunLog:
             what = f"Stopped after step {self.step} of {total}; there is a checkpoint"
             print(f"{what}. Continue with:")
             print(f"    python {self.script}.py --resume {shlex.quote(str(self.dir))}")
-        evaluations = [record for record in read_metrics(self.dir) if "eval/reward" in record]
-        has_accuracy = all("eval/accuracy" in record for record in evaluations)
-        what = "accuracy" if has_accuracy else "reward"
-        for record in evaluations[:1] + evaluations[1:][-1:]:
-            value = (
-                f"{record[f'eval/{what}']:.3f}; {record['eval/response_length']:.1f} tokens long"
-            )
-            print(f"Held-out {what} (greedy) after step {record['step']}: {value}.")
+        records = read_metrics(self.dir)
+        print(outcome(records), end="")
+        if never_learned(records):
+            print(f"Nothing was learned: at every step, {NO_SIGNAL}.")
         trained = ", the trained model in its model/" if self.step == total else ""
         print(f"Everything is in {self.dir}/{trained}.")
 
@@ -213,6 +210,26 @@ class SilentLog(contextlib.nullcontext):
 
     def summarise(self):
         pass
+
+
+def outcome(records):
+    """A table of what the first and the last evaluation of a run measured; "" if there was none.
+
+    It has reward, accuracy and response length, and those of the task's other values that moved.
+    """
+    evaluations = [record for record in records if "eval/reward" in record]
+    if not evaluations:
+        return ""
+    ends = evaluations[:1] + evaluations[1:][-1:]
+    shared = sorted(key for key in ends[0] if key.startswith("eval/") and key in ends[-1])
+    always = [key for key in ALWAYS_SHOWN if key in shared]
+    moved = [key for key in shared if ends[0][key] != ends[-1][key]]
+    rows = [("Held-out problems (greedy)", [f"step {record['step']}" for record in ends])]
+    for key in dict.fromkeys(always + moved):
+        rows.append((f"  {key.removeprefix('eval/')}", [f"{record[key]:.3f}" for record in ends]))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]
+    return "\n".join(lines) + "\n"
 
 
 def _finite(value):

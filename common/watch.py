@@ -10,6 +10,20 @@ MOST_SKIPPED_UPDATES = 5  # steps in a row, after which the run stops
 STEPS_WITHOUT_SIGNAL = 5  # in a row, after which it says so
 STEPS_WITHOUT_END = 3  # in a row, in which every response was cut, after which it says so
 
+NO_SIGNAL = (
+    "all rewards of each group were equal (see completions.jsonl): if all are wrong, raise "
+    "--group-size or --max-response-tokens, or reward parts of an answer"
+)
+
+
+def never_learned(records):
+    """Whether no step of a run had a gradient, since all rewards of each group were equal."""
+    steps = [record for record in records if record["step"] > 0]
+    return bool(steps) and all(
+        record.get("reward/zero_std_groups") == 1 and record.get("grad_norm") == 0
+        for record in steps
+    )
+
 
 class Watch:
     """Looks at the metrics of each step."""
@@ -38,9 +52,7 @@ class Watch:
         self.without_signal = self.without_signal + 1 if no_signal else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
             tqdm.write(
-                f"For {STEPS_WITHOUT_SIGNAL} steps, all rewards of each group were equal (see "
-                "completions.jsonl): if all are wrong, raise --group-size or "
-                "--max-response-tokens, or reward parts of an answer.",
+                f"For {STEPS_WITHOUT_SIGNAL} steps, {NO_SIGNAL}.",
                 file=sys.stderr,
             )
         skipped = metrics.get("update_skipped", 0.0) > 0

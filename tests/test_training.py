@@ -743,9 +743,30 @@ def test_a_run_without_signal_says_so_once(learns, tmp_path, capsys):
     text = DENSE_TASK if learns else DENSE_TASK.replace("return sum", "return 0.0 and sum")
     task = f"{write_task(tmp_path, text)}:Digits"
     train(tmp_path, task=task, num_steps=watch.STEPS_WITHOUT_SIGNAL + 2)
-    assert capsys.readouterr().err.count("all rewards of each group were equal") == (
-        0 if learns else 1
-    )
+    said = capsys.readouterr()
+    assert said.err.count("all rewards of each group were equal") == (0 if learns else 1)
+    # once more, at its end
+    assert said.out.count("Nothing was learned: at every step, ") == (0 if learns else 1)
+
+
+def test_a_run_ends_with_all_that_its_evaluations_measured(tmp_path, capsys):
+    text = DENSE_TASK.replace("return sum", "return self.grade(response) | {'reward': sum")
+    text = text.replace("len(response))", "len(response))}")
+    text += """
+    def grade(self, response):
+        return {"accuracy": 0.0, "constant": 2.0, "blanks": float(response.count(" "))}
+"""
+    task = f"{write_task(tmp_path, text)}:Digits"
+    run_dir = train(tmp_path, task=task, learning_rate=1e-2)
+    first, *_, last = metrics(run_dir)
+    shown = ["reward", "accuracy", "response_length", "blanks"]  # not the constant, which stays
+    expected = [[f"{record[f'eval/{key}']:.3f}" for record in (first, last)] for key in shown]
+    title, *lines = capsys.readouterr().out.splitlines()[-6:-1]
+    assert title.startswith("Held-out problems") and title.endswith("step 0      step 2")
+    assert [line.split() for line in lines] == [
+        [key, *values] for key, values in zip(shown, expected, strict=True)
+    ]
+    assert expected[0][0] != expected[0][1]
 
 
 @pytest.mark.parametrize(("length", "times"), [(1, 1), (64, 0)])
@@ -854,7 +875,7 @@ def test_copied_script_and_common_run_as_they_are_and_import_no_wandb(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr
     assert [record["step"] for record in metrics(directory / "out" / "run")] == [0, 1]
-    assert "Held-out accuracy" in ended.stdout
+    assert "Held-out problems" in ended.stdout
     saved = json.loads((directory / "out" / "run" / "args.json").read_text())
     # a name, not a path: the run can be resumed from another place
     assert saved["model"] == TINY_MODEL
