@@ -25,7 +25,9 @@ from common.errors import (
     lost_rank,
 )
 from common.options import RunOptions
+from common.runfiles import is_complete
 
+STOPPED_EARLY = 3  # the exit code of a run with --resume-if-exists that has more steps to make
 # The usual ratio of learning rates, with LoRA and without
 ADAPTERS_LEARN_FASTER = 10
 # What a resumed run may change: none of these changes what an update is. (Checksums tell whether
@@ -33,6 +35,7 @@ ADAPTERS_LEARN_FASTER = 10
 # from then on.)
 CHANGEABLE = {
     "resume",
+    "resume_if_exists",
     "num_steps",
     "eval_interval",
     "checkpoint_interval",
@@ -61,7 +64,10 @@ def run(main, Args, script):
     try:
         args = parse(Args, script, sys.argv[1:])
         check(args)
-        main(args)
+        if getattr(args, "resume_if_exists", False):
+            _unless_complete(main, args)
+        else:
+            main(args)
     except Exception as error:
         if not isinstance(error, (BadInput, RunStopped, OSError, SafetensorError)):
             if is_out_of_memory(error):
@@ -73,17 +79,35 @@ def run(main, Args, script):
         # Messages of libraries, quoted in ours, may have several lines.
         message = " ".join((str(error) or repr(error)).split())
         # torchrun ends all ranks when one fails. The others wait until rank 0 has had its say.
-        if rank := int(os.environ.get("RANK", 0)):
+        if rank := _rank():
             time.sleep(5)
             message = f"rank {rank}: {message}"
         print(f"{Path(script).name}: error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
+def _unless_complete(main, args):
+    """`main(args)`, unless the run is complete; exits with 3 if it was stopped before its end."""
+    run_dir = Path(args.output) / args.name
+    if is_complete(run_dir, args.num_steps):
+        if _rank() == 0:
+            print(f"{run_dir} is complete: nothing to do.")
+        return
+    main(args)
+    if _rank() == 0 and not is_complete(run_dir, args.num_steps):
+        sys.exit(STOPPED_EARLY)
+
+
+def _rank():
+    """This process's number among those of torchrun, before and after they have joined."""
+    return int(os.environ.get("RANK", 0))
+
+
 def parse(Args, script, argv):
     """Parse `argv`; with `--resume RUN_DIR`, defaults are the arguments saved there.
 
-    Raises `BadInput`.
+    With `--resume-if-exists`, `args.resume` is the run of that name, if there is one. Raises
+    `BadInput`.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--resume")
@@ -102,10 +126,32 @@ def parse(Args, script, argv):
                 f"--learning-rate: the default, {args.learning_rate:g}, is for the bundled model; "
                 f"give one for --model {args.model} ({usual})."
             )
-    return args
+    return _as_begun(Args, script, args) if getattr(args, "resume_if_exists", False) else args
+
+
+def _as_begun(Args, script, args):
+    """`args`, to continue the run of that name, if there is one with the same options."""
+    if not args.name:
+        raise BadInput("--resume-if-exists does not know which run: give its --name as well.")
+    run_dir = Path(args.output) / args.name
+    if not os.path.lexists(run_dir):
+        return args
+    before = _saved(Args, script, run_dir)
+    moved = {"output": args.output, "name": args.name}
+    how = "give the same, or another --name"
+    _refuse_changes(dataclasses.replace(before, **moved), args, how)
+    return dataclasses.replace(args, resume=str(run_dir))
 
 
 def _parse_resumed(Args, script, argv, run_dir):
+    before = _saved(Args, script, run_dir)
+    args = _with_absolute_paths(_parse_words(Args, script, argv, before))
+    _refuse_changes(before, args, "leave it out, or start a new run")
+    return args
+
+
+def _saved(Args, script, run_dir):
+    """The arguments of a run of this script."""
     path = Path(run_dir) / "args.json"
     try:
         saved = json.loads(path.read_text())
@@ -126,17 +172,16 @@ def _parse_resumed(Args, script, argv, run_dir):
             f"--resume {run_dir} is of another version of this script ({', '.join(differ)}): "
             "use that one."
         )
-    before = _with_absolute_paths(Args(**saved))
-    args = _with_absolute_paths(_parse_words(Args, script, argv, before))
+    return _with_absolute_paths(Args(**saved))
+
+
+def _refuse_changes(before, args, how):
+    """Raise `BadInput`, which says how to go on, where `args` would change a run's updates."""
     for name, value in dataclasses.asdict(before).items():
         now = getattr(args, name)
         if name not in CHANGEABLE and now != value:
             option = _option(name)
-            raise BadInput(
-                f"{option} {now} contradicts the run's {option} {value}: leave it out, or start a "
-                "new run."
-            )
-    return args
+            raise BadInput(f"{option} {now} contradicts the run's {option} {value}: {how}.")
 
 
 def _parse_words(Args, script, argv, defaults):

@@ -70,6 +70,9 @@ class RunOptions:
     """name of the run; empty for script, task, seed and time of day"""
     resume: str = ""
     """directory of a run to continue"""
+    resume_if_exists: bool = False
+    """with --name: begin this run, continue it, or do nothing if it is complete; exits with 3 if
+    stopped before its end, so that the same command serves loops and schedulers"""
     track: bool = False
     """log to Weights & Biases as well"""
     wandb_project: str = "minimal-rlft"

@@ -13,6 +13,8 @@ from pathlib import Path
 from common.environment import describe_environment
 from common.errors import BadInput, writing
 
+COMPLETE = "complete"  # the file with the number of steps after which model/ was written
+
 
 class RunFiles:
     """The directory `runs/<name>/` of a run, and the JSONL files that it appends to."""
@@ -100,6 +102,17 @@ class RunFiles:
         """Delete the directory, after a start that was refused."""
         self.lock.close()  # first: NFS keeps open files
         shutil.rmtree(self.dir)
+
+
+def mark_complete(run_dir, step):
+    """Note that a run has made all of its steps, so many, and that its model is written."""
+    write_atomically(run_dir / COMPLETE, f"{step}\n")
+
+
+def is_complete(run_dir, num_steps):
+    """Whether a run has made so many steps, and has written its model after them."""
+    path = Path(run_dir) / COMPLETE
+    return path.exists() and int(path.read_text()) >= num_steps
 
 
 def free_directory(output, name):

@@ -16,7 +16,7 @@ from common import recording, viewer
 from common.curves import plot_curves, read_metrics
 from common.distributed import rank
 from common.errors import BadInput
-from common.runfiles import RunFiles, free_directory, write_atomically
+from common.runfiles import COMPLETE, RunFiles, free_directory, mark_complete, write_atomically
 from common.tracking import start_tracking
 from common.watch import NO_SIGNAL, Watch, never_learned
 
@@ -79,6 +79,8 @@ class RunLog:
         args_json = json.dumps({"script": self.script, **self.args}, indent=2) + "\n"
         if self.args["resume"]:
             write_atomically(self.dir / "args.json", args_json)
+            if self.step < self.args["num_steps"]:
+                (self.dir / COMPLETE).unlink(missing_ok=True)  # model/ is that of a shorter run
         else:
             self.files.create(args_json)
         self.files.open()
@@ -170,7 +172,7 @@ class RunLog:
         self.files.append("rollouts.jsonl", *groups)
 
     def summarise(self):
-        """Print the outcome of the run, and where everything is."""
+        """Print the outcome of the run, and where everything is; mark it if it is complete."""
         self.bar.close()
         total = self.args["num_steps"]
         if self.step < total:
@@ -181,7 +183,10 @@ class RunLog:
         print(outcome(records), end="")
         if never_learned(records):
             print(f"Nothing was learned: at every step, {NO_SIGNAL}.")
-        trained = ", the trained model in its model/" if self.step == total else ""
+        trained = ""
+        if self.step == total:
+            mark_complete(self.dir, total)
+            trained = ", the trained model in its model/"
         print(f"Everything is in {self.dir}/{trained}.")
 
 

@@ -360,6 +360,41 @@ def test_resume_with_saved_arguments_of_another_type(change, refused, run_dir, t
     assert f"({next(iter(change))})" in refused(*resume(copy), names=f"--resume {copy}")
 
 
+def again(run_dir, **changes):
+    """The command line that began a run, with --resume-if-exists and changes."""
+    saved = json.loads((run_dir / "args.json").read_text()) | changes
+    output, name = str(run_dir.parent), run_dir.name
+    saved |= {"output": output, "name": name, "resume_if_exists": True}
+    del saved["script"], saved["resume"]
+    return as_options(saved)
+
+
+def test_resume_if_exists_resumes_what_has_begun_and_begins_what_has_not(run_dir, tmp_path):
+    def parsed(*argv):
+        return parse(grpo.Args, grpo.__file__, argv)
+
+    moved = shutil.copytree(run_dir, tmp_path / "moved")
+    for directory in (run_dir, moved):
+        assert parsed(*again(directory, num_steps=9)).resume == str(directory)
+    assert parsed("--name", "new", "--output", str(tmp_path), "--resume-if-exists").resume == ""
+
+
+def test_resume_if_exists_refuses_other_options(refused, run_dir):
+    # also one that is left out now, and was given when the run began
+    argv = again(run_dir)
+    place = argv.index("--group-size")
+    for changed in (again(run_dir, seed=7), [*argv[:place], *argv[place + 2 :]]):
+        said = refused(*changed, names="contradicts the run's", directory=run_dir)
+        assert "give the same, or another --name" in said
+
+
+def test_resume_if_exists_without_a_run_to_look_for(refused, tmp_path):
+    refused("--resume-if-exists", names="give its --name as well")
+    (tmp_path / "other").mkdir()
+    argv = ("--output", tmp_path, "--name", "other", "--resume-if-exists")
+    refused(*argv, names=f"{tmp_path / 'other' / 'args.json'} holds no run")
+
+
 def test_files_are_remembered_by_their_absolute_paths(tmp_path, monkeypatch):
     for name in ("task.py", "rows.jsonl", "gsm8k", "tiny"):
         (tmp_path / name).write_text("")

@@ -26,10 +26,10 @@ import torch
 
 import grpo
 from common import checkpoints
-from common.commandline import parse
+from common.commandline import STOPPED_EARLY, parse
 from common.errors import BadInput
 from common.interrupt import STOP_SIGNALS
-from common.runfiles import RunFiles
+from common.runfiles import RunFiles, is_complete
 from common.runlog import RunLog, SilentLog
 from tests.conftest import build_model
 from tests.helpers import (
@@ -320,6 +320,38 @@ def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(
     assert not (run_dir / "model").exists()
     assert finish(resume(run_dir), log) == 0, log.read_text()
     assert_same_run(run_dir, expected)
+
+
+def test_one_command_begins_a_run_continues_it_and_leaves_it_alone(place, uninterrupted, tmp_path):
+    _, settings = place
+    expected = uninterrupted((1, 0))
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    slow = f"{write_task(place[0], SLOW_TASK, 'slow.py')}:Slow"
+    own = {"checkpoint_interval": 50, "task": slow, "resume_if_exists": True}
+    argv = options(tmp_path, **{**settings, **own})
+    process = start(argv, log)
+    wait_for(lambda: num_logged(run_dir) >= 3 or not process.is_alive())
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(120)
+    assert process.exitcode == STOPPED_EARLY, log.read_text()  # so `|| break` ends a loop
+    assert metrics(run_dir)[-1]["step"] < NUM_STEPS, "it came too late to interrupt anything"
+    assert finish(argv, log) == 0, log.read_text()
+    assert_same_run(run_dir, expected)
+
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    log.unlink()
+    assert finish(argv, log) == 0
+    assert log.read_text() == f"{run_dir} is complete: nothing to do.\n"
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    # More steps are more to do; once it is stopped on the way, its model is none of the whole run.
+    assert is_complete(run_dir, NUM_STEPS) and not is_complete(run_dir, NUM_STEPS + 1)
+    argv = options(tmp_path, **{**settings, **own, "num_steps": 1000})
+    process = start(argv, log)
+    wait_for(lambda: num_logged(run_dir) >= NUM_STEPS + 3 or not process.is_alive())
+    os.kill(process.pid, signal.SIGTERM)
+    process.join(120)
+    assert process.exitcode == STOPPED_EARLY, log.read_text()
+    assert not is_complete(run_dir, NUM_STEPS) and (run_dir / "model").exists()
 
 
 @pytest.mark.parametrize("reader", ["terminal", "pipe"])
