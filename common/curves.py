@@ -14,12 +14,18 @@ CURVES = {  # of the page of rollouts; the first six are in curves.png, too
     "reward/zero_std_groups": "groups of equal rewards (share)",
 }
 PANELS = dict(list(CURVES.items())[:6])
+LABELS = {**CURVES, "eval/accuracy": "held-out accuracy (greedy)"}
 
 
 def read_metrics(run_dir):
     """The records of `metrics.jsonl`, one dict per step."""
-    lines = (Path(run_dir) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+    return read_lines(Path(run_dir) / "metrics.jsonl")
+
+
+def read_lines(path):
+    """The records of a JSONL file; a last line that the run is still writing is left out."""
+    complete, _, _ = path.read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def plot_curves(records, title, path):

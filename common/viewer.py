@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from common.curves import CURVES
+from common.curves import CURVES, read_lines, read_metrics
 from common.errors import BadInput
 from common.recording import rounded
 
@@ -45,8 +45,8 @@ def _run(directory):
     """What the page shows of a run, as a dict of what JSON can express."""
     try:
         args = json.loads((directory / "args.json").read_text())
-        metrics = _lines(directory / "metrics.jsonl")
-        rollouts = _lines(directory / "rollouts.jsonl")
+        metrics = read_metrics(directory)
+        rollouts = read_lines(directory / "rollouts.jsonl")
     except (OSError, ValueError) as error:
         raise BadInput(
             f"{directory} has no rollouts to show ({error}): "
@@ -66,19 +66,15 @@ def _run(directory):
     }
 
 
-def _lines(path):
-    """The records of a JSONL file; a last line that the run is still writing is left out."""
-    complete, _, _ = path.read_text().rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]
-
-
 def main(runs: tyro.conf.Positional[tuple[Path, ...]], output: Path | None = None):
     """Write the page of one run, or of two side by side.
 
     It goes to `output`; without that, into the first run's directory.
     """
     if len(runs) not in (1, 2):
-        raise BadInput(f"{len(runs)} runs do not fit on a page: give one run's directory, or two.")
+        what = f"{len(runs)} runs do not fit on a page"
+        how = "give one run's directory, or two; python -m common.compare plots any number"
+        raise BadInput(f"{what}: {how}.")
     if output is None:
         others = [run.resolve().name for run in runs[1:]]
         output = runs[0] / ("_vs_".join(["rollouts", *others]) + ".html")

@@ -345,6 +345,8 @@ def test_the_command_says_what_is_wrong(run_dir, tmp_path):
         result = view(*argv)
         (line,) = result.stderr.splitlines()
         assert result.returncode == 2 and line.startswith("viewer.py: error: "), result.stderr
+        # where to find more than two
+        assert ("python -m common.compare" in line) == (argv == [run_dir] * 3)
 
 
 def test_the_page_needs_nothing_else_and_tells_no_paths(run_dir, tmp_path):

@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import ROOT, Run, as_options, run_all
 from benchmarks.helpers.reporting import arrow, column, table, yes
+from common.plots import SMOOTHING
 from common.tasks.addition import Addition
 
 SYNC_INTERVAL = 20
@@ -227,7 +228,7 @@ def write_text(groups, everything, args, script_options):
 {args.steps} steps of {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g},
 {setting}.
 Lines are means over seeds and bands their range, after a moving average over
-{reporting.SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand
+{SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand
 scale. Model and task are not those of the published figure: directions and orders can be compared,
 values cannot. [scan.md](scan.md) has all settings that were tried.
 

@@ -23,6 +23,7 @@ from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import ROOT, Run, run_all
 from benchmarks.helpers.reporting import SPREAD, column, table, yes
 from benchmarks.variants import REGION, VARIANTS, script_of
+from common.plots import difference
 
 SETTING = "--threads 1 --serial --prompts-per-step 8 --learning-rate 5e-5"
 SYNC_INTERVALS = (1, 20)
@@ -116,7 +117,7 @@ def write_text(groups, scripts, args):
         row = [f"[{label}](https://arxiv.org/abs/{paper})", f"`{script.stem}`"]
         row.append(lines_of_diff(script))
         row += [", ".join(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}"]
-        row.append("" if label == "GRPO" else reporting.difference(values, grpos))
+        row.append("" if label == "GRPO" else difference(values, grpos))
         row.append(f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}")
         rows[interval].append([*row, *reporting.clipped(runs), yes(is_stable(runs))])
     sections = [f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS]

@@ -38,9 +38,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.evaluate import greedy_answers
 from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import ROOT, Run, as_options, run_all, run_once
-from benchmarks.helpers.reporting import column, moving_average, plt, table
+from benchmarks.helpers.reporting import column, plt, table
 from benchmarks.speed.schedule_replay import MODES, replay, times_of_steps
 from common.models import TINY_MODEL
+from common.plots import SMOOTHING, moving_average
 
 ONE, TWO, TEN, OFFSET = MODES
 COLOURS = dict(zip(MODES, ("tab:blue", "tab:green", "tab:red", "tab:purple"), strict=True))
@@ -413,7 +414,7 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
 `python benchmarks/figures/sync_modes.py`: seeds {", ".join(map(str, args.seeds))},
 {args.steps} steps of {args.prompts_per_step} × 8 rollouts, learning rate {args.learning_rate:g},
 {setting}, a start model trained with {args.hasty:.0%} of answers at once. Lines are means over
-seeds and bands their range, after a moving average over {reporting.SMOOTHING} steps; triangles are
+seeds and bands their range, after a moving average over {SMOOTHING} steps; triangles are
 start and end of the published curves, on the right-hand scale, with hours scaled so that {ONE} ends
 where ours does. Each phase has one thread: {ONE} samples and trains in turns in one process, the
 other modes in two processes that work at the same time as far as the schedule lets them. Time

@@ -1,42 +1,28 @@
-"""What the benchmarks share: metrics of runs, figures in one style, and the files that they write.
+"""What the benchmarks share: metrics of runs, figures in one style (see common/plots.py), and the
+files that they write.
 
 `plot_runs` and `write_curves` take runs in groups, {label: [records of a run, …]}: one curve per
 group, one run per seed. A figure shows the mean over seeds as a line and their range as a band; its
 CSV file has every seed's values.
 """
 
-import csv
 import json
 import math
 
-import matplotlib
 import numpy as np
 
 from benchmarks.helpers.launcher import ROOT
-from common.curves import read_metrics
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from common.curves import LABELS, read_metrics
+from common.plots import SPREAD, column, new_figure, plot_band, plt, save_figure, table, write_csv
 
 RUNS, RESULTS = ROOT / "runs", ROOT / "benchmarks" / "results"
-PANELS = {
-    "reward/mean": "reward",
-    "kl/ref_k2": "KL to the initial policy",
-    "entropy": "entropy (nats)",
-    "response_length/mean": "response length (tokens)",
-    "eval/accuracy": "held-out accuracy (greedy)",
-}
-SMOOTHING = 9  # steps
+KEYS = ("reward/mean", "kl/ref_k2", "entropy", "response_length/mean", "eval/accuracy")
+PANELS = {key: LABELS[key] for key in KEYS}
 
 
 def read_steps(run_dir):
     """The records of a run's steps, without that of the evaluation before training."""
     return [record for record in read_metrics(run_dir) if record["step"] > 0]
-
-
-def column(records, key):
-    """One metric of all records that have it, as an array. What was not finite is NaN."""
-    return np.array([record[key] for record in records if key in record], dtype=float)
 
 
 def steps_with_largest_lag(runs):
@@ -55,12 +41,6 @@ def clipped(runs):
 def arrow(values, form):
     """From the first of some values to the last one, as text."""
     return f"{values[0]:{form}} → {values[-1]:{form}}"
-
-
-def moving_average(values, width=SMOOTHING):
-    """A centred average over `width` values, over fewer at the ends."""
-    kernel = np.ones(min(width, len(values)))
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
 
 
 def use_quick_directories(args, default_output):
@@ -103,35 +83,6 @@ def mean_interval(values, imagined):
 # Figures
 
 
-def new_figure(labels, x_label, **options):
-    """A figure of panels, one per label of a y-axis, four and more of them in two rows; returns
-    figure and axes.
-    """
-    rows = 1 if len(labels) < 4 else 2
-    columns = math.ceil(len(labels) / rows)
-    size = (4.75 * columns, 3.6 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", **options)
-    used, empty = np.split(axes.flatten(), [len(labels)])
-    for axis in empty:
-        axis.set_axis_off()
-    for axis, label in zip(used, labels, strict=True):
-        axis.set(xlabel=x_label, ylabel=label)
-        axis.locator_params(axis="x", integer=True)
-        axis.grid(alpha=0.3)
-    return figure, used
-
-
-def plot_band(axis, runs, key, x, label, colour):
-    """One curve, the mean of the runs, and their range; smoothed if every step has a value."""
-    values = [column(records, key) for records in runs]
-    if len(values[0]) > 2 * SMOOTHING:
-        values = [moving_average(one) for one in values]
-    places = np.mean([column([r for r in records if key in r], x) for records in runs], axis=0)
-    axis.plot(places, np.mean(values, axis=0), color=colour, label=label, linewidth=1.6)
-    low, high = np.min(values, axis=0), np.max(values, axis=0)
-    axis.fill_between(places, low, high, color=colour, alpha=0.18, linewidth=0)
-
-
 def mark_published(axis, points, colours):
     """Mark start and end of published curves, {label: [(x, y), (x, y)]}, by triangles, with a
     y-axis of their own.
@@ -143,15 +94,6 @@ def mark_published(axis, points, colours):
     theirs.set_ylabel("published (triangles)", color="gray")
     theirs.tick_params(colors="gray")
     theirs.margins(y=0.15)
-
-
-def save_figure(figure, axis, path):
-    """With one legend below, of the labels in `axis`."""
-    lines_and_labels = axis.get_legend_handles_labels()
-    figure.legend(*lines_and_labels, loc="outside lower center", ncols=4, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def plot_runs(
@@ -204,16 +146,6 @@ def plot_strip(path, panels, key, label_of_axis, colours):
 # Files
 
 
-def write_csv(path, header, rows):
-    """Numbers with six digits or more; None is an empty cell."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow(f"{cell:.10g}" if isinstance(cell, float) else cell for cell in row)
-
-
 def write_curves(path, groups, seeds, keys):
     """What `plot_runs` plots, before smoothing: one row per run and step, with columns `keys`."""
     rows = [
@@ -231,27 +163,8 @@ def write_json(path, **results):
     path.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def table(header, rows):
-    """A Markdown table; cells are converted by `str`."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
-
-
 def yes(holds):
     return "yes" if holds else "no"
-
-
-SPREAD = "within the seeds' spread"
-
-
-def difference(values, others):
-    """How the mean of a list lies to that of another one: "above" or "below", or `SPREAD` if they
-    differ by no more than both ranges added up.
-    """
-    gap = np.mean(values) - np.mean(others)
-    if abs(gap) <= np.ptp(values) + np.ptp(others):
-        return SPREAD
-    return "above" if gap > 0 else "below"
 
 
 def compare(observations, runs, seeds):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.figures import compare_variants
-from benchmarks.helpers import reporting
+from common import plots
 
 
 def run(*rewards, skipped=0.0):
@@ -19,6 +19,6 @@ def test_stable_means_near_its_best_with_no_update_skipped():
 
 def test_a_difference_within_the_ranges_over_seeds_is_none():
     # 0.3 apart, 0.2 and 0.2 wide
-    assert reporting.difference([0.7, 0.9], [0.4, 0.6]) == reporting.SPREAD
-    assert reporting.difference([0.8], [0.7]) == "above"
-    assert reporting.difference([0.6], [0.7]) == "below"
+    assert plots.difference([0.7, 0.9], [0.4, 0.6]) == plots.SPREAD
+    assert plots.difference([0.8], [0.7]) == "above"
+    assert plots.difference([0.6], [0.7]) == "below"
