@@ -135,6 +135,33 @@ class Checkpoints:
         return {"model": weights, "optimizer": moments}
 
 
+def checkpoint_of(run_dir, step=None):
+    """The step and the path of a run's checkpoint after `step`, by default of its newest one.
+
+    Raises `BadInput` where there is none, and for one that several ranks have written in parts.
+    """
+    found = {int(path.stem.removeprefix("step_")): path for path in _checkpoints(run_dir)}
+    if not found:
+        raise BadInput(f"--run {run_dir} has no checkpoint yet: wait, or resume it.")
+    step = max(found) if step is None else step
+    if step not in found:
+        kept = " or ".join(map(str, found))
+        raise BadInput(f"--step {step}: {run_dir} has no such checkpoint; give {kept}.")
+    if found[step].is_dir():
+        raise BadInput(f"{found[step]} is in parts, of several ranks: finish the run instead.")
+    return step, found[step]
+
+
+def load_weights(policy, path):
+    """Give `policy`, as training began with it, the weights in a checkpoint. Raises `BadInput`."""
+    try:
+        weights = _read(path)["model"]
+    except Exception as error:  # as varied as the kinds of damage
+        what = f"{path} cannot be read ({str(error)[:200]})"
+        raise BadInput(f"{what}: give the --step of another checkpoint.") from error
+    policy.load_state_dict(weights, strict=False)
+
+
 def _changing(model):
     """Of a model's state, what training changes: with LoRA, the adapter alone."""
     return {

@@ -5,13 +5,14 @@ real evaluations.
 import itertools
 import json
 import math
+import shutil
 from functools import partial
 
 import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import metrics, train, write_task
+from helpers import dense_task, metrics, train, write_task
 
 from benchmarks import evaluate
 from benchmarks.helpers.reporting import OF_DIFFERENCES, OF_SHARES, mean_interval, wilson
@@ -149,15 +150,61 @@ def test_before_and_after_a_run_are_what_the_run_measured(run, capsys):
     # Differences are those of the same prompts.
     before, after = (written["prompts"][label] for label in ("before", "after"))
     assert len(before["pass@3"]) == len(after["pass@3"]) == 16
-    assert written["results"]["difference"].keys() == {"greedy accuracy", "pass@1", "pass@3"}
+    of_values = {"greedy accuracy", "pass@1", "pass@3", "greedy reward", "sampled doubts"}
+    assert of_values < written["results"]["difference"].keys() == after.keys()
     for name, (mean, low, high) in written["results"]["difference"].items():
         changes = np.subtract(after[name], before[name])
         assert mean == pytest.approx(changes.mean())
-        assert (low, high) == pytest.approx(mean_interval(changes, OF_DIFFERENCES))
+        both = before[name] + after[name]
+        width = np.ptp(both) if max(both) > 1 else 1  # rewards are up to 1.5
+        assert (low, high) == pytest.approx(mean_interval(changes, (-width, width)))
     assert written["options"]["max_response_tokens"] == 40 and written["options"]["n"] == 4
     assert any(line.startswith("commit: ") for line in written["environment"])
     output = capsys.readouterr()
     assert "| before | after | difference |" in output.out and "after, sampled" in output.err
+
+
+def test_an_unfinished_run_is_evaluated_at_its_checkpoint(run, tmp_path, capsys):
+    extended = shutil.copytree(run, tmp_path / "extended")
+    options = json.loads((run / "args.json").read_text()) | {"num_steps": 9}
+    (extended / "args.json").write_text(json.dumps(options))
+    (extended / "model" / "model.safetensors").unlink()  # of a shorter run: not to be looked at
+    directory = tmp_path / "written"
+    assert command("--run", extended, "-n", 1, "--write-model", directory) == 0
+    results = json.loads((extended / "evaluation.json").read_text())["results"]
+    for key in ("accuracy", "reward", "response_length"):
+        (found, *_) = results["after step 2"][f"greedy {key}"]
+        assert found == pytest.approx(metrics(run)[-1][f"eval/{key}"], abs=1e-12)
+    expected = (run / "model" / "model.safetensors").read_bytes()
+    assert (directory / "model.safetensors").read_bytes() == expected
+    said = "has not made its 9 steps: this is its newest checkpoint, after step 2."
+    assert said in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_adapter(tmp_path):
+    lora = {"lora_rank": 4, "learning_rate": 3e-2}
+    run = train(tmp_path, **lora, task=dense_task(tmp_path))
+    assert command("--run", run, "--step", 2, "-n", 1) == 0
+    results = json.loads((run / "evaluation.json").read_text())["results"]
+    (before, *_), (after, *_) = (of["greedy reward"] for of in list(results.values())[:2])
+    first, _, last = metrics(run)
+    assert (before, after) == pytest.approx((first["eval/reward"], last["eval/reward"]))
+    assert before != after
+
+
+def test_values_that_only_some_responses_have():
+    greedy = [{"accuracy": 1, "reward": 2.0, "depth": 4.0}, {"accuracy": 0, "reward": -1.0}]
+    before = evaluate.measure(greedy, greedy, 1, [1])
+    assert before["greedy depth"] == pytest.approx([4.0, math.nan], nan_ok=True)
+    more = [{**one, "depth": depth} for one, depth in zip(greedy, (7.0, 5.0), strict=True)]
+    results = evaluate.summarise({"a": before, "b": evaluate.measure(more, more, 1, [1])})
+    assert results["a"]["greedy depth"][0] == 4.0 and results["b"]["greedy depth"][0] == 6.0
+    assert results["difference"]["greedy depth"][0] == 3.0  # of the one prompt that both have
+    # 2 and −1, with two of each imagined
+    assert results["a"]["greedy reward"][0] == 0.5
+    assert results["a"]["greedy reward"][1:] == pytest.approx(
+        mean_interval([2, -1], (-1, -1, 2, 2))
+    )
 
 
 def test_options_take_precedence_over_those_of_the_run(run, tmp_path):
@@ -193,7 +240,8 @@ def test_a_model_on_a_task(tmp_path):
         {f"pass@{k}": value for k, value in passed.items()}
     )
     assert 0 < passed[1] < passed[2] < passed[4]
-    assert found["sampled response_length/truncated"] == [pytest.approx(np.mean(samples.truncated))]
+    cut = found["sampled response_length/truncated"]
+    assert cut[0] == pytest.approx(np.mean(samples.truncated)) and cut[1] < cut[0] < cut[2]
     assert found["greedy accuracy"] == [0.0, 0.0, pytest.approx(wilson(0, 16)[1])]
 
 
@@ -226,10 +274,11 @@ def test_prompts_are_answered_in_their_order_however_they_are_split(monkeypatch,
         (["--model", "tiny", "--max-response-tokens", 100_000], "--max-response-tokens 100000"),
         (["--model", "tiny", "--temperature", 0], "--temperature 0"),
         (["--run", "/absent/run"], "--run /absent/run"),
-        (
-            ["--run", "UNFINISHED"],
-            "has no trained model yet: finish it with python grpo.py --resume ",
-        ),
+        (["--run", "UNFINISHED"], "has no checkpoint yet: wait, or resume it"),
+        (["--run", "RUN", "--step", 1], "has no such checkpoint; give 2."),
+        (["--run", "RUN", "--write-model", "/tmp/m"], "model has that model already"),
+        (["--run", "RUN", "--step", 2, "--write-model", "RUN"], "exists already"),
+        (["--model", "tiny", "--step", 1], "--step and --write-model are about a run"),
         (["--run", "RUN", "--k", 9], "--k 9 with --n 8"),
         (["--run", "RUN", "--eval-size", 0], "--eval-size 0"),
     ],
