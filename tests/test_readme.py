@@ -154,18 +154,22 @@ def test_its_example_before_training_is_what_the_model_writes():
     assert task.reward({"answer": 131}, after) == 1.0
 
 
-def test_its_example_of_a_task_is_short_and_works(tmp_path):
-    (code,) = re.findall(r"```python\n(# reverse\.py\n.*?)```", README, re.DOTALL)
+def test_its_example_of_a_task_is_short_and_can_be_learned(tmp_path):
+    (code,) = re.findall(r"```python\n(# triples\.py\n.*?)```", README, re.DOTALL)
     assert len(code.splitlines()) < 20
-    (tmp_path / "reverse.py").write_text(code)
-    name = f"{tmp_path / 'reverse.py'}:Reverse"
+    (tmp_path / "triples.py").write_text(code)
+    name = f"{tmp_path / 'triples.py'}:Triples"
     task = load_task(name)
-    (problem,) = task.problems("eval")
-    assert task.rewards([problem], ["it is drawer"]) == [1.0] and task.rewards(
-        [problem], ["reward"]
-    ) == [0.0]
-    run = train(tmp_path, task=name, num_steps=1)
-    assert [record["step"] for record in steps(run)] == [1]
+    problem, *_ = task.problems("eval")
+    responses = [" 80+80=160 160+80=240 answer 240.", " 80+80=160 160+80=240 answer 240. so"]
+    assert task.rewards([problem] * 2, responses) == [1.0, 0.0]
+    prompts = [
+        {problem["prompt"] for problem in task.problems(split)} for split in ("train", "eval")
+    ]
+    assert not prompts[0] & prompts[1]
+    # The bundled model earns something in its first step.
+    run = train(tmp_path, task=name, num_steps=1, max_response_tokens=64)
+    assert [record["reward/mean"] > 0 for record in steps(run)] == [True]
 
 
 @pytest.mark.parametrize("name", NAMES)
