@@ -219,7 +219,7 @@ def main(args):
     # Setup. What the user gave is checked before a model is loaded.
     device, precision = choose_device(args.device, args.precision, args.engine)
     distributed.join_ranks(device, args.sampler_timeout)
-    log = make_log(__file__, vars(args))
+    log = make_log(__file__, args)
     tokenizer = load_tokenizer(args.model, args.revision)
     train_set, eval_set = load_problem_sets(args, tokenizer)
     policy = load_policy(args, device)

@@ -1,6 +1,7 @@
 """Options for running, which every script inherits, and what an option declares of its values."""
 
 import dataclasses
+import shlex
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,26 @@ def option(default, at_least=None, above=None, needs=None):
     """
     rules = {"at_least": at_least, "above": above, "needs": needs}
     return dataclasses.field(default=default, metadata=rules)
+
+
+def as_command(script, args):
+    """The command that runs a script with these options once more, under a name of its own.
+
+    It has the options that differ from the defaults, and the learning rate, whose default depends
+    on others.
+    """
+    words = ["python", script]
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        told = field.name == "learning_rate" or value != field.default
+        if not told or field.name in ("resume", "name", "output"):
+            continue
+        word = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{word}" if value else f"--no-{word}")
+        else:
+            words += [f"--{word}", str(value)]
+    return shlex.join(words)
 
 
 @dataclass

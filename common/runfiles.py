@@ -14,19 +14,24 @@ from common.environment import describe_environment
 from common.errors import BadInput, writing
 
 COMPLETE = "complete"  # the file with the number of steps after which model/ was written
+PER_START = ("started:", "command:", "to repeat it:")  # lines of environment.txt that may change
 
 
 class RunFiles:
-    """The directory `runs/<name>/` of a run, and the JSONL files that it appends to."""
+    """The directory `runs/<name>/` of a run, and the JSONL files that it appends to.
 
-    def __init__(self, directory, names):
+    `sources` are the run's `Sources`.
+    """
+
+    def __init__(self, directory, names, sources):
         self.dir = directory
+        self.sources = sources
         self.offsets = dict.fromkeys(names, 0)  # bytes of each log up to the newest checkpoint
         self.files = {}
         self.lock = None
 
     def create(self, args_json):
-        """Make directory and args.json in one step, by renaming.
+        """Make the directory with args.json and the sources in one step, by renaming.
 
         A killed start leaves nothing, or a resumable run. Raises `BadInput`.
         """
@@ -34,6 +39,7 @@ class RunFiles:
         try:
             unfinished.mkdir(parents=True)
             (unfinished / "args.json").write_text(args_json)
+            self.sources.keep(unfinished)
             os.rename(unfinished, self.dir)  # of two runs with one name, the second fails here
             self.take_lock()
         except OSError as error:
@@ -77,19 +83,20 @@ class RunFiles:
             os.fsync(file.fileno())
         return {name: file.tell() for name, file in self.files.items()}
 
-    def write_environment(self, engine):
-        """Append a section per start or resume.
+    def write_environment(self, engine, command):
+        """Append a section per start or resume; its last line is the command that repeats the run.
 
         Says where a resumed run's surroundings differ from before.
         """
         path = self.dir / "environment.txt"
-        described = describe_environment() + f"engine: {engine}\n"
+        more = [f"engine: {engine}", *self.sources.checksums(), f"to repeat it: {command}"]
+        described = describe_environment() + "\n".join(more) + "\n"
         sections = path.read_text().split("\n\n") if path.exists() else []
         with path.open("a") as file:
             file.write(f"started: {datetime.now():%Y-%m-%d %H:%M:%S}\n{described}\n")
         before = set(sections[-2].splitlines()) if len(sections) > 1 else set()
         changed = before ^ set(described.splitlines())
-        changed = sorted(x for x in changed if not x.startswith(("started:", "command:")))
+        changed = sorted(x for x in changed if not x.startswith(PER_START))
         if sections and changed:
             what = "Resumed under other conditions, so last bits may differ"
             print(f"{what}: {'; '.join(changed)}.", file=sys.stderr)

@@ -16,7 +16,9 @@ from common import recording, viewer
 from common.curves import plot_curves, read_metrics
 from common.distributed import rank
 from common.errors import BadInput
+from common.options import as_command
 from common.runfiles import COMPLETE, RunFiles, free_directory, mark_complete, write_atomically
+from common.sources import Sources
 from common.tracking import start_tracking
 from common.watch import NO_SIGNAL, Watch, never_learned
 
@@ -27,9 +29,9 @@ ALWAYS_SHOWN = ("eval/reward", "eval/accuracy", "eval/response_length")
 def make_log(script, args):
     """The log of a run, a context manager; on all ranks but the first, one that writes nothing.
 
-    `script` is the script's path, `args` a dict of its options. The run's directory is made when
-    the context is entered: a start that is refused before leaves nothing. Raises `BadInput` if it
-    is taken.
+    `script` is the script's path, `args` its options. The run's directory is made when the context
+    is entered: a start that is refused before leaves nothing. Raises `BadInput` if it is taken, or
+    if a run to be resumed is not what it was.
     """
     return SilentLog(args) if rank() else RunLog(script, args)
 
@@ -39,20 +41,22 @@ class RunLog:
 
     def __init__(self, script, args):
         self.script = Path(script).stem
-        self.args = args
-        if args["resume"]:
-            directory = Path(args["resume"])
+        self.args = vars(args)
+        self.command = as_command(Path(script).name, args)
+        if args.resume:
+            directory = Path(args.resume)
         else:
-            task = Path(args["task"]).stem
-            unnamed = f"{self.script}-{task}-{args['seed']}-{datetime.now():%Y%m%d-%H%M%S}"
-            directory = free_directory(args["output"], args["name"] or unnamed)
+            task = Path(args.task).stem
+            unnamed = f"{self.script}-{task}-{args.seed}-{datetime.now():%Y%m%d-%H%M%S}"
+            directory = free_directory(args.output, args.name or unnamed)
         names = ["metrics.jsonl", "completions.jsonl"]
-        if args["rollouts_interval"]:
+        if args.rollouts_interval:
             names.append("rollouts.jsonl")
         self.dir = directory
-        self.files = RunFiles(directory, names)
-        if args["resume"]:
+        self.files = RunFiles(directory, names, Sources(script, args.task))
+        if args.resume:
             self.files.take_lock()
+            self.files.sources.check_unchanged(directory)
         self.watch = Watch(directory)
         self.step = 0  # the last one recorded
         self.elapsed_seconds = 0.0
@@ -84,7 +88,7 @@ class RunLog:
         else:
             self.files.create(args_json)
         self.files.open()
-        self.files.write_environment(self.args["engine"])
+        self.files.write_environment(self.args["engine"], self.command)
         if self.args["track"]:
             config = {"script": self.script, **self.args}
             try:
@@ -197,8 +201,8 @@ class SilentLog(contextlib.nullcontext):
 
     def __init__(self, args):
         super().__init__(self)
-        self.args = args
-        self.dir = Path(args["resume"] or args["output"])
+        self.args = vars(args)
+        self.dir = Path(args.resume or args.output)
         self.step = 0
 
     def state_dict(self):

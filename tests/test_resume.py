@@ -7,7 +7,6 @@ at random moments; a failing test prints its seed.
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import pty
@@ -39,6 +38,7 @@ from tests.helpers import (
     command,
     dense_task,
     finish,
+    import_script,
     metrics,
     num_logged,
     options,
@@ -136,9 +136,7 @@ class Killed(BaseException):
 
 def new_log(directory):
     """The log of a run called "run", as a script makes it before it loads a model."""
-    return RunLog(
-        grpo.__file__, {**dataclasses.asdict(grpo.Args()), "output": str(directory), "name": "run"}
-    )
+    return RunLog(grpo.__file__, grpo.Args(output=str(directory), name="run"))
 
 
 def begin(log):
@@ -464,7 +462,8 @@ def test_a_run_that_is_alive_is_not_resumed(place, tmp_path, capsys):
     assert f"--resume {run_dir}: another process" in capsys.readouterr().err
     assert kill(process)
     assert [record["step"] for record in metrics(run_dir)] == list(range(num_logged(run_dir)))
-    assert command(*resume(run_dir, "--num-steps", 1)) == 0  # kill -9 has released it
+    done = checkpoints_of(run_dir)[-1]
+    assert command(*resume(run_dir, "--num-steps", done)) == 0  # kill -9 has released it
 
 
 @pytest.fixture
@@ -518,26 +517,74 @@ def test_a_log_that_was_cut_is_not_filled_up(damage, name, short_run, capsys):
     assert {json.loads(line)["step"] for line in content[len(kept) :].splitlines()} == {4}
 
 
+def checkpoints_of(run_dir):
+    """The steps of its checkpoints."""
+    return sorted(int(path.stem[len("step_") :]) for path in run_dir.glob("checkpoints/*.pt"))
+
+
 def refused_resume(run_dir, capsys):
     capsys.readouterr()
     assert command(*resume(run_dir, "--num-steps", NUM_STEPS)) == 2
     return capsys.readouterr().err.splitlines()[-1]
 
 
+FROM_A_FILE = """
+import json
+from pathlib import Path
+from dense import Digits
+
+
+class FromAFile(Digits):
+    def problems(self, split):
+        return json.loads(Path({path!r}).read_text())[split]
+"""
+
+
 @pytest.mark.parametrize("change", ["fewer problems", "other prompts", "other answers"])
-def test_other_problems_are_refused(change, place, tmp_path, capsys):
-    _, settings = place
-    task = write_task(tmp_path, (Path(settings["task"].rpartition(":")[0])).read_text())
-    run_dir = train(
-        tmp_path, **{**settings, "task": f"{task}:Digits", "num_steps": 3, "sync_interval": 4}
-    )
-    new = {"fewer problems": ("(10, 40)", "(10, 12)"), "other prompts": ("(10, 40)", "(11, 40)")}
-    old_text, new_text = new.get(change, ('A:"}', 'A:", "answer": n}'))
-    assert old_text in task.read_text()
-    task.write_text(task.read_text().replace(old_text, new_text))
+def test_other_problems_are_refused(change, place, tmp_path, capsys, monkeypatch):
+    directory, settings = place
+    monkeypatch.syspath_prepend(directory)
+    path = tmp_path / "problems.json"
+    problems = [{"prompt": f"Q: {n}", "answer": n} for n in range(9)]
+    path.write_text(json.dumps({"train": problems, "eval": [{"prompt": "Q: 99"}]}))
+    task = f"{write_task(tmp_path, FROM_A_FILE.format(path=str(path)))}:FromAFile"
+    run_dir = train(tmp_path, **{**settings, "task": task, "num_steps": 3, "sync_interval": 4})
+    if change == "fewer problems":
+        problems.pop()
+    else:
+        problems[0]["prompt" if change == "other prompts" else "answer"] = "Q: 10"
+    path.write_text(json.dumps({"train": problems, "eval": [{"prompt": "Q: 99"}]}))
     before = (run_dir / "metrics.jsonl").read_bytes()
     assert "the training problems differ" in refused_resume(run_dir, capsys)
     assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("changed", ["task", "script"])
+def test_other_code_is_refused(changed, place, tmp_path, capsys):
+    _, settings = place
+    task = write_task(tmp_path, (Path(settings["task"].rpartition(":")[0])).read_text())
+    script = shutil.copy(REPOSITORY / "grpo.py", tmp_path / "mine.py")
+    module = import_script(script)
+    settings = {**settings, "task": f"{task}:Digits", "num_steps": 1}
+    assert command(*options(tmp_path, **settings), module=module) == 0
+    run_dir, path = tmp_path / "run", {"task": task, "script": script}[changed]
+    before = path.read_text()
+    edit, first = {
+        "task": (("return sum(", "return -sum("), 12),
+        "script": (("algorithm", "another algorithm"), 1),
+    }[changed]
+    path.write_text(before.replace(*edit, 1))
+    files = {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert command(*resume(run_dir, "--num-steps", 2), module=module) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    copy = run_dir / changed / path.name
+    assert f"{path} differs from {copy}, with which the run began, first in line {first}: " in line
+    assert f"restore it (cp {copy} {path}), or start a new run." in line
+    assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == files
+    shutil.copy(copy, path)
+    assert path.read_text() == before
+    assert command(*resume(run_dir, "--num-steps", 2), module=module) == 0
 
 
 def test_another_model_under_the_same_path_is_refused(place, tmp_path, capsys):
@@ -721,7 +768,7 @@ def test_a_rank_loads_only_what_rank_0_loads(tmp_path, monkeypatch):
     run = train(tmp_path, task=dense_task(tmp_path), num_steps=1)
     assert list((run / "checkpoints").glob("*.pt"))
     monkeypatch.setattr(checkpoints, "broadcast", lambda paths: [])  # rank 0 begins a new run
-    log = SilentLog({"resume": "", "output": str(run)})
+    log = SilentLog(grpo.Args(output=str(run)))
     problems = types.SimpleNamespace(checksum=lambda: 0)
     policy = torch.nn.Linear(1, 1)
     rank = checkpoints.Checkpoints(log, policy, None, None, problems, problems)

@@ -3,10 +3,13 @@ goes wrong.
 """
 
 import dataclasses
+import hashlib
 import importlib
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -33,7 +36,8 @@ from helpers import (
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from common import checkpoints, progress, runlog, watch
+import grpo
+from common import checkpoints, environment, progress, runlog, watch
 from common.curves import read_metrics
 from common.errors import RunStopped
 from common.models import TINY_MODEL
@@ -212,8 +216,39 @@ def test_files_of_a_run(settings, curves, tmp_path):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png",
-        "checkpoints", "model", "lock", "rollouts.jsonl", "rollouts.html",
+        "checkpoints", "model", "lock", "rollouts.jsonl", "rollouts.html", "script", "task",
     }  # fmt: skip
+    assert (run_dir / "script" / "grpo.py").read_bytes() == Path(grpo.__file__).read_bytes()
+    task = (run_dir / "task" / "dense.py").read_bytes()
+    assert task.decode() == DENSE_TASK
+    assert f"\nsha256 of task/dense.py: {hashlib.sha256(task).hexdigest()}\n" in environment
+
+
+def test_the_command_in_environment_txt_repeats_the_run(settings, tmp_path):
+    run_dir = train(tmp_path / "a place", **settings, reference_kl=False)
+    last = (run_dir / "environment.txt").read_text().splitlines()[-2]
+    python, script, *argv = shlex.split(last.removeprefix("to repeat it: "))
+    assert (python, script) == ("python", "grpo.py")
+    assert command(*argv, "--output", tmp_path, "--name", "again") == 0
+    assert_same_run(tmp_path / "again", run_dir)
+    assert (tmp_path / "again" / "environment.txt").read_text().splitlines()[-2] == last
+
+
+def test_the_commit_is_dirty_where_python_files_are_changed_or_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "common" / "environment.py"))
+    (tmp_path / "common").mkdir()
+    (tmp_path / "grpo.py").write_text("1\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    clean = environment.commit()
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "notes.txt").write_text("no code\n")
+    assert environment.commit() == clean
+    (tmp_path / "mine.py").write_text("a task\n")
+    assert environment.commit() == f"{clean}-dirty"
+    (tmp_path / "grpo.py").write_text("2\n")
+    assert environment.commit() == f"{clean}-dirty"
 
 
 @pytest.mark.parametrize("prompts, group_size, num_written", [(4, 4, 4), (1, 2, 2)])

@@ -289,13 +289,13 @@ def test_it_can_be_switched_off_and_on_again(tmp_path):
 
 
 def test_the_default_records_two_groups_of_the_first_and_every_tenth_step(tmp_path):
-    log = RunLog(grpo.__file__, {**vars(grpo.Args()), "output": str(tmp_path)})
+    log = RunLog(grpo.__file__, grpo.Args(output=str(tmp_path)))
     assert [step for step in range(1, 31) if log.recorded_rows(step)] == [1, 10, 20, 30]
     assert log.recorded_rows(10) == range(16)
 
 
 def test_a_page_that_cannot_be_written_does_not_hide_the_error(tmp_path, capsys):
-    log = RunLog(grpo.__file__, {**vars(grpo.Args()), "output": str(tmp_path), "name": "run"})
+    log = RunLog(grpo.__file__, grpo.Args(output=str(tmp_path), name="run"))
     with pytest.raises(KeyError, match="the run's own"), log:
         log.write(0, {})
         (tmp_path / "run" / "rollouts.html").mkdir()
