@@ -205,6 +205,14 @@ def _moments_for(optimizer, state):
     return {**state, "state": moments}
 
 
+def check_steps_left(run_dir, num_steps):
+    """Raise `BadInput` where a run that is resumed has done more steps than `num_steps`."""
+    done = max((int(path.stem.removeprefix("step_")) for path in _checkpoints(run_dir)), default=0)
+    if done > num_steps:
+        what = f"--num-steps {num_steps} is less than the {done} steps that {run_dir} has done"
+        raise BadInput(f"{what}: give {done} or more, or leave it out.")
+
+
 def _checkpoints(run_dir):
     name = "checkpoints/step_" + "[0-9]" * 6
     return sorted([*Path(run_dir).glob(f"{name}.pt"), *Path(run_dir).glob(f"{name}.shards")])

@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common import recording, viewer
+from common.checkpoints import check_steps_left
 from common.curves import plot_curves, read_metrics
 from common.distributed import rank
 from common.errors import BadInput
@@ -57,6 +58,7 @@ class RunLog:
         if args.resume:
             self.files.take_lock()
             self.files.sources.check_unchanged(directory)
+            check_steps_left(directory, args.num_steps)
         self.watch = Watch(directory)
         self.step = 0  # the last one recorded
         self.elapsed_seconds = 0.0
