@@ -1,6 +1,7 @@
 """Options for running, which every script inherits, and what an option declares of its values."""
 
 import dataclasses
+import os
 import shlex
 from dataclasses import dataclass
 from typing import Literal
@@ -22,6 +23,8 @@ def as_command(script, args):
     on others.
     """
     words = ["python", script]
+    if ranks := os.environ.get("LOCAL_WORLD_SIZE"):
+        words = ["torchrun", "--nproc-per-node", ranks, script]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         told = field.name == "learning_rate" or value != field.default
@@ -46,7 +49,7 @@ class RunOptions:
     eval_data: str = ""
     """held-out data, in the same formats; empty for the task's own"""
     eval_size: int = option(256, at_least=1)
-    """number of held-out problems"""
+    """number of held-out problems; a task may have fewer"""
     eval_interval: int = option(25, at_least=1)
     """evaluate on held-out problems at the start, every so many steps and at the end"""
     max_prompt_tokens: int = option(1024, at_least=1)

@@ -38,10 +38,10 @@ class Sources:
             if content != before:
                 line = _first_difference(before, content)
                 what = f"--resume {directory}: {self.paths[name]} differs from {copy}"
-                how = f"cp {shlex.quote(str(copy))} {shlex.quote(str(self.paths[name]))}"
+                old, new = shlex.quote(str(copy)), shlex.quote(str(self.paths[name]))
                 raise BadInput(
-                    f"{what}, with which the run began, first in line {line}: "
-                    f"restore it ({how}), or start a new run."
+                    f"{what}, with which the run began, first in line {line}: restore it "
+                    f"(cp {old} {new}) or, to go on with the change, accept it (cp {new} {old})."
                 )
 
     def checksums(self):

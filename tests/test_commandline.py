@@ -26,7 +26,7 @@ from common.commandline import check, parse, run
 from common.errors import BadInput, RunStopped
 from common.interrupt import finish_step_on_interrupt
 from common.models import TINY_MODEL
-from common.options import RunOptions, option
+from common.options import RunOptions, as_command, option
 
 FLOATS = ("temperature", "learning_rate", "max_grad_norm", "sampler_timeout")
 
@@ -339,6 +339,16 @@ def copy_with(run_dir, copy, **changes):
         json.dumps({key: value for key, value in saved.items() if value is not None})
     )
     return copy
+
+
+def test_the_command_that_repeats_a_run(monkeypatch):
+    named = {"name": "one", "output": "here", "resume": "here/one"}
+    own = {"task": "my tasks/a.py:Mine", "seed": 3, "serial": True, "reference_kl": False}
+    words = "--serial --no-reference-kl --task 'my tasks/a.py:Mine' --seed 3 --learning-rate 0.0002"
+    assert as_command("grpo.py", grpo.Args(**named, **own)) == f"python grpo.py {words}"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with_torchrun = "torchrun --nproc-per-node 4 grpo.py --learning-rate 0.0002"
+    assert as_command("grpo.py", grpo.Args()) == with_torchrun
 
 
 def test_resume_by_another_script(refused, run_dir, tmp_path):

@@ -580,11 +580,17 @@ def test_other_code_is_refused(changed, place, tmp_path, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     copy = run_dir / changed / path.name
     assert f"{path} differs from {copy}, with which the run began, first in line {first}: " in line
-    assert f"restore it (cp {copy} {path}), or start a new run." in line
+    assert f"restore it (cp {copy} {path}) or, to go on" in line
+    assert f"accept it (cp {path} {copy})." in line
     assert {file: file.read_bytes() for file in run_dir.rglob("*") if file.is_file()} == files
+    after = path.read_text()
     shutil.copy(copy, path)
     assert path.read_text() == before
     assert command(*resume(run_dir, "--num-steps", 2), module=module) == 0
+    path.write_text(after)
+    shutil.copy(path, copy)
+    assert command(*resume(run_dir, "--num-steps", 3), module=module) == 0
+    assert f"sha256 of {changed}/{path.name}: " in capsys.readouterr().err  # other conditions
 
 
 def test_another_model_under_the_same_path_is_refused(place, tmp_path, capsys):
