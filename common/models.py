@@ -217,6 +217,7 @@ def save_model(model, tokenizer, directory):
         if rank() == 0:
             with writing(adapter):
                 model.save_pretrained(adapter, state_dict=state)
+                _make_readable(adapter)
         plain = _without_memory(model.config)  # a model of this class without an adapter
         plain.generation_config = model.generation_config
         plain._weight_conversions = getattr(model, "_weight_conversions", None)
@@ -229,6 +230,13 @@ def save_model(model, tokenizer, directory):
         with writing(directory):
             plain.save_pretrained(directory, state_dict=state)
             tokenizer.save_pretrained(directory)
+            _make_readable(directory)
+
+
+def _make_readable(directory):
+    """Give files of weights, which safetensors lets only their owner read, the umask's mode."""
+    for path in directory.glob("*.safetensors"):
+        path.chmod(directory.stat().st_mode & 0o666)
 
 
 def location(name):

@@ -17,6 +17,7 @@ from common.checkpoints import check_steps_left
 from common.curves import plot_curves, read_metrics
 from common.distributed import rank
 from common.errors import BadInput
+from common.modelcard import model_card
 from common.options import as_command
 from common.runfiles import COMPLETE, RunFiles, free_directory, mark_complete, write_atomically
 from common.sources import Sources
@@ -114,10 +115,13 @@ class RunLog:
                 plot_curves(records, self.dir.name, self.dir / "curves.png")
                 if "rollouts.jsonl" in self.files.offsets:
                     write_atomically(self.dir / "rollouts.html", viewer.page([self.dir]))
+                if kind is None and self.step == self.args["num_steps"]:
+                    card = model_card(self.dir, self.script, self.args, self.command, records)
+                    write_atomically(self.dir / "model" / "README.md", card)
             elif kind is BadInput and not self.args["resume"]:
                 self.files.remove()  # a refused start leaves no directory behind
         except Exception as another:  # which must not hide the error that ended the run
-            what = f"{self.dir} has no new curves.png or rollouts.html"
+            what = f"{self.dir} has no new curves.png, rollouts.html or model/README.md"
             print(f"{what}: {another}.", file=sys.stderr)
         if self.wandb:
             self.wandb.finish(exit_code=int(kind is not None))

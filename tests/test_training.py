@@ -28,6 +28,7 @@ from helpers import (
     dense_task,
     metrics,
     options,
+    resume,
     steps,
     train,
     wait_for,
@@ -222,6 +223,29 @@ def test_files_of_a_run(settings, curves, tmp_path):
     task = (run_dir / "task" / "dense.py").read_bytes()
     assert task.decode() == DENSE_TASK
     assert f"\nsha256 of task/dense.py: {hashlib.sha256(task).hexdigest()}\n" in environment
+
+
+def test_a_trained_model_has_a_card_and_may_be_read_by_others(settings, tmp_path):
+    before = os.umask(0o022)
+    try:
+        run_dir = train(tmp_path, **settings, seed=7, lora_rank=2)
+    finally:
+        os.umask(before)
+    modes = {
+        path.stat().st_mode & 0o777
+        for name in ("model", "adapter")
+        for path in (run_dir / name).iterdir()
+    }
+    assert modes == {0o644}
+    card = (run_dir / "model" / "README.md").read_text()
+    first, *_, last = (record for record in metrics(run_dir))
+    assert f"| reward | {first['eval/reward']:.4g} | {last['eval/reward']:.4g} |" in card
+    assert "for 2 steps on the task `dense.py:Digits`" in card and str(settings["model"]) in card
+    (line,) = [line for line in card.splitlines() if line.startswith("python grpo.py ")]
+    assert " --seed 7 " in line and " --lora-rank 2 " in line and " --task " in line
+    assert "temperature" not in card
+    shutil.rmtree(run_dir / "model")
+    assert command(*resume(run_dir)) == 0 and (run_dir / "model" / "README.md").read_text() == card
 
 
 def test_the_command_in_environment_txt_repeats_the_run(settings, tmp_path):
@@ -709,7 +733,7 @@ def test_bad_reward_stops_the_run_and_names_the_completion(
         "step_000002.pt"
     ]
     if what.startswith("raise"):
-        write_task(tmp_path, DENSE_TASK)
+        shutil.copy(write_task(tmp_path, DENSE_TASK), tmp_path / "bad" / "task")
         assert command("--resume", tmp_path / "bad") == 0
         assert_same_run(tmp_path / "bad", good)
 
@@ -895,16 +919,24 @@ def test_wandb_gets_what_the_log_gets(settings, monkeypatch, tmp_path):
 # The script as a command
 
 
-def test_copied_script_and_common_run_as_they_are_and_import_no_wandb(tmp_path):
+def test_what_the_readme_says_to_copy_runs_as_it_is_and_imports_no_wandb(tmp_path):
     directory = tmp_path / "copied"
     directory.mkdir()
-    shutil.copy(REPOSITORY / "grpo.py", directory)
-    shutil.copytree(
-        REPOSITORY / "common", directory / "common", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    listed = re.search(r"copy the script, the task's file, ([^;]*); they need nothing else", readme)
+    names = re.findall("`([^`]+)`", listed[1])
+    assert set(names) == {"common/", "requirements.txt", "LICENSE"}
+    for name in ("grpo.py", *names):
+        if name.endswith("/"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(REPOSITORY / name, directory / name, ignore=ignored)
+        else:
+            shutil.copy(REPOSITORY / name, directory)
+    dense_task(directory)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # -X importtime prints a line for every module imported.
     argv = [sys.executable, "-X", "importtime", "grpo.py", *options("out", num_steps=1)]
+    argv += ["--task", "dense.py:Digits"]
     ended = subprocess.run(
         argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=200
     )
@@ -915,7 +947,10 @@ def test_copied_script_and_common_run_as_they_are_and_import_no_wandb(tmp_path):
     # a name, not a path: the run can be resumed from another place
     assert saved["model"] == TINY_MODEL
     assert "commit: unknown" in (directory / "out" / "run" / "environment.txt").read_text()
-    assert {path.name for path in directory.iterdir()} == {"grpo.py", "common", "out"}
+    copied = {"grpo.py", "dense.py", "common", "requirements.txt", "LICENSE"}
+    assert {path.name for path in directory.iterdir()} - {"__pycache__"} == {*copied, "out"}
+    original = train(tmp_path, task=dense_task(tmp_path), num_steps=1)
+    assert_same_run(directory / "out" / "run", original)
 
     imported = {
         line.rpartition("|")[2].strip()

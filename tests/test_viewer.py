@@ -300,7 +300,7 @@ def test_a_page_that_cannot_be_written_does_not_hide_the_error(tmp_path, capsys)
         log.write(0, {})
         (tmp_path / "run" / "rollouts.html").mkdir()
         raise KeyError("the run's own")
-    assert "has no new curves.png or rollouts.html" in capsys.readouterr().err
+    assert "has no new curves.png, rollouts.html or model/README.md" in capsys.readouterr().err
 
 
 # The command
