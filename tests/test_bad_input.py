@@ -95,7 +95,10 @@ def test_a_good_start_loads_a_model_and_returns_zero(given, model, tmp_path, cap
 
 def test_data_of_a_task_that_has_its_own(given, refused, tmp_path):
     data = write_rows(tmp_path / "good.jsonl", good_rows(20))
-    refused(*given(task="addition", data=data), names=f"--data {data}")
+    for task in ("addition", dense_task(tmp_path)):
+        refused(*given(task=task, data=data), names=f"--data {data}: the task ")
+        line = refused(*given(task=task, eval_data=data), names=f"--eval-data {data}: the task ")
+        assert "set reads_data = True in its class." in line
 
 
 def test_unknown_task(given, refused):
@@ -107,6 +110,19 @@ def test_task_file_is_missing(given, refused, tmp_path):
     refused(
         *given(task=f"{tmp_path}/absent.py:Digits"), names=f"--task {tmp_path}/absent.py:Digits"
     )
+
+
+def test_task_names_no_class(given, refused, tmp_path):
+    path = write_task(tmp_path, DENSE_TASK)
+    line = refused(*given(task=path), names=f"--task {path} names no class: ")
+    assert line.endswith(f"give {path}:ClassName.")
+
+
+@pytest.mark.parametrize("name", ["Plain", "function", "json"])
+def test_task_class_is_no_task(name, given, refused, tmp_path):
+    path = write_task(tmp_path, "import json\nclass Plain: pass\ndef function(*args): pass\n")
+    line = refused(*given(task=f"{path}:{name}"), names=f"--task {path}:{name}: {name} is no task")
+    assert line.endswith("let it inherit from common.tasks.Task.")
 
 
 def test_task_class_is_missing(given, refused, tmp_path):
@@ -131,7 +147,7 @@ def test_task_has_no_problems(given, refused, tmp_path):
     path = write_task(
         tmp_path, DENSE_TASK.replace('"eval": (100, self.eval_size)', '"eval": (0, 0)')
     )
-    refused(*given(task=f"{path}:Digits"), names="--task ")
+    refused(*given(task=f"{path}:Digits"), names="--task Digits has no eval problem: ")
 
 
 MINE = "import common.tasks\nclass Mine(common.tasks.Task):\n"
@@ -140,13 +156,11 @@ MINE = "import common.tasks\nclass Mine(common.tasks.Task):\n"
 @pytest.mark.parametrize(
     "text",
     [
-        "class Mine:\n    def __init__(self, *args): raise ValueError('my own mistake')",
-        "class Mine:\n    pass",  # takes no data options
+        f"{MINE}    def __init__(self, *args): raise ValueError('my own mistake')",
+        f"{MINE}    def __init__(self): pass",
         f"{MINE}    def problems(self, split): raise KeyError('mistake')",
         f"{MINE}    def problems(self, split): return [{{'text': 'Why?'}}]",
         f"{MINE}    def problems(self, split): return [{{'prompt': None}}]",
-        "class Mine:\n    def __init__(self, *args): pass\n"
-        "    def problems(self, split): return [{'prompt': 'Why?'}]",
     ],
     ids=[
         "constructor_raises",
@@ -154,7 +168,6 @@ MINE = "import common.tasks\nclass Mine(common.tasks.Task):\n"
         "problems_raises",
         "problem_without_prompt",
         "prompt_is_no_text",
-        "no_task",
     ],
 )
 def test_task_class_is_wrong(text, given, refused, tmp_path):

@@ -22,10 +22,14 @@ BUILT_IN = {"addition": "Addition", "calculator": "Calculator", "gsm8k": "GSM8K"
 class Task:
     """Base class.
 
-    `data`, `eval_data` and `eval_size` are the options of the same names; a task is free to ignore
-    them.
+    `data`, `eval_data` and `eval_size` are the options of the same names. Of more held-out problems
+    than `eval_size`, the first are taken.
     """
 
+    # Whether the task reads `data` and `eval_data`; if not, these options are refused.
+    reads_data = False
+    # Unless the constructor sets another
+    eval_size = 256
     # Arguments of the chat template; Qwen3's, for example, knows {"enable_thinking": False}.
     template_arguments: ClassVar = {}
     # How often the model may speak. Above 1, `reply` answers its turns.
@@ -41,7 +45,7 @@ class Task:
         self.eval_size = eval_size
 
     def problems(self, split):
-        """The problems of `split`, "train" or "eval": a list of dicts.
+        """The problems of `split`, "train" or "eval" (held out): a list of dicts.
 
         `problem["prompt"]` is a string, given to the model as it stands, or a list of chat
         messages, which go through the tokenizer's chat template; if the last one is the
@@ -122,12 +126,37 @@ def load_task(name, data="", eval_data="", eval_size=256):
 
     Raises `BadInput` where there is no such task, or where it does not accept the other arguments.
     """
-    if name in BUILT_IN:
-        # Only now: the built-in tasks' modules import this one.
-        module = importlib.import_module(f"common.tasks.{name}")
-        task_class = getattr(module, BUILT_IN[name])
+    with _loading(name):
+        task_class = _task_class(name)
+        if (data or eval_data) and not task_class.reads_data:
+            option = f"--data {data}" if data else f"--eval-data {eval_data}"
+            raise BadInput(
+                f"{option}: the task {task_class.__name__} reads no data: leave it out, or, if it "
+                "is your own, set reads_data = True in its class."
+            )
         return task_class(data, eval_data, eval_size)
 
+
+@contextlib.contextmanager
+def _loading(name):
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise BadInput(
+            f"--task {name} cannot be loaded ({reason}): check path, class and code."
+        ) from error
+
+
+def _task_class(name):
+    if name in BUILT_IN:
+        # Only now: the built-in tasks' modules import this one.
+        return getattr(importlib.import_module(f"common.tasks.{name}"), BUILT_IN[name])
+
+    if name.endswith(".py"):
+        raise BadInput(f"--task {name} names no class: give {name}:ClassName.")
     path, _, class_name = name.rpartition(":")
     if not path.endswith(".py"):
         raise BadInput(
@@ -140,19 +169,10 @@ def load_task(name, data="", eval_data="", eval_size=256):
     module = importlib.util.module_from_spec(spec)
     # As an import would: dataclasses, among others, look their module up there.
     sys.modules[spec.name] = module
-    try:
-        spec.loader.exec_module(module)
-        task_class = getattr(module, class_name)
-        task = task_class(data, eval_data, eval_size)
-    except BadInput:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise BadInput(
-            f"--task {name} cannot be loaded ({reason}): check path, class and code."
-        ) from error
-    if not isinstance(task, Task):
+    spec.loader.exec_module(module)
+    task_class = getattr(module, class_name)
+    if not (isinstance(task_class, type) and issubclass(task_class, Task)):
         raise BadInput(
             f"--task {name}: {class_name} is no task; let it inherit from common.tasks.Task."
         )
-    return task
+    return task_class

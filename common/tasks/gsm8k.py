@@ -27,6 +27,8 @@ class GSM8K(Task):
     is logged only.
     """
 
+    reads_data = True
+
     def __init__(self, data="", eval_data="", eval_size=256):
         super().__init__(data, eval_data, eval_size)
         self.grader = MathGrader()

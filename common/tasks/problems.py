@@ -5,13 +5,14 @@ import math
 import sys
 import time
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 
 import numpy as np
 
-from common.distributed import gather, share
+from common.distributed import gather, rank, share
+from common.environment import NOTES
 from common.errors import BadInput, RunStopped
 from common.models import check_context
 from common.progress import progress
@@ -41,6 +42,7 @@ class ProblemSet:
     tokenizer: object
     problems: list[dict]
     prompts: list[list[int]]
+    told: set[str] = field(default_factory=set)  # keys of `_tell_gaps`
 
     def __len__(self):
         return len(self.problems)
@@ -89,7 +91,17 @@ class ProblemSet:
                 told = logprobs[row].count(None)
                 grade |= {"turns": float(len(graded[row])), "environment_tokens": float(told)}
             grades.append(grade)
+        self._tell_gaps(grades)
         return grades, texts
+
+    def _tell_gaps(self, grades):
+        """Say, once, which values are reported for some responses only."""
+        for key in sorted({key for grade in grades for key in grade} - self.told):
+            number = sum(key in grade for grade in grades)
+            if number < len(grades) and rank() == 0:
+                self.told.add(key)
+                what = f"{type(self.task).__name__} reports {key!r} of {number} responses"
+                print(f"{what} among {len(grades)}: its mean is over these.", file=sys.stderr)
 
     def _texts(self, responses, logprobs):
         decode = partial(self.tokenizer.batch_decode, skip_special_tokens=True)
@@ -126,9 +138,12 @@ class ProblemSet:
 
     def checksum(self):
         """A number that depends on the prompts' tokens and, as far as JSON goes, the problems."""
-        everything = [self.prompts, self.problems]
-        text = json.dumps(everything, skipkeys=True, default=lambda value: str(type(value)))
-        return zlib.crc32(text.encode())
+        return zlib.crc32(_as_json([self.prompts, self.problems]).encode())
+
+
+def _as_json(value):
+    """The value as text; of what JSON does not know, only the type."""
+    return json.dumps(value, skipkeys=True, default=lambda value: str(type(value)))
 
 
 def _as_grade(result):
@@ -160,7 +175,24 @@ def load_problem_sets(args, tokenizer):
     train_set = load_problems(task, "train", tokenizer, args.max_prompt_tokens)
     eval_set = load_problems(task, "eval", tokenizer, args.max_prompt_tokens)
     check_context(args, train_set.prompts + eval_set.prompts)
+    first = repr(tokenizer.decode(train_set.prompts[0]))
+    NOTES["first training prompt"] = first
+    if rank() == 0 and not args.resume:
+        print(f"The first training prompt, as the model gets it:\n    {first}")
+        _tell_repeats(train_set, eval_set)
     return train_set, eval_set
+
+
+def _tell_repeats(train_set, eval_set):
+    """Say where problems appear more than once."""
+    train, held_out = ([*map(_as_json, each.problems)] for each in (train_set, eval_set))
+    different = set(train)
+    if len(different) < 0.9 * len(train):
+        what = f"Of {len(train)} training problems, only {len(different)} are different"
+        print(f"{what}: the others repeat them.", file=sys.stderr)
+    if known := sum(problem in different for problem in held_out):
+        what = f"{known} of {len(held_out)} held-out problems are training problems, too"
+        print(f"{what}: on these, the model may know the answer by heart.", file=sys.stderr)
 
 
 def load_problems(task, split, tokenizer, max_prompt_tokens):
@@ -172,15 +204,16 @@ def load_problems(task, split, tokenizer, max_prompt_tokens):
     """
     name = f"--task {type(task).__name__}"
     try:
-        problems = list(task.problems(split))
+        problems = list(task.problems(split))[: task.eval_size if split == "eval" else None]
         token_ids = _encoded([problem["prompt"] for problem in problems], task, tokenizer)
     except Exception as error:  # the task's own, no chat template, one that refuses a message, …
         what = f"that the chat template of --model {tokenizer.name_or_path} takes, but: {error!r}"
         must = 'the "prompt" of a problem must be text, or a list of chat messages'
         raise BadInput(f"{name}: {must} {what}.") from error
-    if not token_ids or not all(token_ids):
-        which = "an empty" if token_ids else "no"
-        raise BadInput(f"{name} has {which} {split} prompt: give at least one token each.")
+    if not token_ids:
+        raise BadInput(f'{name} has no {split} problem: let problems("{split}") give some.')
+    if not all(token_ids):
+        raise BadInput(f"{name} has an empty {split} prompt: give at least one token each.")
     kept = [number for number, ids in enumerate(token_ids) if len(ids) <= max_prompt_tokens]
     left_out = len(token_ids) - len(kept)
     too_long = f"{left_out} of {len(token_ids)} {split} prompts are longer than"

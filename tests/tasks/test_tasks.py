@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, build_model
-from helpers import dense_task, steps, train, write_task
+from helpers import command, dense_task, resume, steps, train, write_task
 
 from common.errors import BadInput, RunStopped
 from common.models import TINY_MODEL, load_tokenizer
@@ -209,6 +209,8 @@ from common.tasks import Task
 
 
 class Echo(Task):
+    reads_data = True
+
     def problems(self, split):
         return [{"prompt": f"{split} {self.data} {n}", "n": n} for n in range(self.eval_size)]
 
@@ -588,6 +590,77 @@ def test_long_prompts_are_dropped_with_their_problems(tmp_path, tokenizer, capsy
         load_problems(task, "train", tokenizer, limit - 1)
     assert len(load_problems(task, "train", tokenizer, max(lengths))) == 12
     assert not capsys.readouterr().err
+
+
+def test_of_more_held_out_problems_than_eval_size_the_first_are_taken(tokenizer):
+    task = Prompts("one", "two", "three")
+    task.eval_size = 2
+    held_out = load_problems(task, "eval", tokenizer, 9).problems
+    assert held_out == [{"prompt": "one"}, {"prompt": "two"}]
+    assert len(load_problems(task, "train", tokenizer, 9)) == 3
+
+
+REPEATED = """
+from common.tasks import Task
+
+
+class Repeated(Task):
+    def problems(self, split):
+        numbers = [1, 1, 2, 3] if split == "train" else [3, 4]
+        return [{"prompt": f"Q: {n}"} for n in numbers]
+
+    def reward(self, problem, response):
+        return float(len(response))
+"""
+
+
+def test_what_repeats_is_told(tmp_path, capsys):
+    train(tmp_path, task=f"{write_task(tmp_path, REPEATED)}:Repeated", num_steps=1)
+    said = capsys.readouterr().err
+    assert "Of 4 training problems, only 3 are different: the others repeat them.\n" in said
+    assert "1 of 2 held-out problems are training problems, too: " in said
+    train(tmp_path, "other", task=dense_task(tmp_path), num_steps=1)
+    assert "problems" not in capsys.readouterr().err
+
+
+def test_a_value_that_only_some_responses_have_is_told_once(tokenizer, capsys):
+    class Some(Prompts):
+        def reward(self, problem, response):
+            return {"reward": 1.0} | ({"format": 1.0} if response else {})
+
+    problem_set = load_problems(Some("?"), "train", tokenizer, 9)
+    problem_set.grade([0, 0], [[], []])
+    assert not capsys.readouterr().err
+    for _ in range(2):
+        problem_set.grade([0, 0, 0], [[], tokenizer.encode("a"), []])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "Some reports 'format' of 1 responses among 3: its mean is over these."
+
+
+CHATTY = """
+from dense import Digits
+
+
+class Chatty(Digits):
+    def problems(self, split):
+        plain = super().problems(split)
+        return [{"prompt": [{"role": "user", "content": each["prompt"]}]} for each in plain]
+"""
+
+
+def test_the_first_prompt_is_shown_as_the_model_gets_it(tmp_path, capsys):
+    dense_task(tmp_path)
+    task, model = f"{write_task(tmp_path, CHATTY)}:Chatty", build_model("qwen2", tmp_path / "model")
+    run_dir = train(tmp_path, task=task, model=model, num_steps=1, max_response_tokens=2)
+    messages = load_task(task).problems("train")[0]["prompt"]
+    options = {"tokenize": False, "add_generation_prompt": True}
+    shown = repr(load_tokenizer(str(model)).apply_chat_template(messages, **options))
+    assert shown != repr(messages[0]["content"]) and "Q: 10" in shown
+    said = capsys.readouterr().out
+    assert said.count(f"The first training prompt, as the model gets it:\n    {shown}\n") == 1
+    assert f"\nfirst training prompt: {shown}\n" in (run_dir / "environment.txt").read_text()
+    assert command(*resume(run_dir, "--num-steps", 2)) == 0
+    assert "The first training prompt" not in capsys.readouterr().out
 
 
 def test_the_default_task_does_not_wait_for_the_import_of_datasets():
