@@ -15,7 +15,8 @@ import red_weight
 from common.models import TINY_MODEL, VLLM_VERSION, load_model, load_tokenizer
 from common.sampling.transformers import TransformersSampler
 from common.tasks import load_task
-from tests.helpers import steps, train
+from tests import helpers
+from tests.helpers import SMALL, as_options, steps, train
 from tests.readme import DOCUMENTS, ROOT, refresh
 
 SCRIPTS = {"grpo.py": grpo, "rec_oneside_nois.py": rec_oneside_nois, "red_weight.py": red_weight}
@@ -170,6 +171,38 @@ def test_its_example_of_a_task_is_short_and_can_be_learned(tmp_path):
     # The bundled model earns something in its first step.
     run = train(tmp_path, task=name, num_steps=1, max_response_tokens=64)
     assert [record["reward/mean"] > 0 for record in steps(run)] == [True]
+
+
+def example(name, directory):
+    """Writes a task's file that common/README.md shows; returns what follows `for` in its first
+    line, as words.
+    """
+    pattern = rf"```python\n(# {name}\.py, for ([^\n]*)\n.*?)```"
+    ((code, words),) = re.findall(pattern, text("common/README.md"), re.DOTALL | re.MULTILINE)
+    (directory / f"{name}.py").write_text(code)
+    return shlex.split(words)
+
+
+def test_the_example_of_a_task_that_reads_data_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.csv").write_text("country,capital\nPeru,Lima\nChad,N'Djamena\n")
+    (tmp_path / "test.csv").write_text("country,capital\nOman,Muscat\n")
+    words = example("capitals", tmp_path)
+    assert helpers.command(*words, *as_options({**SMALL, "num_steps": 1, "name": "run"})) == 0
+    task = load_task(words[1], "train.csv", "test.csv")
+    assert [problem["answer"] for problem in task.problems("train")] == ["Lima", "N'Djamena"]
+    assert task.rewards(task.problems("eval"), [" Muscat, of course"]) == [1.0]
+
+
+def test_the_example_of_a_task_for_a_chat_model_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = example("doubling", tmp_path)
+    assert helpers.command(*words, *as_options({**SMALL, "num_steps": 1, "name": "run"})) == 0
+    (record,) = steps("runs/run")
+    assert record["reward/mean"] == pytest.approx(0.1 * record["brief"])
+    task = load_task(words[1])
+    found = [task.reward({"answer": 6}, said)["reward"] for said in ("6", "Answer: 6", "Answer: 7")]
+    assert found == pytest.approx([0.1, 1.3, 0.3])
 
 
 @pytest.mark.parametrize("name", NAMES)
