@@ -41,6 +41,7 @@ import grpo
 from common import checkpoints, environment, progress, runlog, watch
 from common.curves import read_metrics
 from common.errors import RunStopped
+from common.modelcard import model_card
 from common.models import TINY_MODEL
 from common.tasks.gsm8k import GSM8K_SAMPLE
 
@@ -238,8 +239,9 @@ def test_a_trained_model_has_a_card_and_may_be_read_by_others(settings, tmp_path
     }
     assert modes == {0o644}
     card = (run_dir / "model" / "README.md").read_text()
-    first, *_, last = (record for record in metrics(run_dir))
-    assert f"| reward | {first['eval/reward']:.4g} | {last['eval/reward']:.4g} |" in card
+    args = json.loads((run_dir / "args.json").read_text())
+    numbers = [{"step": 0, "eval/reward": 0.25}, {"step": 1}, {"step": 2, "eval/reward": 0.5}]
+    assert "\n| reward | 0.25 | 0.5 |\n" in model_card(run_dir, "grpo", args, "", numbers)
     assert "for 2 steps on the task `dense.py:Digits`" in card and str(settings["model"]) in card
     (line,) = [line for line in card.splitlines() if line.startswith("python grpo.py ")]
     assert " --seed 7 " in line and " --lora-rank 2 " in line and " --task " in line
