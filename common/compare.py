@@ -3,7 +3,7 @@
 Runs of one script whose options agree, but for the seed, have one curve. They may still be going
 on: a curve has the steps that all of its runs have made.
 
-    python -m common.compare runs/grpo-* runs/red_weight-*
+    python -m common.compare runs/a-* runs/b-*
     python -m common.compare runs/a-* --metrics reward/mean entropy --x hours --output figures/a
 
 Writes OUTPUT.png, OUTPUT.pdf, and OUTPUT.csv with what they show, of every run and before

@@ -91,6 +91,12 @@ def train(output, name="run", script="grpo", **settings):
     return Path(output) / name
 
 
+def load_weights(model, state):
+    """The weights of a checkpoint, which has tied ones once."""
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected and set(missing) <= set(model.all_tied_weights_keys)
+
+
 def options(output, name="run", **settings):
     """The same as a command line, a list of strings."""
     return as_options({**SMALL, "output": str(output), "name": name, **settings})

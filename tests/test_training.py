@@ -26,6 +26,7 @@ from helpers import (
     checkpoint,
     command,
     dense_task,
+    load_weights,
     metrics,
     options,
     resume,
@@ -311,7 +312,7 @@ def test_final_model_is_the_trained_policy(family, settings, tmp_path):
     tokens = torch.arange(60).view(3, 20)
     with torch.no_grad():
         initial = policy(tokens).logits
-        policy.load_state_dict(checkpoint(run_dir, 2)["model"])
+        load_weights(policy, checkpoint(run_dir, 2)["model"])
         trained = policy(tokens).logits
         assert torch.equal(saved(tokens).logits, trained)
         assert not torch.allclose(trained, initial, atol=1e-3)
@@ -377,7 +378,7 @@ def test_a_step_is_what_the_equations_say(script, settings, keep_all, all_comple
 
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
     reference = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
-    model.load_state_dict(before["model"])
+    load_weights(model, before["model"])
     num_tokens = sum(map(len, batch["responses"]))
     loss, sums, ratios, clipped = (
         0.0,
@@ -585,7 +586,7 @@ def test_sampler_and_trainer_have_the_same_temperature(script, settings, tmp_pat
 @torch.no_grad()
 def log_prob_error(model, state, batch, temperature=1.0):
     """Largest difference between what the sampler reported and a plain forward pass."""
-    model.load_state_dict(state)
+    load_weights(model, state)
     errors = []
     for row in range(0, len(batch["responses"]), 4):  # one of each group
         prompt, response, reported = (

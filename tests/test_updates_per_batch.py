@@ -13,6 +13,7 @@ from helpers import (
     checkpoint,
     command,
     dense_task,
+    load_weights,
     metrics,
     resume,
     rollouts,
@@ -86,7 +87,7 @@ def test_each_part_is_a_batch_of_its_own(settings, tmp_path, monkeypatch):
     batch.advantages_PG = torch.tensor(advantages, dtype=torch.float64).view(4, 4)
 
     model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.float64)
-    model.load_state_dict(before["model"])
+    load_weights(model, before["model"])
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
     optimizer.load_state_dict(before["optimizer"])
     losses, norms = [], []
