@@ -185,10 +185,11 @@ def test_of_two_runs_with_one_name_the_second_is_refused(tmp_path):
     # makes the directory.
     one, other = new_log(tmp_path / "runs"), new_log(tmp_path / "runs")
     begin(one)
-    before = {path.name: path.read_bytes() for path in one.dir.iterdir()}
+    before = {path: path.read_bytes() for path in one.dir.rglob("*") if path.is_file()}
     with pytest.raises(BadInput, match="--name run"):
         begin(other)
-    assert {path.name: path.read_bytes() for path in one.dir.iterdir()} == before
+    after = {path: path.read_bytes() for path in one.dir.rglob("*") if path.is_file()}
+    assert after == before
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
 
 
