@@ -284,7 +284,8 @@ def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     run = Run(argv, tmp_path / "log", afresh=True)
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
-    said = r"The first training prompt, |    '|Watch the reward\. |Held-out problems|  \w+ |Everything is in |\s*(\x1b\[A)?$"
+    said = r"The first training prompt, |    '|Watch the reward\. |Held-out problems|  \w+ |"
+    said += r"Everything is in |\s*(\x1b\[A)?$"
     progress = re.compile(
         r"(Loading weights: |Writing model shards: )? *\d+%\||.*: \d+it \[|" + said
     )
