@@ -219,7 +219,8 @@ def test_files_of_a_run(settings, curves, tmp_path):
     names = {path.name for path in run_dir.iterdir()}
     assert names == {
         "args.json", "environment.txt", "metrics.jsonl", "completions.jsonl", "curves.png",
-        "checkpoints", "model", "lock", "rollouts.jsonl", "rollouts.html", "script", "task",
+        "checkpoints", "model", "lock", "complete", "rollouts.jsonl", "rollouts.html", "script",
+        "task",
     }  # fmt: skip
     assert (run_dir / "script" / "grpo.py").read_bytes() == Path(grpo.__file__).read_bytes()
     task = (run_dir / "task" / "dense.py").read_bytes()

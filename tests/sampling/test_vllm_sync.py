@@ -23,7 +23,7 @@ from common.sampling.transformers import TransformersSampler
 from common.sampling.verify import TOLERANCE, canary, deliver, describe, logprobs_of
 from common.sampling.vllm import VllmSampler
 from common.weights import perturbed, weights_of
-from tests.sampling.test_model_families import WITH_BUFFERS, build
+from tests.sampling.test_model_families import FAMILIES, build
 from tests.sampling.test_transformers import make_prompts, seeds, trainer_logprobs
 from tests.sampling.test_vllm_sampler import differences
 from tests.sampling.vllm_engines import EOS, KINDS, engine, model_directory, start_engine
@@ -125,7 +125,7 @@ def sync_experts(directory):
 
 
 def test_experts_and_their_routers_bias_arrive(tmp_path):
-    directory = build("glm4_moe", tmp_path / "model", WITH_BUFFERS["glm4_moe"])
+    directory = build("glm4_moe", tmp_path / "model", FAMILIES["glm4_moe"])
     # The first engine of a process decides whether others may have experts.
     process = multiprocessing.get_context("spawn").Process(target=sync_experts, args=(directory,))
     process.start()
