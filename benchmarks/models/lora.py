@@ -161,8 +161,8 @@ def main(args):
     report = f"""# Full training and LoRA
 
 `python benchmarks/models/lora.py`: GRPO, seed {args.seed}, two threads. One seed each: differences
-of a few hundredths mean nothing. Rows are timed hours apart, on a machine whose speed drifts:
-seconds of one row and another are no comparison. A checkpoint of an adapter has its weights and
+of a few hundredths mean nothing. Rows are timed one after the other, on a machine whose speed
+drifts: compare their seconds with care. A checkpoint of an adapter has its weights and
 moments only. Peak memory is that of the process, with Python and PyTorch.
 
 {chr(10).join(parts)}"""
