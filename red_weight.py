@@ -251,7 +251,7 @@ def main(args):
             evaluation = None
             if step % args.eval_interval == 0 or step == args.num_steps:
                 metrics.phase("drain")
-                rollouts.drain()  # batches under way come first, and take their own time
+                rollouts.drain()  # batches under way come first, and count as time/drain
                 metrics.phase("eval")
                 evaluation = eval_set.evaluate(rollouts)
 

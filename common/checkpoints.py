@@ -140,7 +140,7 @@ def checkpoint_of(run_dir, step=None):
 
     Raises `BadInput` where there is none, and for one that several ranks have written in parts.
     """
-    found = {int(path.stem.removeprefix("step_")): path for path in _checkpoints(run_dir)}
+    found = _by_step(run_dir)
     if not found:
         raise BadInput(f"--run {run_dir} has no checkpoint yet: wait, or resume it.")
     step = max(found) if step is None else step
@@ -207,10 +207,14 @@ def _moments_for(optimizer, state):
 
 def check_steps_left(run_dir, num_steps):
     """Raise `BadInput` where a run that is resumed has done more steps than `num_steps`."""
-    done = max((int(path.stem.removeprefix("step_")) for path in _checkpoints(run_dir)), default=0)
+    done = max(_by_step(run_dir), default=0)
     if done > num_steps:
         what = f"--num-steps {num_steps} is less than the {done} steps that {run_dir} has done"
         raise BadInput(f"{what}: give {done} or more, or leave it out.")
+
+
+def _by_step(run_dir):
+    return {int(path.stem.removeprefix("step_")): path for path in _checkpoints(run_dir)}
 
 
 def _checkpoints(run_dir):

@@ -11,16 +11,16 @@ from common.weights import weights_of
 
 
 def share_weights(model, num_slots):
-    """`SharedWeights` with room for a model's weights, so many times.
-
-    Raises `BadInput` if there is too little shared memory.
-    """
+    """`SharedWeights` with room for a model's weights, so many times. Raises `BadInput`."""
     shapes = {name: tensor.shape for name, tensor in weights_of(model).items()}
     return SharedWeights(shapes, reserve_memory(sum(_aligned_sizes(shapes)), num_slots))
 
 
 def reserve_memory(slot_size, num_slots):
-    """Slots for so many float32 numbers each, their versions, and a heartbeat, all 0 or −1."""
+    """Slots of `slot_size` float32 numbers, the version in each (−1: none yet), and a heartbeat.
+
+    Raises `BadInput` if there is too little shared memory.
+    """
     copies = num_slots * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # every rank has its own
     needed = 4 * copies * slot_size
     free = shutil.disk_usage("/dev/shm").free
