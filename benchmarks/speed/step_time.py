@@ -15,20 +15,9 @@ several of its steps, at a learning rate of 1e-9 on both sides, which keeps that
 learn by themselves, the two sides would soon do different work. The time of the whole run follows
 by the trapezoid rule.
 
-What is timed:
-- `grpo.py`: `time/step` in its metrics.jsonl, from before sampling to after the update, without
-  evaluation.
-- TRL: from the trainer's `on_step_begin` to its `on_step_end`. `GRPOTrainer` generates and grades
-  inside its `training_step`, which is between the two, so this includes the same things. Loading
-  the data and logging are outside, as they are for `grpo.py`.
-
-How TRL is set up, to do the same work at its best:
-- `loss_type="dapo"` is its token mean over the whole batch, the normalisation of `grpo.py`.
-- Gradient checkpointing and bfloat16, both on by default, are off; so are logging, saving and
-  evaluation.
-- Micro-batches are the fastest size: see `trl_batch_size`.
-- It ends responses at the same EOS ids; nothing is reported if mean response lengths differ by more
-  than 5 %.
+`helpers/trl_trainer.py` says how TRL is set up and what is timed: a step from before sampling to
+after the update, without evaluation. Its micro-batches are the fastest size: see `trl_batch_size`.
+Nothing is reported if mean response lengths differ by more than 5 %.
 TRL's sampler reports no log-probs, so that it has less to do there; it treats the policy that
 sampled the batch as equal to the one being trained. `grpo.py` skips the backward pass of groups
 whose rewards are all equal, which have no gradient; the report says how many there are.
@@ -36,38 +25,27 @@ whose rewards are all equal, which have no gradient; the report says how many th
 Writes `report.md`, `step_time.json` with its numbers, and `steps.csv` with every step.
 """
 
-import json
 import os
 import shutil
-import statistics
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
 import tyro
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-import grpo
-from benchmarks.helpers import reporting
-from benchmarks.helpers.launcher import Run, run_all, run_once, train
+from benchmarks.helpers import reporting, trl_trainer
+from benchmarks.helpers.launcher import Run, run_all, train
+from benchmarks.helpers.trl_trainer import DEFAULTS, TrlRun
 from common.environment import describe_environment
-from common.layers import use_threads
-from common.metrics import peak_bytes
-from common.models import load_tokenizer, location
-from common.sampling import problems_of_batch
-from common.tasks import load_task
-from common.tasks.problems import load_problems
+from common.models import location
 
-# P, G, token limit, temperature, clipping, seed: whatever grpo.py does when left alone
-DEFAULTS = grpo.Args()
 WARM_UP = 2  # steps of each run: first allocations, lazy imports
 LEARNING_RATE = 1e-9
 BASELINE = "TRL"
@@ -77,7 +55,13 @@ VARIANTS = {  # name: (is it TRL?, does it compute the reference's log-probs?)
     BASELINE: (True, False),
     "TRL, reference KL": (True, True),
 }
-MEASURED = ["seconds", "response_length", "reward", "zero_std_groups", "peak_gib"]
+MEASURED = {  # name in metrics.jsonl: name of a column
+    "time/step": "seconds",
+    "response_length/mean": "response_length",
+    "reward/mean": "reward",
+    "reward/zero_std_groups": "zero_std_groups",
+    "memory/peak_gib": "peak_gib",
+}
 
 
 @dataclass
@@ -130,89 +114,14 @@ def run_grpo(work, model, threads, reference, steps, directory, microbatch):
         "max_tokens_per_microbatch": microbatch,
     }  # fmt: skip
     run_dir = train("grpo", directory, "run", threads=threads, **options)
-    keys = ("time/step", "response_length/mean", "reward/mean", "reward/zero_std_groups")
-    keys += ("memory/peak_gib",)
-    return [[record[key] for key in keys] for record in reporting.read_steps(run_dir)]
+    return [[record[key] for key in MEASURED] for record in reporting.read_steps(run_dir)]
 
 
-def run_trl(*arguments):
-    """Run `train_with_trl` in a process of its own. Returns a list of `MEASURED` per step, warm-up
-    included.
-    """
-    threads, directory = arguments[2], arguments[5]
-    run_once([__file__, "--trl-child", json.dumps(arguments)], threads)
-    return json.loads(Path(directory, "steps.json").read_text())
-
-
-def train_with_trl(work, model, threads, reference, steps, directory, batch_size):
-    """A few steps of TRL's `GRPOTrainer` on `grpo.py`'s batches of problems; writes `steps.json`
-    into `directory`.
-    """
-    from datasets import Dataset  # the parent process needs none of this
-    from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    use_threads(threads)
-    tokenizer = load_tokenizer(model)
-    task = load_task(work["task"])
-    problems = load_problems(task, "train", tokenizer, DEFAULTS.max_prompt_tokens).problems
-    P, G = work["prompts_per_step"], DEFAULTS.group_size
-    batches = [problems_of_batch(k + 1, len(problems), P, DEFAULTS.seed) for k in range(steps)]
-    rows = [{"prompt": problems[i]["prompt"], "problem": i} for batch in batches for i in batch]
-    dataset = Dataset.from_list(rows)
-    records = []
-
-    def reward(completions, completion_ids, problem, **_):
-        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
-        rewards = task.rewards([problems[index] for index in problem], texts)
-        rewards = [reward["reward"] if isinstance(reward, dict) else reward for reward in rewards]
-        equal = [len(set(rewards[i : i + G])) == 1 for i in range(0, len(rewards), G)]
-        lengths = [len(ids) for ids in completion_ids]
-        records.append([statistics.mean(values) for values in (lengths, rewards, equal)])
-        return rewards
-
-    class StepTimer(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.started, self.batches_before = time.perf_counter(), len(records)
-
-        def on_step_end(self, *_, **__):
-            records[-1].insert(0, time.perf_counter() - self.started)
-            records[-1].append(peak_bytes(torch.device(work["device"])) / 2**30)
-            # What is timed must contain the sampling and grading of exactly one batch.
-            sampled = len(records) - self.batches_before
-            assert sampled == 1, "TRL generates outside of the timed part of a step"
-
-    config = GRPOConfig(
-        output_dir=directory,
-        use_cpu=work["device"] == "cpu",
-        bf16=work["precision"] == "bfloat16",
-        gradient_checkpointing=False,
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        # micro-batches per update; they share one batch
-        gradient_accumulation_steps=P * G // batch_size,
-        num_generations=G,
-        max_completion_length=work["max_response_tokens"],
-        temperature=DEFAULTS.temperature,
-        top_p=1.0,
-        top_k=0,
-        beta=1e-3 if reference else 0.0,  # any number but 0 makes it run the reference
-        loss_type="dapo",
-        epsilon=DEFAULTS.clip_low,
-        epsilon_high=DEFAULTS.clip_high,
-        max_grad_norm=DEFAULTS.max_grad_norm,
-        learning_rate=LEARNING_RATE,
-        lr_scheduler_type="constant",
-        shuffle_dataset=False,
-        seed=DEFAULTS.seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    others = {"processing_class": tokenizer, "callbacks": [StepTimer()]}
-    GRPOTrainer(model, reward, config, dataset, **others).train()
-    Path(directory, "steps.json").write_text(json.dumps(records))
+def run_trl(work, model, threads, reference, steps, directory, batch_size):
+    """The same with TRL."""
+    options = work | {"num_steps": steps, "learning_rate": LEARNING_RATE, "reference": reference}
+    run = TrlRun(directory, model, batch_size=batch_size, threads=threads, **options)
+    return [[record[key] for key in MEASURED] for record in trl_trainer.run_trl(run)]
 
 
 def main(args):
@@ -247,7 +156,7 @@ def main(args):
         for key, steps in measured.items()
         for k, values in enumerate(steps, start=1)
     ]
-    columns = ["threads", "variant", "stage", "round", "step", *MEASURED]
+    columns = ["threads", "variant", "stage", "round", "step", *MEASURED.values()]
     reporting.write_csv(args.output / "steps.csv", columns, rows)
     report, results = write_text(measured, settings, args, load)
     reporting.write_json(args.output / "step_time.json", summary=results)
@@ -323,7 +232,4 @@ Load average when started: {load:.2f} (of other work; 0 is an idle machine).
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--trl-child"]:
-        train_with_trl(*json.loads(sys.argv[2]))
-    else:
-        main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, description=__doc__))
