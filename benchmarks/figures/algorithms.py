@@ -99,14 +99,8 @@ def main(args, script_options):
 
     everything = {label: read(label) for label in curves}
     groups = {label: everything[label] for label in SCRIPTS}
-    marks = {
-        key: {
-            label: list(zip((1, args.steps), values[script], strict=True))
-            for label, script in SCRIPTS.items()
-        }
-        for key, values in json.loads(PUBLISHED.read_text())["curves"].items()
-    }
-    reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, published=marks)
+    published = marks(args.steps)
+    reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, published=published)
     ablation = {label: runs for label, runs in everything.items() if label.startswith(RED)}
     reporting.plot_runs(
         args.output / "tau.png", ablation, COLOURS, PANELS, logarithmic=["kl/ref_k2"]
@@ -123,6 +117,17 @@ class AdditionForMore(Addition):
     def reward(self, problem, response):
         correct = super().reward(problem, response)
         return {"reward": RIGHT * correct, "accuracy": correct}
+
+
+def marks(steps):
+    """Start and end of the published curves, over so many steps, for `plot_runs`."""
+    return {
+        key: {
+            label: list(zip((1, steps), values[script], strict=True))
+            for label, script in SCRIPTS.items()
+        }
+        for key, values in json.loads(PUBLISHED.read_text())["curves"].items()
+    }
 
 
 def tenths(runs, key):
@@ -191,22 +196,31 @@ def decimals(values):
     return ", ".join(f"{value:.3f}" for value in values)
 
 
-def write_text(groups, everything, args, script_options):
+def ends_of_curves(groups):
+    """A table of the published curves' ends and ours."""
     published = json.loads(PUBLISHED.read_text())["curves"]
-    curves = []
+    rows = []
     for key, panel in PANELS.items():
         for label, runs in groups.items():
             start, end = published[key][SCRIPTS[label]]
             theirs, ours = "rises" if end > start else "falls", direction(runs, key)
             values = tenths(runs, key).mean(axis=0)
-            curves.append([panel, label, arrow((start, end), "g"), arrow(values, ".3f")])
-            curves[-1] += [theirs, ours, yes(theirs == ours)]
+            rows.append([panel, label, arrow((start, end), "g"), arrow(values, ".3f")])
+            rows[-1] += [theirs, ours, yes(theirs == ours)]
+    return table(["curve", "algorithm", "published", "ours", "published", "ours", "agree"], rows)
+
+
+def largest_behaviour_kl(runs):
+    """The largest KL(sampler ‖ policy) of a batch, the mean over runs."""
+    return np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
+
+
+def write_text(groups, everything, args, script_options):
     others = []
     for label, runs in everything.items():
         accuracies = [column(records, "eval/accuracy")[-1] for records in runs]
-        behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
         others.append([label, decimals(accuracies), f"{np.mean(accuracies):.3f}"])
-        others[-1] += [*reporting.clipped(runs), f"{behaviour:.3f}"]
+        others[-1] += [*reporting.clipped(runs), f"{largest_behaviour_kl(runs):.3f}"]
     rows, key = [], "kl/ref_k2"
     for label in (RED, *TAUS):
         largest = [column(records, key).max() for records in everything[label]]
@@ -237,7 +251,7 @@ values cannot. [scan.md](scan.md) has all settings that were tried.
 Ours: means of the first and the last tenth of the run, over seeds. A curve is flat if the mean
 change is smaller than the spread of the changes between seeds.
 
-{table(["curve", "algorithm", "published", "ours", "published", "ours", "agree"], curves)}
+{ends_of_curves(groups)}
 
 ## Observations from the published figure, and whether they hold here
 

@@ -1,7 +1,8 @@
-"""Every setting that was tried for the two figures, on seeds that the figures do not use.
+"""Every setting that was tried for the figures, on seeds that the figures do not use.
 
     python benchmarks/figures/scans.py sync_modes --seeds 11    16 runs, two at a time; 15 minutes
     python benchmarks/figures/scans.py algorithms --seeds 11    33 runs; an hour
+    python benchmarks/figures/scans.py algorithms_pretrained --seeds 11     9 runs; 90 minutes
 
 The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table
 says what became of the curves and how many of the observations about the published figure hold
@@ -22,7 +23,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from benchmarks.figures import algorithms, sync_modes
+from benchmarks.figures import algorithms, algorithms_pretrained, sync_modes
 from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import Run, as_options, run_all
 from benchmarks.helpers.reporting import column, table
@@ -55,17 +56,23 @@ SCANS = {
             "steps": 200,
         },
     ],
+    # Just over one sync period: the first batches of the second one tell what it came to.
+    "algorithms_pretrained": [{"learning-rate": rate, "steps": 22} for rate in (1e-5, 2e-5, 5e-6)],
 }
 
 
 @dataclass
 class Args:
-    figure: Annotated[Literal["sync_modes", "algorithms"], tyro.conf.Positional]
-    """for which of the two"""
+    figure: Annotated[
+        Literal["sync_modes", "algorithms", "algorithms_pretrained"], tyro.conf.Positional
+    ]
+    """for which of them"""
     seeds: tuple[int, ...] = (11, 12)
     """seeds of each setting, none of those that the figures use"""
     jobs: int = 2
     """how many runs at a time, one thread each"""
+    model: Path = reporting.RUNS / "smollm2"
+    """where the pretrained model is, which smollm2.py makes"""
     runs: Path = reporting.RUNS / "scans"
     """where the training runs go, and are looked for when the command is repeated"""
     output: Path = reporting.RESULTS
@@ -74,7 +81,7 @@ class Args:
 
 def curves_of(figure):
     """Of each curve, by label: its script, and the options that make it."""
-    if figure == "algorithms":
+    if figure != "sync_modes":
         own = {"sync-interval": algorithms.SYNC_INTERVAL}
         return {label: (script, own) for label, script in algorithms.SCRIPTS.items()}
     options = {mode: {"sync-interval": i, "sync-offset": o} for mode, (i, o) in MODES.items()}
@@ -91,6 +98,8 @@ def run_setting(figure, setting, args):
     if hasty:
         options["model"] = sync_modes.hasty_model(hasty, args.runs)
     options |= {"threads": 1, "serial": True, "eval-size": 64}
+    if figure == "algorithms_pretrained":
+        options |= algorithms_pretrained.OPTIONS | {"model": args.model}
     directory, groups, runs = args.runs / figure / name, {}, []
     for label, (script, own) in curves_of(figure).items():
         for seed in args.seeds:
@@ -108,7 +117,7 @@ def ends(runs, key):
 
 
 def main(args):
-    module = {"sync_modes": sync_modes, "algorithms": algorithms}[args.figure]
+    module = sync_modes if args.figure == "sync_modes" else algorithms
     parts = []
     for setting in SCANS[args.figure]:
         groups = run_setting(args.figure, setting, args)
@@ -118,8 +127,11 @@ def main(args):
             behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
             rows.append([label, *(ends(runs, key) for key in module.PANELS)])
             rows[-1] += ["{} ({})".format(*reporting.clipped(runs)), f"{behaviour:.2g}"]
+            accuracies = [column(records, "eval/accuracy")[-1] for records in runs]
+            rows[-1].append(f"{np.mean(accuracies):.3f}")
         header = ["curve", *module.PANELS.values()]
         header += ["clipped at the largest lag (weighted)", "largest behaviour KL"]
+        header.append("held-out accuracy")
         title = ", ".join(f"{key} {value}" for key, value in setting.items())
         holding = sum(holds for _, holds in asked)
         failing = "; ".join(statement for statement, holds in asked if not holds)

@@ -1,7 +1,7 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy,
 three seeds each.
 
-    python benchmarks/figures/sync_modes.py             25 minutes on two otherwise idle cores
+    python benchmarks/figures/sync_modes.py             40 minutes on two otherwise idle cores
     python benchmarks/figures/sync_modes.py --quick     the same in miniature, to see that it works
 
 The start model is built first, in less than a minute: the bundled model, trained on with examples
@@ -16,10 +16,10 @@ modes have a second process that samples, as far as the schedule lets it, while 
 trains. One more run of Sync (1) has two threads for each phase, as by default, since with one
 thread it leaves a core idle.
 
-Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when; and
-`report.md`. The setting was chosen by `scans.py`, on other seeds. Repeat the command to continue
-where it was stopped. (A run that was itself stopped has a gap in its time: delete its directory
-first.)
+Writes `figure.png` and `curves.csv`; `timing.png` and `timing.csv`, who worked when;
+`long_tail.png`, what a few long responses do to the modes; and `report.md`. The setting was chosen
+by `scans.py`, on other seeds. Repeat the command to continue where it was stopped. (A run that was
+itself stopped has a gap in its time: delete its directory first.)
 
 Options it does not know go to the training scripts, so the same command is the recipe for other
 models and data. What a mode would cost with other times: `benchmarks/speed/schedule_replay.py`.
@@ -40,6 +40,7 @@ from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import ROOT, Run, as_options, run_all, run_once
 from benchmarks.helpers.reporting import column, plt, table
 from benchmarks.speed.schedule_replay import MODES, replay, times_of_steps
+from common.curves import read_lines
 from common.models import TINY_MODEL
 from common.plots import SMOOTHING, moving_average
 
@@ -114,7 +115,9 @@ def main(args, script_options):
     # median. A learning rate of 1e-9 keeps it so, and every step the same work.
     long = {"learning_rate": 1e-9, "max_response_tokens": LONG_TAIL_TOKENS}
     tail_runs = [
-        run(f"tail-{name(mode, 1)}", mode, 1, args.long_tail_steps, **long) for mode in MODES
+        run(f"tail-{name(mode, seed)}", mode, seed, args.long_tail_steps, **long)
+        for seed in args.seeds
+        for mode in MODES
     ]
     run_all(runs, args.steps, args.runs, jobs=1)
     run_all(tail_runs, args.long_tail_steps, args.runs, jobs=1)
@@ -123,12 +126,16 @@ def main(args, script_options):
         mode: [read_run(args.runs / name(mode, seed)) for seed in args.seeds] for mode in MODES
     }
     groups_and_more = {**groups, TWO_THREADS: [read_run(args.runs / "two-threads")]}
-    tail = {mode: [read_run(args.runs / f"tail-{name(mode, 1)}")] for mode in MODES}
+    tail_directories = {
+        mode: [args.runs / f"tail-{name(mode, seed)}" for seed in args.seeds] for mode in MODES
+    }
+    tail = {mode: [read_run(path) for path in paths] for mode, paths in tail_directories.items()}
     plot_options = {"x": "minutes", "x_label": "Time (minutes)", "published": marks(groups)}
     reporting.plot_runs(args.output / "figure.png", groups, COLOURS, PANELS, **plot_options)
     columns = ["step", "minutes", *PANELS]
     reporting.write_curves(args.output / "curves.csv", groups, args.seeds, columns)
     plot_timing({mode: runs[0] for mode, runs in groups.items()}, args.output)
+    plot_long_tail(tail, recorded_lengths(tail_directories), args.output / "long_tail.png")
     trained = args.runs / name(ONE, args.seeds[0]) / "model"
     problems, (before, after) = greedy_answers([model, trained], "addition", 5, 64)
     examples = []
@@ -251,6 +258,56 @@ def plot_timing(runs, output, first_step=21, num_steps=12):
     header = ["mode", "batch", "weights_version", "lag", "sampling_starts", "sampling_takes"]
     header += ["training_starts", "training_takes", "sync_takes"]
     reporting.write_csv(output / "timing.csv", header, rows)
+
+
+def recorded_lengths(directories):
+    """Lengths of all responses in `completions.jsonl` of runs, {mode: [directory, …]}."""
+    paths = [path / "completions.jsonl" for of_mode in directories.values() for path in of_mode]
+    return [record["tokens"] for path in paths for record in read_lines(path)]
+
+
+def plot_long_tail(tail, lengths, path):
+    """How long responses are, and what that makes of a step: time by what the trainer does, beside
+    what the schedule would take.
+    """
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(13, 4), layout="constrained", width_ratios=(1, 1.6)
+    )
+    left.hist(lengths, bins=24, range=(0, LONG_TAIL_TOKENS), color="tab:gray")
+    left.axvline(np.mean(lengths), color="black", linewidth=1, linestyle=":")
+    left.set(xlabel="response length (tokens; dotted: mean)", ylabel="responses", yscale="log")
+    places, starts = np.arange(len(tail))[::-1], np.zeros(len(tail))
+    parts = {"grade and train": "tab:blue", "wait for a batch": "tab:orange", "sync": "tab:red"}
+    widths = np.array([parts_of_step(runs) for runs in tail.values()]).T
+    for (part, colour), width in zip(parts.items(), widths, strict=True):
+        right.barh(places, width, 0.6, starts, color=colour, alpha=0.75, label=part)
+        starts += width
+    bounds = {
+        "the schedule, with the times of these runs": ("|", lambda mode: tail[mode]),
+        f"the schedule, with the times of {ONE}": ("x", lambda mode: tail[ONE]),
+    }
+    for label, (marker, runs_of) in bounds.items():
+        seconds_by_mode = [
+            np.mean([replayed(records, mode) for records in runs_of(mode)]) for mode in tail
+        ]
+        style = {"color": "black", "linestyle": "", "markersize": 12, "markeredgewidth": 2}
+        right.plot(seconds_by_mode, places, marker, label=label, **style)
+    right.set_yticks(places, list(tail))
+    right.set_xlabel("seconds of a step")
+    right.legend(fontsize="small", frameon=False, loc="lower right")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parts_of_step(runs):
+    """Mean seconds a step that the trainer spends on grading and training, waiting, and syncing."""
+    late = [record for records in runs for record in records[WARM_UP:]]
+    grade, train, wait, sync = (
+        column(late, f"time/{part}").mean() for part in ("grade", "train", "wait", "sync")
+    )
+    return grade + train, wait, sync
 
 
 def observations(groups):
@@ -397,7 +454,7 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
     header = ["mode", *(cell for name in columns for cell in (f"{name}, published", "ours"))]
     speed_header = ["mode", "published", "ours (per seed)", "the schedule allows"]
     speed_header += ["per token, published", "ours"]
-    (long,) = tail[ONE]
+    long = [record for records in tail[ONE] for record in records]
     mean, longest, cut = (
         column(long, f"response_length/{key}").mean() for key in ("mean", "max", "truncated")
     )
@@ -473,10 +530,18 @@ At equal numbers of steps, smoothed over 15 steps; the rest in the steps with th
 
 ## Long responses
 
-The same with responses of up to {LONG_TAIL_TOKENS} tokens from the bundled model, which rambles
-(learning rate 1e-9), {args.long_tail_steps} steps, one seed: mean length {mean:.0f}, longest of a
-batch {longest:.0f}, {cut:.0%} of the responses cut at the limit. The sampler waits for the longest
-response of a batch.
+Where a few responses are much longer than the others, the sampler waits for them, and so may the
+trainer. The same modes with responses of up to {LONG_TAIL_TOKENS} tokens from the bundled model,
+which rambles (learning rate 1e-9, so that every step is the same work), {args.long_tail_steps}
+steps, the same seeds: mean length {mean:.0f}, longest of a batch {longest:.0f}, {cut:.0%} of the
+responses cut at the limit.
+
+![Response lengths; and where the time of a step goes in four modes](long_tail.png)
+
+On the left all responses that the runs recorded; on the right mean seconds of a step after the
+first {WARM_UP}. "The schedule" is what `schedule_replay.py` makes of measured sampling and training
+times if the two do not slow each other down: with the times of the mode's own runs, and with those
+of {ONE}, where each phase has the machine to itself.
 
 {table_of_times(tail)}
 
