@@ -64,8 +64,7 @@ DIFFERENCES = [
     ("π_old", "recorded when a token is sampled", "π itself, without its gradient: ρ = 1",
      "left: the same on fresh batches, up to rounding"),
     ("σ of a group", "of the population, + 1e-6", "of a sample, + 1e-4",
-     "left: advantages are 0.935 times ours; AdamW, and the limit on the gradient's norm, do not "
-     "depend on their scale"),
+     "left: advantages are 0.935 times ours, a scale that AdamW all but ignores"),
     ("groups of equal rewards", "no backward pass", "a full one",
      "left: the same gradient in more time"),
     ("micro-batches", "as many tokens as fit, long responses apart from short ones",
@@ -230,14 +229,18 @@ def compare_sides(groups, accuracies, kind):
         name: np.mean(values[THEIRS][i]) / np.mean(values[OURS][i])
         for i, name in enumerate(("to_goal", "whole_run"))
     }
-    rows.append(["ratio", "", f"{ratios['to_goal']:.2f}", f"{ratios['whole_run']:.2f}", ""])
+    to_goal = f"{ratios['to_goal']:.2f}" if np.isfinite(ratios["to_goal"]) else ""
+    rows.append(["ratio", "", to_goal, f"{ratios['whole_run']:.2f}", ""])
     header = ["", "held-out accuracy, greedy (by seed)", f"seconds to a reward of {kind.goal:.2f}"]
     return table([*header, "seconds of all steps", "peak memory (GiB)"], rows), ratios
 
 
 def seconds_of(values):
-    each = ", ".join("never" if np.isinf(value) else f"{value:.0f}" for value in values)
-    return f"{np.mean(values):.0f} ({each})"
+    """The mean of some seconds, and each of them; infinity is "never"."""
+    mean, *each = (
+        "never" if np.isinf(value) else f"{value:.0f}" for value in (np.mean(values), *values)
+    )
+    return f"{mean} ({', '.join(each)})"
 
 
 def main(args):
