@@ -4,8 +4,11 @@ A causal language model's output at position t predicts the token at t + 1. `col
 shift once: in what it returns, column t of every tensor belongs to the same predicted token.
 """
 
+import bisect
 import ctypes
 import functools
+import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -79,7 +82,7 @@ def micro_batches(batch, weights_PG, max_tokens, device):
     advantages_B = batch.advantages_PG.flatten()
     learns_B = (weights_B != 0).tolist()
     max_tokens = max_tokens or TOKENS_PER_MICROBATCH[torch.device(device).type]
-    splits = split_by_token_budget(batch.lengths, max_tokens, learns_B)
+    splits = split_evenly(batch.lengths, max_tokens, learns_B, distributed.size())
     for rows, repeated in progress(distributed.deal(splits, learns_B), "micro-batches"):
         micro = collate(batch, rows, device)
         micro.advantages_B1 = advantages_B[rows].float().unsqueeze(1).to(device)
@@ -139,3 +142,22 @@ def split_by_token_budget(lengths, max_tokens, group_by):
                 continue
         splits.append([row])
     return splits
+
+
+def split_evenly(lengths, max_tokens, group_by, ranks):
+    """`split_by_token_budget`, with a smaller budget if several ranks share the micro-batches.
+
+    It is the smallest one with which no rank makes more passes: they make them in lockstep, so that
+    all wait for the one with the largest micro-batch.
+    """
+    if ranks == 1:
+        return split_by_token_budget(lengths, max_tokens, group_by)
+
+    def passes(budget):
+        splits = split_by_token_budget(lengths, budget, group_by)
+        of_kind = Counter(group_by[rows[0]] for rows in splits)
+        return sum(math.ceil(count / ranks) for count in of_kind.values())
+
+    budgets, fewest = range(max_tokens + 1), passes(max_tokens)
+    budget = bisect.bisect_left(budgets, True, key=lambda budget: passes(budget) <= fewest)
+    return split_by_token_budget(lengths, budget, group_by)

@@ -14,7 +14,13 @@ import pytest
 import torch
 
 from common import distributed
-from common.batching import collate, micro_batches, mini_batches, split_by_token_budget
+from common.batching import (
+    collate,
+    micro_batches,
+    mini_batches,
+    split_by_token_budget,
+    split_evenly,
+)
 from common.sampling import Batch
 
 EOS = 7
@@ -188,6 +194,37 @@ def test_split_by_hand():
     ]
 
 
+def test_an_even_split_by_hand():
+    # 32 rows of 70 tokens, at most 2,048 in a micro-batch: 29 and 3 of them, one after the other.
+    lengths, keys = [70] * 32, [0] * 32
+    assert [len(rows) for rows in split_evenly(lengths, 2048, keys, ranks=1)] == [29, 3]
+    # Side by side, both ranks should have as much to do.
+    assert [len(rows) for rows in split_evenly(lengths, 2048, keys, ranks=2)] == [16, 16]
+    assert [len(rows) for rows in split_evenly(lengths, 2048, keys, ranks=3)] == [11, 11, 10]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("seed, budget", CASES)
+def test_an_even_split_has_the_smallest_micro_batches_for_its_passes(seed, budget, ranks):
+    lengths, rng = random_lengths(seed)
+    keys = [rng.random() < 0.4 for _ in lengths]
+
+    def passes_and_largest(splits):
+        counts = [sum(keys[rows[0]] == kind for rows in splits) for kind in (False, True)]
+        largest = max(len(rows) * max(lengths[row] for row in rows) for rows in splits)
+        return sum(-(-count // ranks) for count in counts), largest
+
+    splits = split_evenly(lengths, budget, keys, ranks)
+    assert sorted(row for rows in splits for row in rows) == list(range(len(lengths)))
+    passes, largest = passes_and_largest(splits)
+    tried = [
+        passes_and_largest(split_by_token_budget(lengths, smaller, keys))
+        for smaller in range(1, min(budget, 2500) + 1)  # 60 rows of 40 tokens are 2,400
+    ]
+    assert passes == tried[-1][0]  # no more than the whole budget takes
+    assert largest == min(size for count, size in tried if count == passes)
+
+
 @pytest.mark.parametrize("count", [0, 1, 3])
 @pytest.mark.parametrize("rows", [[0], [0, 1]])
 def test_a_response_with_more_or_fewer_log_probs_than_tokens_is_refused(rows, count):
@@ -339,7 +376,7 @@ def test_what_learns_is_what_has_a_weight():
     assert not micro.learns and (micro.weights_B1 == 0).all()
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize("ranks", [3, 5, 6])
 @pytest.mark.parametrize("kind", ["whole", "part"])
 def test_a_row_that_a_rank_repeats_counts_for_nothing(kind, ranks, monkeypatch):
     batch = part_or_whole(kind)
@@ -356,11 +393,11 @@ def test_a_row_that_a_rank_repeats_counts_for_nothing(kind, ranks, monkeypatch):
             if not micro.rows:
                 repeated += 1
                 assert micro.inputs_BT.numel() and micro.mask_BT.shape == micro.inputs_BT.shape
-    # Each row counts on one rank, and all ranks make the same passes: together those of a single
-    # process, and repetitions where they do not suffice for all.
+    # Each row counts on one rank, and all ranks make the same passes, with repetitions where there
+    # are too few micro-batches for all.
     assert sorted(seen) == list(batch.rows)
     assert passes == [passes[0]] * ranks
     learns = (weights_PG.flatten() != 0).tolist()
-    splits = [learns[rows[0]] for rows in split_by_token_budget(batch.lengths, 40, learns)]
+    splits = [learns[rows[0]] for rows in split_evenly(batch.lengths, 40, learns, ranks)]
     assert repeated == sum(-splits.count(kind) % ranks for kind in (False, True)) > 0
     assert len(splits) + repeated == sum(map(len, passes))
