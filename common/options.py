@@ -19,22 +19,24 @@ def option(default, at_least=None, above=None, needs=None):
 def as_command(script, args):
     """The command that runs a script with these options once more, under a name of its own.
 
-    It has the options that differ from the defaults, and the learning rate, whose default depends
-    on others.
+    It is to be given in the script's directory. It has the options that differ from the defaults,
+    and the learning rate, whose default depends on others.
     """
-    words = ["python", script]
+    directory, file = os.path.split(os.path.abspath(script))
+    words = ["python", file]
     if ranks := os.environ.get("LOCAL_WORLD_SIZE"):
-        words = ["torchrun", "--nproc-per-node", ranks, script]
+        words = ["torchrun", "--nproc-per-node", ranks, file]
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         told = field.name == "learning_rate" or value != field.default
-        if not told or field.name in ("resume", "name", "output"):
+        if not told or field.name in ("resume", "resume_if_exists", "name", "output"):
             continue
         word = field.name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{word}" if value else f"--no-{word}")
         else:
-            words += [f"--{word}", str(value)]
+            # A task's file beside the script may go elsewhere together with it.
+            words += [f"--{word}", str(value).removeprefix(f"{directory}/")]
     return shlex.join(words)
 
 

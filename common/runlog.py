@@ -44,7 +44,7 @@ class RunLog:
     def __init__(self, script, args):
         self.script = Path(script).stem
         self.args = vars(args)
-        self.command = as_command(Path(script).name, args)
+        self.command = as_command(script, args)
         if args.resume:
             directory = Path(args.resume)
         else:

@@ -11,7 +11,9 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +91,21 @@ def train(output, name="run", script="grpo", **settings):
     commandline.check(args)
     module.main(args)
     return Path(output) / name
+
+
+def copy_to_publish(directory, *own):
+    """Copy what README.md says to, into a new directory: what all need, and the files of one's own."""
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    listed = re.search(r"copy the script, the task's file, ([^;]*); they need nothing else", readme)
+    names = re.findall("`([^`]+)`", listed[1])
+    assert set(names) == {"common/", "requirements.txt", "LICENSE"}
+    directory.mkdir()
+    for path in (*own, *(REPOSITORY / name for name in names)):
+        if path.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "results")
+            shutil.copytree(path, directory / path.name, ignore=ignored)
+        else:
+            shutil.copy(path, directory)
 
 
 def load_weights(model, state):

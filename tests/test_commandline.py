@@ -342,10 +342,14 @@ def copy_with(run_dir, copy, **changes):
 
 
 def test_the_command_that_repeats_a_run(monkeypatch):
-    named = {"name": "one", "output": "here", "resume": "here/one"}
+    named = {"name": "one", "output": "here", "resume": "here/one", "resume_if_exists": True}
     own = {"task": "my tasks/a.py:Mine", "seed": 3, "serial": True, "reference_kl": False}
     words = "--serial --no-reference-kl --task 'my tasks/a.py:Mine' --seed 3 --learning-rate 0.0002"
     assert as_command("grpo.py", grpo.Args(**named, **own)) == f"python grpo.py {words}"
+    # Of files beside the script, and of others
+    paths = {"task": "/here/tasks/a.py:Mine", "data": "/here too/data.csv"}
+    words = "--data '/here too/data.csv' --task tasks/a.py:Mine --learning-rate 0.0002"
+    assert as_command("/here/grpo.py", grpo.Args(**paths)) == f"python grpo.py {words}"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with_torchrun = "torchrun --nproc-per-node 4 grpo.py --learning-rate 0.0002"
     assert as_command("grpo.py", grpo.Args()) == with_torchrun

@@ -25,6 +25,7 @@ from helpers import (
     assert_same_run,
     checkpoint,
     command,
+    copy_to_publish,
     dense_task,
     load_weights,
     metrics,
@@ -925,17 +926,7 @@ def test_wandb_gets_what_the_log_gets(settings, monkeypatch, tmp_path):
 
 def test_what_the_readme_says_to_copy_runs_as_it_is_and_imports_no_wandb(tmp_path):
     directory = tmp_path / "copied"
-    directory.mkdir()
-    readme = " ".join((REPOSITORY / "README.md").read_text().split())
-    listed = re.search(r"copy the script, the task's file, ([^;]*); they need nothing else", readme)
-    names = re.findall("`([^`]+)`", listed[1])
-    assert set(names) == {"common/", "requirements.txt", "LICENSE"}
-    for name in ("grpo.py", *names):
-        if name.endswith("/"):
-            ignored = shutil.ignore_patterns("__pycache__")
-            shutil.copytree(REPOSITORY / name, directory / name, ignore=ignored)
-        else:
-            shutil.copy(REPOSITORY / name, directory)
+    copy_to_publish(directory, REPOSITORY / "grpo.py")
     dense_task(directory)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     # -X importtime prints a line for every module imported.
