@@ -48,6 +48,12 @@ class Digits(Task):
         return sum(character.isdigit() for character in response) / max(1, len(response))
 '''
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""the chat template of many models"""
+
 SMALL = {
     "num_steps": 2,
     "prompts_per_step": 4,
@@ -94,7 +100,7 @@ def train(output, name="run", script="grpo", **settings):
 
 
 def copy_to_publish(directory, *own):
-    """Copy what README.md says to, into a new directory: what all need, and the files of one's own."""
+    """Copy what README.md says to into a new directory: files of one's own, and what all need."""
     readme = " ".join((REPOSITORY / "README.md").read_text().split())
     listed = re.search(r"copy the script, the task's file, ([^;]*); they need nothing else", readme)
     names = re.findall("`([^`]+)`", listed[1])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, build_model
-from helpers import command, dense_task, resume, steps, train, write_task
+from helpers import CHATML, command, dense_task, resume, steps, train, write_task
 
 from common.errors import BadInput, RunStopped
 from common.models import TINY_MODEL, load_tokenizer
@@ -661,6 +661,21 @@ def test_the_first_prompt_is_shown_as_the_model_gets_it(tmp_path, capsys):
     assert f"\nfirst training prompt: {shown}\n" in (run_dir / "environment.txt").read_text()
     assert command(*resume(run_dir, "--num-steps", 2)) == 0
     assert "The first training prompt" not in capsys.readouterr().out
+
+
+def test_the_first_prompt_is_shown_with_special_tokens(tmp_path, capsys):
+    dense_task(tmp_path)
+    task, tokenizer = f"{write_task(tmp_path, CHATTY)}:Chatty", load_tokenizer("tiny")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHATML
+    model = build_model("qwen2", tmp_path / "model", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(model)
+    (start,) = load_tokenizer(model)("<|im_start|>")["input_ids"]
+    assert start in load_tokenizer(model).all_special_ids  # which decoding may leave out
+    run_dir = train(tmp_path, task=task, model=model, num_steps=1, max_response_tokens=2)
+    shown = repr("<|im_start|>user\nQ: 10+70\nA:<|im_end|>\n<|im_start|>assistant\n")
+    assert f"as the model gets it:\n    {shown}\n" in capsys.readouterr().out
+    assert f"\nfirst training prompt: {shown}\n" in (run_dir / "environment.txt").read_text()
 
 
 def test_the_default_task_does_not_wait_for_the_import_of_datasets():

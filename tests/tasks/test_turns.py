@@ -37,6 +37,7 @@ from common.tasks.turns import (
     warn_of_endless_responses,
 )
 from tests.helpers import (
+    CHATML,
     Run,
     assert_same_run,
     checkpoint,
@@ -341,10 +342,6 @@ def test_many_replies_may_be_asked_for_at_once(tmp_path, tokenizer):
 
 # Chat templates, in the manner of common ones
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 LLAMA = (
     "{% for m in messages %}<|start|>{{ m.role }}<|header|>\n\n{{ m.content | trim }}<|eot|>"
     "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|header|>\n\n{% endif %}"
