@@ -97,7 +97,7 @@ class Args(RunOptions):  # which adds device, engine, output and the like; see -
     model: str = "tiny"
     """directory or hub name of a Hugging Face causal language model; tiny is the bundled one"""
     task: str = "addition"
-    """addition, gsm8k, or path/to/file.py:ClassName for a task of your own"""
+    """addition, calculator, gsm8k, or path/to/file.py:ClassName for a task of your own"""
     seed: int = option(1, at_least=0)
     """seed of the order of the problems and of sampling"""
     num_steps: int = option(150, at_least=1)

@@ -80,13 +80,14 @@ class Args:
     k: tuple[int, ...] = ()
     """values of k for pass@k, none above n; empty for 1, 2, 4, … up to n"""
     output: Path | None = None
-    """JSON file for the results; by default evaluation.json, in the run's directory or in runs/"""
+    """JSON file for the results; by default evaluation.json in the run's directory or in runs/, and
+    evaluation-step-S.json with --step S"""
 
     # The options below are as in the scripts.
     revision: str = grpo.Args.revision
     """of a hub model; empty for its main branch"""
     task: str = grpo.Args.task
-    """addition, gsm8k, or path/to/file.py:ClassName for a task of your own"""
+    """addition, calculator, gsm8k, or path/to/file.py:ClassName for a task of your own"""
     data: str = grpo.Args.data
     """training data, from which some tasks hold problems out; empty for the task's own"""
     eval_data: str = grpo.Args.eval_data
@@ -295,7 +296,8 @@ def main(args):
     work = f"{len(eval_set)} prompts, {n} sampled responses to each"
     print(f"{work}; in brackets, 95 % confidence intervals.\n")
     print(table(results))
-    output = args.output or (Path(args.run) if args.run else reporting.RUNS) / "evaluation.json"
+    file = "evaluation.json" if args.step is None else f"evaluation-step-{args.step}.json"
+    output = args.output or (Path(args.run) if args.run else reporting.RUNS) / file
     described = {"options": {name: _as_json(value) for name, value in vars(args).items()}}
     described["options"]["output"] = str(output)
     described["environment"] = describe_environment().splitlines()

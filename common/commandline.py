@@ -26,6 +26,7 @@ from common.errors import (
 )
 from common.options import RunOptions
 from common.runfiles import is_complete
+from common.sources import Sources
 
 STOPPED_EARLY = 3  # the exit code of a run with --resume-if-exists that has more steps to make
 # The usual ratio of learning rates, with LoRA and without
@@ -65,7 +66,7 @@ def run(main, Args, script):
         args = parse(Args, script, sys.argv[1:])
         check(args)
         if getattr(args, "resume_if_exists", False):
-            _unless_complete(main, args)
+            _unless_complete(main, args, script)
         else:
             main(args)
     except Exception as error:
@@ -86,10 +87,14 @@ def run(main, Args, script):
         sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
-def _unless_complete(main, args):
-    """`main(args)`, unless the run is complete; exits with 3 if it was stopped before its end."""
+def _unless_complete(main, args, script):
+    """`main(args)`, unless the run is complete; exits with 3 if it was stopped before its end.
+
+    Raises `BadInput` if the script or the task's file is not what the complete run began with.
+    """
     run_dir = Path(args.output) / args.name
     if is_complete(run_dir, args.num_steps):
+        Sources(script, args.task).check_unchanged(run_dir)
         if _rank() == 0:
             print(f"{run_dir} is complete: nothing to do.")
         return

@@ -36,6 +36,7 @@ from common.plots import (
     table,
     write_csv,
 )
+from common.sources import first_difference, kept
 
 # What must be the same: values of different problems, or of different models, say nothing
 SAME = ("task", "model", "revision", "data", "eval_data", "eval_size", "max_prompt_tokens")
@@ -104,6 +105,21 @@ def check_comparable(runs):
             what = f"{', '.join(others)} cannot be compared with {first.path}"
             option = f"--{name.replace('_', '-')}"
             raise BadInput(f"{what}, which has another {option} ({wanted}): leave one kind out.")
+
+
+def check_same_code(runs):
+    """Raise `BadInput` where two runs have different files of one name, as script or task."""
+    first = {}  # run and content, by name
+    for run in runs:
+        for name, content in kept(run.path).items():
+            other, wanted = first.setdefault(name, (run, content))
+            if content != wanted:
+                line = first_difference(wanted, content)
+                copies = f"{run.path}/{name} and {other.path}/{name} differ, first in line {line}"
+                raise BadInput(
+                    f"{copies}: leave one run out, give a changed script a name of its own, or, if "
+                    "this changes no number, copy one over the other."
+                )
 
 
 def grouped(runs):
@@ -249,6 +265,7 @@ def main(args):
         raise BadInput(f"--smoothing {args.smoothing} cannot work: give a number of at least 1.")
     runs = [read_run(path) for path in paths]
     check_comparable(runs)
+    check_same_code(runs)
     groups, panels = grouped(runs), chosen_metrics(runs, args.metrics)
     path = args.output or paths[0].parent / "comparison"
     plot(groups, panels, args, path)
@@ -258,6 +275,10 @@ def main(args):
     print(
         f"\nOf training metrics, the mean of the {FINAL_STEPS} steps up to that step. A difference "
         f"is {SPREAD} if it is no larger than both ranges together."
+    )
+    print(
+        "In the figure, lines are means over seeds and bands their range, after a centred moving "
+        f"average over {args.smoothing} steps where there are more than {2 * args.smoothing}."
     )
     most = max(run.records[-1]["step"] for run in runs)
     for run in runs:

@@ -25,7 +25,7 @@ from common.tracking import start_tracking
 from common.watch import NO_SIGNAL, Watch, never_learned
 
 COMPLETIONS_PER_STEP = 4
-ALWAYS_SHOWN = ("eval/reward", "eval/accuracy", "eval/response_length")
+SHOWN_FIRST = ("eval/reward", "eval/accuracy", "eval/response_length")
 
 
 def make_log(script, args):
@@ -230,17 +230,16 @@ class SilentLog(contextlib.nullcontext):
 def outcome(records):
     """A table of what the first and the last evaluation of a run measured; "" if there was none.
 
-    It has reward, accuracy and response length, and those of the task's other values that moved.
+    It has reward, accuracy and response length first, then the task's other values.
     """
     evaluations = [record for record in records if "eval/reward" in record]
     if not evaluations:
         return ""
     ends = evaluations[:1] + evaluations[1:][-1:]
     shared = sorted(key for key in ends[0] if key.startswith("eval/") and key in ends[-1])
-    always = [key for key in ALWAYS_SHOWN if key in shared]
-    moved = [key for key in shared if ends[0][key] != ends[-1][key]]
+    first = [key for key in SHOWN_FIRST if key in shared]
     rows = [("Held-out problems (greedy)", [f"step {record['step']}" for record in ends])]
-    for key in dict.fromkeys(always + moved):
+    for key in dict.fromkeys(first + shared):
         rows.append((f"  {key.removeprefix('eval/')}", [f"{record[key]:.3f}" for record in ends]))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:{width}}" + "".join(f"{cell:>12}" for cell in cells) for name, cells in rows]

@@ -36,7 +36,7 @@ class Sources:
             copy = directory / name
             before = copy.read_bytes() if copy.exists() else content
             if content != before:
-                line = _first_difference(before, content)
+                line = first_difference(before, content)
                 what = f"--resume {directory}: {self.paths[name]} differs from {copy}"
                 old, new = shlex.quote(str(copy)), shlex.quote(str(self.paths[name]))
                 raise BadInput(
@@ -52,7 +52,13 @@ class Sources:
         ]
 
 
-def _first_difference(one, other):
+def kept(run_dir):
+    """The copies that a run has, their content by name."""
+    paths = [path for kind in ("script", "task") for path in Path(run_dir).glob(f"{kind}/*")]
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in paths}
+
+
+def first_difference(one, other):
     """The number of the first line in which two texts differ, counted from 1."""
     lines = zip_longest(one.splitlines(keepends=True), other.splitlines(keepends=True))
     return next(number for number, (a, b) in enumerate(lines, start=1) if a != b)

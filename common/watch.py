@@ -1,5 +1,6 @@
 """What stops a run that goes wrong, or says that it does not learn."""
 
+import math
 import sys
 
 from tqdm import tqdm
@@ -13,6 +14,11 @@ STEPS_WITHOUT_END = 3  # in a row, in which every response was cut, after which 
 NO_SIGNAL = (
     "all rewards of each group were equal (see completions.jsonl): if all are wrong, raise "
     "--group-size or --max-response-tokens, or reward parts of an answer"
+)
+COLLAPSED = (
+    "all rewards of each group were equal, and the mean is {now:.3g} where it was {before:.3g} "
+    "after step {step}: the policy has collapsed; lower --learning-rate, or raise "
+    "--prompts-per-step"
 )
 
 
@@ -33,6 +39,7 @@ class Watch:
         self.skipped_in_a_row = 0
         self.without_signal = 0
         self.without_end = 0
+        self.highest = (-math.inf, 0)  # mean reward of a step, and which step
 
     def look(self, step, metrics):
         """Warn of steps in a row without any signal, or without a response that ends.
@@ -51,10 +58,9 @@ class Watch:
         no_signal = metrics.get("reward/zero_std_groups") == 1
         self.without_signal = self.without_signal + 1 if no_signal else 0
         if self.without_signal == STEPS_WITHOUT_SIGNAL:
-            tqdm.write(
-                f"For {STEPS_WITHOUT_SIGNAL} steps, {NO_SIGNAL}.",
-                file=sys.stderr,
-            )
+            why = self._why_no_signal(metrics["reward/mean"])
+            tqdm.write(f"For {STEPS_WITHOUT_SIGNAL} steps, {why}.", file=sys.stderr)
+        self.highest = max(self.highest, (metrics.get("reward/mean", -math.inf), step))
         skipped = metrics.get("update_skipped", 0.0) > 0
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
         if self.skipped_in_a_row == MOST_SKIPPED_UPDATES:
@@ -63,3 +69,9 @@ class Watch:
                 "or gradient: scale rewards that are far from 1, or lower --learning-rate (see "
                 f"{self.run_dir})."
             )
+
+    def _why_no_signal(self, reward):
+        before, step = self.highest
+        if reward < before / 2:
+            return COLLAPSED.format(now=reward, before=before, step=step)
+        return NO_SIGNAL

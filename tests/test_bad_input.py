@@ -127,7 +127,8 @@ def test_task_class_is_no_task(name, given, refused, tmp_path):
 
 def test_task_class_is_missing(given, refused, tmp_path):
     path = write_task(tmp_path, DENSE_TASK)
-    refused(*given(task=f"{path}:Digit"), names=f"--task {path}:Digit")
+    line = refused(*given(task=f"{path}:Digit"), names=f"--task {path}:Digit")
+    assert line.endswith(f"there is no Digit in {path}; it has Digits.")
 
 
 @pytest.mark.parametrize(

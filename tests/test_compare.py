@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 import grpo
 from common import compare
+from common.errors import BadInput
 from common.plots import SPREAD, aligned, plot_band
 from tests.helpers import SMALL, run_module, train
 
@@ -34,6 +35,25 @@ def write_run(directory, script="grpo", rewards=(0.25, 0.5), accuracies=(0.0, 1.
 
 def groups_of(*paths):
     return compare.grouped([compare.read_run(path) for path in paths])
+
+
+def test_runs_of_a_changed_script_or_task_are_refused(tmp_path):
+    paths = [write_run(tmp_path, seed=seed) for seed in (1, 2)]
+    runs = [compare.read_run(path) for path in paths]
+    compare.check_same_code(runs)  # runs without copies
+    for kind in ("script", "task"):
+        for path in paths:
+            (path / kind).mkdir()
+            (path / kind / f"{kind}.py").write_text("# one\n# two\n")
+        compare.check_same_code(runs)
+        changed = paths[1] / kind / f"{kind}.py"
+        changed.write_text("# one\n# 2\n")
+        with pytest.raises(BadInput) as refusal:
+            compare.check_same_code(runs)
+        differ = f"{changed} and {paths[0]}/{kind}/{kind}.py differ, first in line 2: "
+        assert str(refusal.value).startswith(differ)
+        changed.rename(changed.with_name("other.py"))  # another script, another curve
+        compare.check_same_code(runs)
 
 
 def test_a_curve_has_the_runs_of_one_script_whose_options_agree_but_for_the_seed(tmp_path):

@@ -342,6 +342,14 @@ def test_one_command_begins_a_run_continues_it_and_leaves_it_alone(place, uninte
     assert finish(argv, log) == 0
     assert log.read_text() == f"{run_dir} is complete: nothing to do.\n"
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+    # If the task has changed, other seeds would be trained with another one now: that is said.
+    copy, task = run_dir / "task" / "slow.py", (run_dir / "task" / "slow.py").read_text()
+    copy.write_text(task + "# as it was\n")
+    assert finish(argv, log) == 2
+    assert f"slow.py differs from {copy}" in log.read_text()
+    copy.write_text(task)
+
     # More steps are more to do; once it is stopped on the way, its model is none of the whole run.
     assert is_complete(run_dir, NUM_STEPS) and not is_complete(run_dir, NUM_STEPS + 1)
     argv = options(tmp_path, **{**settings, **own, "num_steps": 1000})

@@ -813,6 +813,20 @@ def test_a_run_without_signal_says_so_once(learns, tmp_path, capsys):
     assert said.out.count("Nothing was learned: at every step, ") == (0 if learns else 1)
 
 
+def test_a_policy_that_has_collapsed_is_said_to_have(tmp_path, capsys):
+    look = watch.Watch(tmp_path).look
+    rewards = [0.25, 0.5, 0.125] + [0.0] * watch.STEPS_WITHOUT_SIGNAL
+    for step, reward in enumerate(rewards, start=1):
+        look(step, {"reward/mean": reward, "reward/zero_std_groups": float(reward == 0)})
+    said = capsys.readouterr().err
+    assert "the mean is 0 where it was 0.5 after step 2" in said and "--learning-rate" in said
+    # What is solved has no signal either, and did not collapse.
+    look = watch.Watch(tmp_path).look
+    for step in range(1, watch.STEPS_WITHOUT_SIGNAL + 1):
+        look(step, {"reward/mean": 1.0, "reward/zero_std_groups": 1.0})
+    assert watch.NO_SIGNAL in capsys.readouterr().err
+
+
 def test_a_run_ends_with_all_that_its_evaluations_measured(tmp_path, capsys):
     text = DENSE_TASK.replace("return sum", "return self.grade(response) | {'reward': sum")
     text = text.replace("len(response))", "len(response))}")
@@ -823,9 +837,9 @@ def test_a_run_ends_with_all_that_its_evaluations_measured(tmp_path, capsys):
     task = f"{write_task(tmp_path, text)}:Digits"
     run_dir = train(tmp_path, task=task, learning_rate=1e-2)
     first, *_, last = metrics(run_dir)
-    shown = ["reward", "accuracy", "response_length", "blanks"]  # not the constant, which stays
+    shown = ["reward", "accuracy", "response_length", "blanks", "constant"]
     expected = [[f"{record[f'eval/{key}']:.3f}" for record in (first, last)] for key in shown]
-    title, *lines = capsys.readouterr().out.splitlines()[-6:-1]
+    title, *lines = capsys.readouterr().out.splitlines()[-7:-1]
     assert title.startswith("Held-out problems") and title.endswith("step 0      step 2")
     assert [line.split() for line in lines] == [
         [key, *values] for key, values in zip(shown, expected, strict=True)

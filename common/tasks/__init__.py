@@ -170,9 +170,19 @@ def _task_class(name):
     # As an import would: dataclasses, among others, look their module up there.
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    task_class = getattr(module, class_name)
+    task_class = getattr(module, class_name, None)
+    if task_class is None:
+        found = [name for name, value in vars(module).items() if _is_own_task(value, module)]
+        has = f"it has {', '.join(found)}" if found else "it has no task"
+        raise BadInput(f"--task {name}: there is no {class_name} in {path}; {has}.")
     if not (isinstance(task_class, type) and issubclass(task_class, Task)):
         raise BadInput(
             f"--task {name}: {class_name} is no task; let it inherit from common.tasks.Task."
         )
     return task_class
+
+
+def _is_own_task(value, module):
+    """Whether a value of a module is a task that it defines."""
+    is_task = isinstance(value, type) and issubclass(value, Task)
+    return is_task and value.__module__ == module.__name__
