@@ -101,6 +101,8 @@ class RunLog:
                 raise
         if not self.args["resume"]:
             print("Watch the reward. (The loss stays near 0, also while the policy learns.)")
+            # Said now, since a process that is killed says nothing.
+            self._say_how_to_continue("If it is stopped or killed, continue with:")
         total = self.args["num_steps"]
         self.bar = tqdm(initial=self.step, total=total, unit="step", dynamic_ncols=True)
         return self
@@ -109,6 +111,9 @@ class RunLog:
         try:
             if self.bar is not None:
                 self.bar.close()
+            if kind is not None and self.step > 0:
+                # Before the curves: when a rank is killed, torchrun soon ends the others.
+                self._say_how_to_continue(f"Stopped after step {self.step}. Continue with:")
             self.files.close()
             records = read_metrics(self.dir)
             if records:
@@ -187,8 +192,7 @@ class RunLog:
         total = self.args["num_steps"]
         if self.step < total:
             what = f"Stopped after step {self.step} of {total}; there is a checkpoint"
-            print(f"{what}. Continue with:")
-            print(f"    python {self.script}.py --resume {shlex.quote(str(self.dir))}")
+            self._say_how_to_continue(f"{what}. Continue with:")
         records = read_metrics(self.dir)
         print(outcome(records), end="")
         if never_learned(records):
@@ -198,6 +202,11 @@ class RunLog:
             mark_complete(self.dir, total)
             trained = ", the trained model in its model/"
         print(f"Everything is in {self.dir}/{trained}.")
+
+    def _say_how_to_continue(self, what):
+        with contextlib.suppress(OSError):  # what read it may be gone
+            print(what)
+            print(f"    python {self.script}.py --resume {shlex.quote(str(self.dir))}", flush=True)
 
 
 class SilentLog(contextlib.nullcontext):

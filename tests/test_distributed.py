@@ -560,6 +560,9 @@ def test_a_killed_rank_ends_all(rank, settings, tmp_path):
     assert run.is_over(20)
     assert "exitcode  : -9" in run.said and run.agent.returncode
     assert 'grpo.py", line' not in run.said  # no traceback but torchrun's own
+    # Said at the start as well, since rank 0 may be the one that is killed.
+    how = f"ontinue with:\n    python grpo.py --resume {tmp_path / 'run'}\n"
+    assert run.said.count(how) == 1 + rank
 
 
 def test_ranks_do_not_outlive_torchrun_nor_their_samplers(settings, tmp_path):

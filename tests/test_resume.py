@@ -312,7 +312,9 @@ def test_a_stop_signal_ends_with_a_checkpoint_and_says_how_to_go_on(
     last_step = metrics(run_dir)[-1]["step"]
     assert 2 <= last_step < NUM_STEPS, "it came too late to interrupt anything"
     assert f"Stopped after step {last_step} of {NUM_STEPS}" in output
-    (hint,) = [line for line in output.splitlines() if "--resume" in line]
+    # Said at the start and at the end
+    first, hint = [line for line in output.splitlines() if "--resume" in line]
+    assert first == hint
     # as a shell understands it
     assert shlex.split(hint) == ["python", "grpo.py", "--resume", str(run_dir)]
     assert [path.name for path in run_dir.glob("checkpoints/*")] == [f"step_{last_step:06d}.pt"]

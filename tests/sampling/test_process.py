@@ -285,6 +285,7 @@ def test_a_run_says_nothing_on_stderr_but_its_progress(place, tmp_path):
     assert run.end() == 0
     lines = re.split(r"[\r\n]+", run.log.read_text())
     said = r"The first training prompt, |    '|Watch the reward\. |Held-out problems|  \w+ |"
+    said += r"If it is stopped or killed, |    python grpo\.py --resume |"
     said += r"Everything is in |\s*(\x1b\[A)?$"
     progress = re.compile(
         r"(Loading weights: |Writing model shards: )? *\d+%\||.*: \d+it \[|" + said
