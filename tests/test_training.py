@@ -858,7 +858,8 @@ def test_what_takes_long_within_a_step_shows_a_bar(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(progress, "SHOW_AFTER", 0)
     train(tmp_path, num_steps=1)
     shown = capsys.readouterr().err
-    assert "tokens sampled, at most: " in shown and "micro-batches: " in shown
+    for what in ("layers, reading prompts", "tokens sampled, at most", "micro-batches"):
+        assert f"{what}: " in shown
 
 
 def test_skipped_updates_that_are_not_in_a_row_are_survived(

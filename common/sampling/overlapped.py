@@ -2,7 +2,7 @@
 
 trainer → sampler    weights, in shared memory, and orders: sample batches, or answer prompts
 sampler → trainer    batches and answers, in the order of the orders, each as soon as it is complete
-sampler → trainer    a heartbeat: a counter in shared memory, one up per decoded token
+sampler → trainer    a heartbeat: a counter in shared memory, which grows while it works
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from common.sampling.shared_weights import share_weights
 from common.sampling.verify import describe, sampler_mismatch
 from common.weights import parameters_from, weights_of
 
-# For starting an engine and testing it; there is no heartbeat before the first token.
+# For starting an engine and testing it; there is no heartbeat before the first batch.
 START_UP_SECONDS = 600
 START_UP_SECONDS_PER_GB = 60  # of float32 weights, besides: about 25 minutes more for 7B
 

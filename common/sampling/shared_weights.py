@@ -54,7 +54,7 @@ class SharedWeights:
     def __init__(self, shapes, memory):
         self.shapes = shapes
         self.memory = memory
-        # `versions`: that each slot holds; `heartbeat` counts what the sampler has decoded
+        # `versions`: that each slot holds; `heartbeat` grows while the sampler works
         self.slots, self.versions, self.heartbeat = memory
         self.sizes = _aligned_sizes(shapes)
 

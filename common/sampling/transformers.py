@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from common.distributed import gathered
+from common.distributed import gathered, layers_of
 from common.errors import NOT_FINITE, RunStopped
 from common.logprobs import autocast
 from common.lora import as_sampled
@@ -205,8 +205,24 @@ class TransformersSampler(Sampler):
         positions_PT = (attention_PT.cumsum(dim=1) - 1).clamp(min=0)
 
         cache = DynamicCache(config=self.model.config)
-        logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
+        with self._layers_counted():
+            logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
         return cache, logits_PV, attention_PT, positions_PT
+
+    @contextlib.contextmanager
+    def _layers_counted(self):
+        """Context of a pass that may take minutes: a bar and the heartbeat count its layers."""
+        layers = layers_of(self.model)
+
+        def count(*_):
+            bar.update()
+            self.heartbeat += 1
+
+        with contextlib.ExitStack() as until_read:
+            bar = until_read.enter_context(progress(None, "layers, reading prompts", len(layers)))
+            for layer in layers:
+                until_read.enter_context(layer.register_forward_hook(count))
+            yield
 
     def _uniform_numbers(self, seeds, group_size):
         """Numbers in [0, 1) to sample with, one per sequence and token: float64 [B, T].

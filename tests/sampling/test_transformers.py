@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from common.batching import collate
+from common.distributed import layers_of
 from common.errors import RunStopped
 from common.logprobs import token_logprobs
 from common.models import load_model, load_tokenizer, save_model
@@ -281,12 +282,16 @@ def test_how_many_sequences_are_decoded_at_a_time_does_not_matter(most, model, m
     assert_same_up_to_rounding(found, greedy)
 
 
-def test_the_heart_beats_once_per_decoded_token(qwen2):
+def test_the_heart_beats_once_per_decoded_token_and_per_layer_read(model, capsys, monkeypatch):
+    monkeypatch.setattr("common.progress.SHOW_AFTER", 0)
     # In whatever counter the sampler is given: in a process of its own, one in shared memory.
-    sampler = TransformersSampler(qwen2, NO_EOS, 7, 1.0)
+    sampler = TransformersSampler(model, NO_EOS, 7, 1.0)
     sampler.heartbeat = beats = torch.zeros(1, dtype=torch.int64)
     sampler.sample(make_prompts(), 2, seeds(22))
-    assert beats.item() == 7
+    layers = model.config.get_text_config().num_hidden_layers
+    assert beats.item() == layers + 7
+    assert f"layers, reading prompts:   0%|          | 0/{layers} " in capsys.readouterr().err
+    assert not any(layer._forward_hooks for layer in layers_of(model))
 
 
 def test_responses_of_a_group_differ(model):
