@@ -12,12 +12,6 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
 
 from common.distributed import broadcast, gather, part_like, rank, size, whole_state
 from common.errors import BadInput, RunStopped
@@ -57,6 +51,8 @@ class Checkpoints:
         `ONE_FILE` bytes, each rank writes its own part of them into a directory. Raises
         `RunStopped` where that fails.
         """
+        import torch.distributed.checkpoint as dcp  # takes a second, as in `distributed`
+
         directory = broadcast(self.log.dir) / "checkpoints"  # rank 0 has named the run
         # AdamW has two moments of each parameter.
         num_bytes = 3 * sum(parameter.nbytes for parameter in trainable(self.policy))
@@ -97,6 +93,9 @@ class Checkpoints:
         paths = broadcast(_checkpoints(self.log.dir))  # the others know OUTPUT, not the run's name
         if not paths:
             return
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
+
         *older, path = paths
         try:
             state = _read(path / OTHERS if path.is_dir() else path)
@@ -130,6 +129,8 @@ class Checkpoints:
 
     def _sharded_state(self):
         """Dict of tensors of which every rank writes its own part, or reads it."""
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+
         options = StateDictOptions(ignore_frozen_params=True)
         weights, moments = get_state_dict(self.policy, self.optimizer, options=options)
         return {"model": weights, "optimizer": moments}

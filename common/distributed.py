@@ -18,12 +18,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.errors import BadInput, RunStopped, lost_rank
+
+# What shards a model takes a second to import, which a mistyped option should not wait for. It is
+# imported where it is used, and what is sharded is known by its methods.
 
 LONGEST_WRITING = timedelta(hours=1)  # of a checkpoint
 FOR_RANK_0 = timedelta(seconds=10)
@@ -164,6 +163,10 @@ def shard(model, device, replicas=1):
     """Shard rank 0's weights by layers, over all ranks or each of `replicas` groups."""
     if size() == 1:
         return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
     state = model.state_dict() if rank() == 0 else {}  # the others have only shapes
     shape, names = (replicas, size() // replicas), ("replicate", "shard")
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
@@ -206,7 +209,7 @@ def one_pass(function):
 
     @functools.wraps(function)
     def wrapped(model, *args):
-        if not isinstance(model, FSDPModule):
+        if not is_sharded(model):
             return function(model, *args)
         result = model.as_one_pass(function, *args)
         if not torch.is_grad_enabled():
@@ -250,7 +253,7 @@ def gathered(model):
 
 def whole(tensor):
     """The full tensor, on every rank; all of them must call this."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def whole_state(state):
@@ -263,8 +266,10 @@ def whole_state(state):
 
 def part_like(parameter, tensor):
     """This rank's shard of a full tensor, sharded as `parameter` is, if it is."""
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "to_local"):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
 
@@ -290,8 +295,13 @@ def replaced(tensors, values):
 
 def _own_part(tensor):
     """What this rank holds of a tensor, which may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def is_sharded(module):
+    """Whether `shard` has sharded a model, or this part of one."""
+    return hasattr(module, "unshard")
 
 
 def _sharded_modules(model):
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [module for module in model.modules() if is_sharded(module)]

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 # Not 1,024, which is a MB for each shape of a bf16 product
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
@@ -38,6 +36,10 @@ def speed_up(model):
     Nothing outside of this model changes, and what it saves is an ordinary model. Its attention
     must not use dropout.
     """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])
     for module in model.modules():
         if type(module) is torch.nn.Linear:
             module.__class__ = Linear
@@ -102,6 +104,9 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
     neighbouring heads of the query. The mask is None or bool [B, 1, queries, keys], True where
     seen. Returns [B, queries, heads, D], and None.
     """
+    # Here rather than above: it takes seconds, which a mistyped option should not wait for.
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     B, heads, queries, D = query.shape
     plain_mask = attention_mask is None or (
         attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
@@ -132,7 +137,3 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
         weights = scores.softmax(dim=-1).to(value.dtype)
         found = weights @ value
     return found.reshape(B, queries, heads, -1), None
-
-
-AttentionInterface.register(ATTENTION, attention)
-AttentionMaskInterface.register(ATTENTION, AttentionMaskInterface()["sdpa"])

@@ -5,7 +5,7 @@
 
 import torch
 
-from common.distributed import FSDPModule, one_pass
+from common.distributed import is_sharded, one_pass
 from common.kernels import cpu
 from common.lora import Base, without_adapter
 
@@ -46,7 +46,7 @@ def token_logprobs(model, micro, temperature, precision="float32"):
 def _token_logprobs(model, micro, temperature, precision):
     mask_BT, places_N = micro.mask_BT, micro.places_N
     # Of a sharded model, a cache of what is cast would keep all layers whole.
-    with autocast(mask_BT.device.type, precision, cache=not isinstance(model, FSDPModule)):
+    with autocast(mask_BT.device.type, precision, cache=not is_sharded(model)):
         hidden_BTH = model.base_model(input_ids=micro.inputs_BT, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     hidden_NH = hidden_BTH.flatten(0, 1)[places_N].float()

@@ -8,7 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+import transformers  # which imports what it has when it is asked for
 from transformers.initialization import no_init_weights
 
 from common.distributed import (
@@ -92,7 +92,7 @@ def require_vllm(device_type):
 
 def load_tokenizer(name, revision=""):
     """The model's tokenizer; it may lack a padding token. Raises `BadInput`."""
-    tokenizer = _load(AutoTokenizer, name, revision)
+    tokenizer = _load(transformers.AutoTokenizer, name, revision)
     if not tokenizer("a")["input_ids"]:  # of missing files, transformers makes an empty one
         what = f"--model {name} has no tokenizer (tokenizer.json)"
         raise BadInput(f"{what}: give a directory that has one.")
@@ -130,7 +130,8 @@ def load_model(name, revision, device, gradient_checkpointing=False, dtype=torch
     In bf16 all matrices are, but norms and what goes from layer to layer stay float32. Raises
     `BadInput` for weights that do not fit.
     """
-    config = broadcast(_load(AutoConfig, name, revision))  # another machine may hold another model
+    config = _load(transformers.AutoConfig, name, revision)
+    config = broadcast(config)  # another machine may hold another model
     # Dropout off everywhere: log-probs of a randomly thinned network are not the policy's.
     vars(config).update({key: 0.0 for key in vars(config) if key.endswith(("dropout", "pdrop"))})
     if rank() == 0:
@@ -143,7 +144,7 @@ def load_model(name, revision, device, gradient_checkpointing=False, dtype=torch
     else:
         # Weights come with `shard`; until then, memory that is never written takes no room.
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
     # Rank 0 ties only weights that are equal in the files.
     model.generation_config = broadcast(model.generation_config)
     model.all_tied_weights_keys = broadcast(model.all_tied_weights_keys)
@@ -172,7 +173,7 @@ def _as_float32(module, inputs, output):
 
 def _load_weights(name, revision, config, dtype):
     options = {"config": config, "dtype": dtype, "output_loading_info": True}
-    model, info = _load(AutoModelForCausalLM, name, revision, **options)
+    model, info = _load(transformers.AutoModelForCausalLM, name, revision, **options)
     unfit = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
     if unfit:
         what = f"--model {name} lacks {len(unfit)} tensors, {unfit[0]} first"
@@ -182,12 +183,12 @@ def _load_weights(name, revision, config, dtype):
 
 def shapes_of(name, revision):
     """A model without memory for its weights, on PyTorch's "meta" device."""
-    return _without_memory(_load(AutoConfig, name, revision))
+    return _without_memory(_load(transformers.AutoConfig, name, revision))
 
 
 def _without_memory(config):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return transformers.AutoModelForCausalLM.from_config(config)
 
 
 def save_model(model, tokenizer, directory):
@@ -205,7 +206,7 @@ def save_model(model, tokenizer, directory):
     # Drop the original's sampling settings: some cannot be saved, and this policy was trained with
     # none of them.
     before = model.generation_config
-    model.generation_config = GenerationConfig(
+    model.generation_config = transformers.GenerationConfig(
         bos_token_id=before.bos_token_id,
         eos_token_id=before.eos_token_id,
         pad_token_id=before.pad_token_id,
@@ -291,7 +292,7 @@ def check_context(args, prompts):
 
     They may be too long, or have unknown tokens.
     """
-    config = _load(AutoConfig, args.model, args.revision).get_text_config()
+    config = _load(transformers.AutoConfig, args.model, args.revision).get_text_config()
     longest = max(len(prompt) for prompt in prompts)
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}

@@ -14,7 +14,6 @@ from common.errors import BadInput, is_out_of_memory
 from common.layers import use_threads
 from common.models import end_of_sequence_ids, load_model
 from common.sampling import Plan
-from common.sampling.graphs import GraphSampler, can_use_graphs
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
@@ -67,6 +66,8 @@ def make_rollouts(args, train_set, eval_set, policy, optimizer, tokenizer, preci
         few_tokens = (few, args.temperature, precision)
         one_turn = environment is None  # a graph does not stop to ask
         if args.cuda_graphs and one_turn and use_graphs(policy, prompts, *few_tokens):
+            from common.sampling.graphs import GraphSampler  # a CPU does without
+
             return SerialRollouts(policy, GraphSampler(policy, *generation), plan)
         sampler = TransformersSampler(policy, *generation, environment)
         return SerialRollouts(policy, sampler, plan)
@@ -145,6 +146,8 @@ def use_graphs(model, prompts, num_tokens, temperature, precision):
     """
     if model.device.type != "cuda":
         return False
+    from common.sampling.graphs import GraphSampler, can_use_graphs
+
     works = size() == 1 and can_use_graphs(model)  # sharded weights move in memory
     if works:
         try:

@@ -241,6 +241,7 @@ def import_script(path):
 
 FAMILIES = [f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3")]
 PRELOADED = ["grpo", "matplotlib.pyplot", "pytest", "torch.distributed.run", *FAMILIES]
+PRELOADED += ["torch.distributed.checkpoint", "torch.distributed.fsdp"]
 """modules that the server imports, for all of the processes forked from it"""
 
 _processes = multiprocessing.get_context("forkserver")

@@ -341,6 +341,15 @@ def copy_with(run_dir, copy, **changes):
     return copy
 
 
+def test_what_takes_long_to_import_comes_after_the_command_line():
+    argv = [sys.executable, "-X", "importtime", "grpo.py", "--num-stepz", "3"]
+    ended = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    imported = {line.rpartition("|")[2].strip() for line in ended.stderr.splitlines()}
+    assert ended.returncode == 2 and "--num-steps" in ended.stderr and "torch" in imported
+    heavy = {"transformers.modeling_utils", "torch.distributed.tensor", "torch._dynamo"}
+    assert not imported & (heavy | {"torch.distributed.checkpoint", "matplotlib", "pandas"})
+
+
 def test_the_command_that_repeats_a_run(monkeypatch):
     named = {"name": "one", "output": "here", "resume": "here/one", "resume_if_exists": True}
     own = {"task": "my tasks/a.py:Mine", "seed": 3, "serial": True, "reference_kl": False}

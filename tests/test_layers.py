@@ -14,6 +14,7 @@ from transformers import (
     DeepseekV32Config,
     DynamicCache,
 )
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common import layers
@@ -143,9 +144,8 @@ def heads_of(generator, heads, key_heads, queries, keys, dtype=torch.float32):
 @pytest.mark.parametrize("scaling", [None, 0.3])
 @pytest.mark.parametrize(("heads", "key_heads"), [(3, 1), (6, 2), (4, 4)])
 def test_attention_of_one_token_against_float64(heads, key_heads, scaling, masked, monkeypatch):
-    monkeypatch.setattr(
-        layers, "sdpa_attention_forward", None
-    )  # it is the two products that are tested
+    # It is the two products that are tested.
+    monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", None)
     generator = torch.Generator().manual_seed(heads)
     query, key, value = (t.requires_grad_() for t in heads_of(generator, heads, key_heads, 1, 41))
     mask = None
@@ -191,7 +191,7 @@ def test_attention_of_one_token_under_autocast_is_no_coarser_than_pytorchs(key_d
         plain, _ = sdpa_attention_forward(
             module, query, key.to(key_dtype), value, None, dropout=0.0
         )
-        monkeypatch.setattr(layers, "sdpa_attention_forward", None)
+        monkeypatch.setattr(sdpa_attention, "sdpa_attention_forward", None)
         found, _ = layers.attention(module, query, key.to(key_dtype), value, None, dropout=0.0)
     assert found.dtype == plain.dtype == torch.bfloat16
     errors = [relative_error(one, true.transpose(1, 2)) for one in (found, plain)]

@@ -20,7 +20,7 @@ from common import rollouts as module
 from common.errors import BadInput
 from common.models import VLLM_VERSION, load_model, load_tokenizer, require_vllm
 from common.rollouts import create_training_state, make_rollouts
-from common.sampling import Plan, serial
+from common.sampling import Plan, graphs, serial
 from common.sampling.overlapped import OverlappedRollouts
 from common.sampling.serial import SerialRollouts
 from common.sampling.transformers import TransformersSampler
@@ -54,12 +54,12 @@ def decide(monkeypatch):
         "SerialRollouts",
         "OverlappedRollouts",
         "TransformersSampler",
-        "GraphSampler",
         "make_vllm_sampler",
         "use_threads",
     ]
     for name in [*names, "check_decoding"]:
         monkeypatch.setattr(module, name, note(name))
+    monkeypatch.setattr(graphs, "GraphSampler", note("GraphSampler"))
 
     def decide(
         schedule, device="cpu", engine="transformers", serial=False, threads=0, gpus=1,
@@ -129,7 +129,7 @@ def test_who_samples_on_a_gpu(decide):
 def graphs_on(monkeypatch):
     """`use_graphs` for a model that is said to be on a device, where a trial finds such a gap."""
     monkeypatch.setattr(module, "NOTES", {})
-    monkeypatch.setattr(module, "GraphSampler", lambda *arguments: "a sampler")
+    monkeypatch.setattr(graphs, "GraphSampler", lambda *arguments: "a sampler")
 
     def decide(device, gap=0.0, ranks=1, can=True):
         def trial(sampler, prompts):
@@ -138,7 +138,7 @@ def graphs_on(monkeypatch):
             return gap
 
         monkeypatch.setattr(module, "decoding_gap", trial)
-        monkeypatch.setattr(module, "can_use_graphs", lambda model: can)
+        monkeypatch.setattr(graphs, "can_use_graphs", lambda model: can)
         monkeypatch.setattr(module, "size", lambda: ranks)
         model = types.SimpleNamespace(device=torch.device(device))
         return module.use_graphs(model, [[1]], 8, 1.0, "float32"), module.NOTES.get("decoding")

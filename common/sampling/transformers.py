@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import torch
-from transformers import DynamicCache
+import transformers
 
 from common.distributed import gathered, layers_of
 from common.errors import NOT_FINITE, RunStopped
@@ -204,7 +204,7 @@ class TransformersSampler(Sampler):
         attention_PT = torch.tensor(attended, device=device)
         positions_PT = (attention_PT.cumsum(dim=1) - 1).clamp(min=0)
 
-        cache = DynamicCache(config=self.model.config)
+        cache = transformers.DynamicCache(config=self.model.config)
         with self._layers_counted():
             logits_PV = self._next_logits(inputs_PT, attention_PT, positions_PT, cache)
         return cache, logits_PV, attention_PT, positions_PT

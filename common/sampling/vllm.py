@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers.core_model_loading import revert_weight_conversion
 
 from common.distributed import size, whole
 from common.errors import BadInput, RunStopped
@@ -93,6 +92,8 @@ def as_in_files(tensors, shapes):
     In memory, transformers holds all experts of a layer in one tensor, for example. `tensors` by
     name, `shapes` is the model without memory.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     for name, tensor in tensors.items():
         yield from revert_weight_conversion(shapes, {name: whole(tensor.detach())}).items()
 
