@@ -225,12 +225,12 @@ def compare_sides(groups, accuracies, kind):
         rows.append([side, f"{np.mean(accuracies[side]):.3f} ({accuracy})", seconds_of(to_goal)])
         rows[-1] += [seconds_of(total), f"{peak:.2f}"]
         values[side] = (to_goal, total)
-    ratios = {
-        name: np.mean(values[THEIRS][i]) / np.mean(values[OURS][i])
-        for i, name in enumerate(("to_goal", "whole_run"))
-    }
-    to_goal = f"{ratios['to_goal']:.2f}" if np.isfinite(ratios["to_goal"]) else ""
-    rows.append(["ratio", "", to_goal, f"{ratios['whole_run']:.2f}", ""])
+    ratios = {}
+    for i, name in enumerate(("to_goal", "whole_run")):
+        ours, theirs = (np.mean(values[side][i]) for side in (OURS, THEIRS))
+        ratios[name] = float(theirs / ours) if np.isfinite([ours, theirs]).all() else None
+    cells = ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios.values()]
+    rows.append(["ratio", "", *cells, ""])
     header = ["", "held-out accuracy, greedy (by seed)", f"seconds to a reward of {kind.goal:.2f}"]
     return table([*header, "seconds of all steps", "peak memory (GiB)"], rows), ratios
 

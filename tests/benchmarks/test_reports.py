@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from benchmarks.figures import algorithms, sync_modes
+from benchmarks.figures import against_trl, algorithms, sync_modes
 from benchmarks.helpers import reporting
 from benchmarks.speed.schedule_replay import MODES, replay
 
@@ -70,6 +70,32 @@ def test_an_answer_needs_four_in_five_seeds():
     runs = [[reward] * 2 for reward in (4.0, 4.0, 1.5, 1.5, 6.0)]
     rows, _ = reporting.compare(observations, {"x": runs}, seeds=range(5))
     assert f"| above 3 | {reporting.SPREAD} | yes | yes | no | no | yes |" in rows
+
+
+def learned(first, last, seconds):
+    """A run of 30 steps of so many seconds, with a reward that goes straight up."""
+    rewards = np.linspace(first, last, 30)
+    return [
+        {"step": k, "reward/mean": r, "time/step": seconds, "seconds": seconds * k,
+         "memory/peak_gib": 1.0}
+        for k, r in enumerate(rewards, start=1)
+    ]  # fmt: skip
+
+
+def test_two_sides_that_learn_the_same_and_two_that_do_not():
+    kind = against_trl.KINDS["default"]
+    ours = [learned(0.30, 0.92, 1.0), learned(0.34, 0.96, 1.0)]
+    same = {"grpo.py": ours, "TRL": [learned(0.32, 0.94, 2.5), learned(0.28, 0.90, 2.5)]}
+    _, found = against_trl.compare_rewards(same, kind)
+    assert found == {"steps_with_overlap": 30, "parts_apart": 0}
+    lower = {"grpo.py": ours, "TRL": [learned(0.10, 0.72, 2.5), learned(0.14, 0.76, 2.5)]}
+    text, found = against_trl.compare_rewards(lower, kind)
+    assert found == {"steps_with_overlap": 0, "parts_apart": 6} and text.count("| above |") == 6
+
+    text, ratios = against_trl.compare_sides(same, {"grpo.py": [0.5], "TRL": [0.75]}, kind)
+    assert ratios == {"to_goal": None, "whole_run": pytest.approx(2.5)}
+    # Smoothed, one of our runs ends at 0.88, the other at 0.92.
+    assert "| grpo.py | 0.500 (0.500) | never (never, 29) | 30 (30, 30) | 1.00 |" in text
 
 
 @pytest.mark.parametrize("mode", MODES)
