@@ -58,7 +58,7 @@ class Args:
     threads: int = 1
     """CPU threads of each run"""
     quick: bool = False
-    """three steps of 2 × 8 responses, one seed, into directories of their own"""
+    """ten steps of 8 responses, one seed, into directories of their own"""
     model: Path = reporting.RUNS / "smollm2"
     """where the converted model is, or is put"""
     runs: Path = reporting.RUNS / "algorithms_pretrained"
@@ -80,8 +80,8 @@ def main(args, script_options):
     shared = OPTIONS | {"learning_rate": args.learning_rate, "threads": args.threads}
     shared["model"] = args.model
     if args.quick:
-        args.steps, args.seeds = 3, args.seeds[:1]
-        shared |= {"prompts_per_step": 2, "eval_size": 8}
+        args.steps, args.seeds = 10, args.seeds[:1]
+        shared |= {"prompts_per_step": 1, "eval_size": 8}
         reporting.use_quick_directories(args, Args.output)
 
     def name(script, seed):

@@ -275,7 +275,7 @@ def plot_long_tail(tail, lengths, path):
     )
     left.hist(lengths, bins=24, range=(0, LONG_TAIL_TOKENS), color="tab:gray")
     left.axvline(np.mean(lengths), color="black", linewidth=1, linestyle=":")
-    left.set(xlabel="response length (tokens; dotted: mean)", ylabel="responses", yscale="log")
+    left.set(xlabel="response length (tokens; dotted: mean)", ylabel="responses")
     places, starts = np.arange(len(tail))[::-1], np.zeros(len(tail))
     parts = {"grade and train": "tab:blue", "wait for a batch": "tab:orange", "sync": "tab:red"}
     widths = np.array([parts_of_step(runs) for runs in tail.values()]).T
@@ -294,7 +294,8 @@ def plot_long_tail(tail, lengths, path):
         right.plot(seconds_by_mode, places, marker, label=label, **style)
     right.set_yticks(places, list(tail))
     right.set_xlabel("seconds of a step")
-    right.legend(fontsize="small", frameon=False, loc="lower right")
+    right.margins(x=0.05)
+    figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=5)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
