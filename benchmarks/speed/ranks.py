@@ -131,8 +131,8 @@ long.
 {table(["", *(f"{name} (s)" for name in KEYS.values())], time_rows)}
 
 - Two strangers, with one thread and half of the prompts each, exchange nothing at all: what they
-  take more than one process ({ratios["two strangers"]:.2f} ×) is what one thread of work that is
-  not shared out takes, Python for one, and waiting for memory.
+  take more than one process ({ratios["two strangers"]:.2f} ×) is work that half of the prompts does
+  not halve, Python for each token for one. Two ranks cannot take less.
 - Two replicas (`--replicas 2`) hold everything twice, wait for each other, and sum gradients
   ({ratios["two replicas"]:.2f} ×).
 - Two ranks hold half of everything, and so gather the weights for every pass, too.
