@@ -104,9 +104,6 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
     neighbouring heads of the query. The mask is None or bool [B, 1, queries, keys], True where
     seen. Returns [B, queries, heads, D], and None.
     """
-    # Here rather than above: it takes seconds, which a mistyped option should not wait for.
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     B, heads, queries, D = query.shape
     plain_mask = attention_mask is None or (
         attention_mask.dtype == torch.bool and attention_mask.shape[1] == 1
@@ -116,14 +113,10 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
     if torch.is_autocast_enabled("cpu") and plain and short_gradient:
         in_float32 = (tensor.float() for tensor in (query, key, value))
         with torch.autocast("cpu", enabled=False):
-            found, _ = sdpa_attention_forward(
-                module, *in_float32, attention_mask, scaling=scaling, **options
-            )
+            found, _ = _by_pytorch(module, *in_float32, attention_mask, scaling=scaling, **options)
         return found.to(torch.bfloat16), None
     if queries > 1 or not plain:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **options
-        )
+        return _by_pytorch(module, query, key, value, attention_mask, scaling=scaling, **options)
 
     # Heads that share their keys become rows of one product.
     grouped = query.reshape(B, key.shape[1], -1, D)
@@ -137,3 +130,11 @@ def attention(module, query, key, value, attention_mask, scaling=None, **options
         weights = scores.softmax(dim=-1).to(value.dtype)
         found = weights @ value
     return found.reshape(B, queries, heads, -1), None
+
+
+def _by_pytorch(*arguments, **options):
+    """PyTorch's own attention, as transformers calls it."""
+    # Here rather than above: it takes seconds, which a mistyped option should not wait for.
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(*arguments, **options)

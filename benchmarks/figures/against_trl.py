@@ -43,7 +43,14 @@ from benchmarks.helpers.reporting import SPREAD, column, table
 from benchmarks.helpers.trl_trainer import DEFAULTS, TrlRun
 from benchmarks.models import smollm2
 from common.models import location
-from common.plots import difference, moving_average, new_figure, plot_band, save_figure
+from common.plots import (
+    SMOOTHING,
+    difference,
+    moving_average,
+    new_figure,
+    plot_band,
+    save_figure,
+)
 
 OURS, THEIRS = "grpo.py", "TRL"
 COLOURS = {OURS: "tab:blue", THEIRS: "tab:orange"}
@@ -107,7 +114,7 @@ KINDS = {
         },
         trl_batch_size=128,
         goal=0.9,
-        smoothing=9,
+        smoothing=SMOOTHING,
         quick={"num_steps": 12, "prompts_per_step": 16},
     ),
     "Extraction": Kind(
@@ -151,7 +158,7 @@ class Args:
 def run_side(side, kind, seed, directory, args):
     """One run; returns its steps, each with the seconds since the first one began."""
     options = kind.options | {"seed": seed, "threads": args.threads}
-    if not (directory / "model").exists() or not (directory / "finished").exists():
+    if not (directory / "finished").exists():
         shutil.rmtree(directory, ignore_errors=True)
         if side == OURS:
             once = dict.fromkeys(("eval_interval", "checkpoint_interval"), options["num_steps"])

@@ -124,7 +124,7 @@ def main(args):
         asked = getattr(module, "about_curves", module.observations)(groups)
         rows = []
         for label, runs in groups.items():
-            behaviour = np.mean([column(records, "kl/behaviour_k3").max() for records in runs])
+            behaviour = algorithms.largest_behaviour_kl(runs)
             rows.append([label, *(ends(runs, key) for key in module.PANELS)])
             rows[-1] += ["{} ({})".format(*reporting.clipped(runs)), f"{behaviour:.2g}"]
             accuracies = [column(records, "eval/accuracy")[-1] for records in runs]

@@ -46,7 +46,6 @@ def main(args):
     ]
     run_all(runs, args.steps, args.runs, args.jobs)
     paths = tuple(args.runs / run.name for run in runs)
-    args.output.mkdir(parents=True, exist_ok=True)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         compare.main(compare.Args(runs=paths, output=args.output / "comparison"))
     shown = said.getvalue().replace(f"{ROOT}/", "")
