@@ -266,13 +266,16 @@ def main(args):
     parts, curves, results = [], {}, {}
     turns = [(name, seed, side) for name in kinds for seed in args.seeds for side in COLOURS]
     groups = {name: {side: [] for side in COLOURS} for name in kinds}
+
+    def directory(name, side, seed):
+        return args.runs.resolve() / f"{name}-{side}-{seed}"
+
     for name, seed, side in tqdm(turns, unit="run"):
-        directory = args.runs.resolve() / f"{name}-{side}-{seed}"
-        groups[name][side].append(run_side(side, kinds[name], seed, directory, args))
+        found = run_side(side, kinds[name], seed, directory(name, side, seed), args)
+        groups[name][side].append(found)
     for name, kind in kinds.items():
         models = {
-            side: [args.runs.resolve() / f"{name}-{side}-{seed}" / "model" for seed in args.seeds]
-            for side in COLOURS
+            side: [directory(name, side, seed) / "model" for seed in args.seeds] for side in COLOURS
         }
         before, accuracies = held_out(kind, models)
         plot(groups[name], kind, args.output / f"{name.lower()}.png")
@@ -282,7 +285,7 @@ def main(args):
     keys = ["step", "seconds", REWARD, "response_length/mean", "reward/zero_std_groups"]
     reporting.write_curves(args.output / "curves.csv", curves, args.seeds, keys)
     reporting.write_json(args.output / "against_trl.json", **results)
-    first = args.runs / f"{next(iter(kinds))}-{OURS}-{args.seeds[0]}"
+    first = directory(next(iter(kinds)), OURS, args.seeds[0])
     environment = reporting.environment_of(first)
     environment += "".join(f"\n{name}: {version(name)}" for name in ("trl", "accelerate"))
     reporting.write_report(args.output / "report.md", write_text(parts, args, load), environment)
