@@ -84,7 +84,7 @@ part decode_time python $decode time "${tiny[@]:0:2}" --output "$out"
 part kernels python -m pytest -n 0 -q tests/kernels/interpreted_kernels.py
 if has trl; then
     part step_time python benchmarks/speed/step_time.py --stages 0 --threads 8 --rounds 1 \
-        --steps 5 --trl-batch-size 256 --model "$smollm2" --max-response-tokens 48 \
+        --steps 5 --trl-batch-sizes 256 --model "$smollm2" --max-response-tokens 48 \
         --task benchmarks/models/chat_tasks.py:Extraction --max-tokens-per-microbatch 32768 \
         --device cuda --precision bfloat16 --output "$out/step_time"
 fi

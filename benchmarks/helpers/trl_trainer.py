@@ -1,10 +1,11 @@
-"""TRL's `GRPOTrainer`, set up to do the same work as `grpo.py`, at its best.
+"""TRL's `GRPOTrainer`, set up to do the same work as `grpo.py`.
 
 - It gets the same model directory, the same prompts in the same order, the same reward function,
   and ends responses at the same EOS ids.
 - `loss_type="dapo"` is its token mean over the whole batch, the normalisation of `grpo.py`.
 - Gradient checkpointing and bfloat16, both on by default, are off; so are logging, saving and
   evaluation.
+- It samples with `model.generate`. Its options for vLLM and Liger are not used.
 
 A step is timed from the trainer's `on_step_begin` to its `on_step_end`. It samples and grades
 inside its `training_step`, which is between the two. So this includes what `time/step` of `grpo.py`

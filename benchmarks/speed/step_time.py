@@ -1,13 +1,13 @@
 """How long the training steps of the default run take, `grpo.py` against TRL's `GRPOTrainer`.
 
     pip install -r benchmarks/requirements.txt
-    python benchmarks/speed/step_time.py            about 25 minutes on two idle cores
+    python benchmarks/speed/step_time.py            about 40 minutes on two idle cores
 
 A step is: sample G responses to each of P prompts, grade them, make one update. Both sides get the
 same model directory, the same prompts in the same order, the same reward function, group size,
 token limit, float32, device (CPU) and number of threads. Short runs take turns, A B C D A B C D …,
 each in a process of its own, so that a machine that slows down slows all of them. The first steps
-of each are warm-up, and medians over all rounds are compared.
+of each are warm-up. Medians are compared within a round, and the rounds' ratios are averaged.
 
 The work of a step changes while a model learns: responses get shorter, and more groups have equal
 rewards. So the default run is made first, and steps are timed with its policy as it was after
@@ -16,7 +16,8 @@ learn by themselves, the two sides would soon do different work. The time of the
 by the trapezoid rule.
 
 `helpers/trl_trainer.py` says how TRL is set up and what is timed: a step from before sampling to
-after the update, without evaluation. Its micro-batches are the fastest size: see `trl_batch_size`.
+after the update, without evaluation. Its micro-batches have the fastest of several sizes, which are
+tried first. It samples with `model.generate`; its options for vLLM and Liger are not used.
 Nothing is reported if mean response lengths differ by more than 5 %.
 TRL's sampler reports no log-probs, so that it has less to do there; it treats the policy that
 sampled the batch as equal to the one being trained. `grpo.py` skips the backward pass of groups
@@ -70,13 +71,13 @@ class Args:
     """after which steps of the default run to time steps, in increasing order from 0"""
     threads: tuple[int, ...] = (1, 2)
     """numbers of CPU threads to measure with"""
-    rounds: int = 2
+    rounds: int = 3
     """how many times all variants take their turn"""
-    steps: int = 9
+    steps: int = 7
     """training steps of each timed run, warm-up included"""
-    trl_batch_size: tuple[int, ...] = (64, 128)
-    """sequences in one of TRL's micro-batches, for each number of threads; the fastest of 64, 128
-    and 256 with the policies of the first and the last stage"""
+    trl_batch_sizes: tuple[int, ...] = (64, 128, 256)
+    """sequences in one of TRL's micro-batches: these are tried with the policies of the first and
+    the last stage, and the fastest is used, for each number of threads"""
     model: str = DEFAULTS.model
     """as in grpo.py, like the options below; another model is timed as it is, with --stages 0"""
     task: str = DEFAULTS.task
@@ -124,6 +125,24 @@ def run_trl(work, model, threads, reference, steps, directory, batch_size):
     return [[record[key] for key in MEASURED] for record in trl_trainer.run_trl(run)]
 
 
+def try_batch_sizes(work, models, args, bar):
+    """Seconds of TRL's steps by number of threads and size of micro-batch, the sum of the medians
+    with the first and the last policy; without any run if there is only one size.
+    """
+    ends = dict.fromkeys([args.stages[0], args.stages[-1]])
+    found = {threads: dict.fromkeys(args.trl_batch_sizes, 0.0) for threads in args.threads}
+    for threads, sizes in found.items():
+        for size in sizes if len(sizes) > 1 else ():
+            bar.set_postfix_str(f"TRL, {threads} thread(s), micro-batches of {size}")
+            for stage in ends:
+                with tempfile.TemporaryDirectory() as directory:
+                    arguments = (work, models[stage], threads, False, args.steps, directory, size)
+                    steps = run_trl(*arguments)
+                sizes[size] += float(np.median([step[0] for step in steps[WARM_UP:]]))
+                bar.update()
+    return found
+
+
 def main(args):
     os.environ["HF_HUB_OFFLINE"] = "1"  # for all processes that this one starts
     lines = describe_environment().splitlines()
@@ -133,10 +152,13 @@ def main(args):
     settings = [(threads, name) for threads in args.threads for name in VARIANTS]
     measured = {}  # by threads, variant, stage and round: a list of `MEASURED` per step
     total = args.rounds * len(args.stages) * len(settings)
+    if len(args.trl_batch_sizes) > 1:
+        total += len(args.threads) * len(args.trl_batch_sizes) * min(2, len(args.stages))
     with tempfile.TemporaryDirectory() as home, tqdm(total=total, unit="run") as bar:
         bar.set_postfix_str("the default run, for its policies")
         work = {name: getattr(args, name) for name in WORK}
         models = make_stages(args.model, args.stages, home)
+        tried = try_batch_sizes(work, models, args, bar)
         for round in range(args.rounds):
             for stage in args.stages:
                 for threads, name in settings:
@@ -144,7 +166,7 @@ def main(args):
                     is_trl, reference = VARIANTS[name]
                     microbatch = args.max_tokens_per_microbatch
                     if is_trl:
-                        microbatch = args.trl_batch_size[args.threads.index(threads)]
+                        microbatch = min(tried[threads], key=tried[threads].get)
                     with tempfile.TemporaryDirectory() as directory:
                         arguments = (work, models[stage], threads, reference, args.steps)
                         run = run_trl if is_trl else run_grpo
@@ -158,12 +180,27 @@ def main(args):
     ]
     columns = ["threads", "variant", "stage", "round", "step", *MEASURED.values()]
     reporting.write_csv(args.output / "steps.csv", columns, rows)
-    report, results = write_text(measured, settings, args, load)
+    report, results = write_text(measured, settings, tried, args, load)
     reporting.write_json(args.output / "step_time.json", summary=results)
     reporting.write_report(args.output / "report.md", report, "\n".join(environment))
 
 
-def write_text(measured, settings, args, load):
+def about_micro_batches(tried, args):
+    """What `try_batch_sizes` found, as text."""
+    sizes = args.trl_batch_sizes
+    if len(sizes) == 1:
+        return f"TRL has micro-batches of {sizes[0]} sequences."
+    header = ["threads", *(f"{size} sequences" for size in sizes)]
+    rows = [
+        [threads, *(f"{found[size]:.2f}" for size in sizes)] for threads, found in tried.items()
+    ]
+    return f"""TRL's micro-batches have the fastest of these sizes. Seconds of its steps, without a
+reference, summed over the first and the last policy:
+
+{reporting.table(header, rows)}"""
+
+
+def write_text(measured, settings, tried, args, load):
     def of_setting(setting):
         """[stages, rounds, steps, what is measured]"""
         rounds = range(args.rounds)
@@ -186,12 +223,14 @@ def write_text(measured, settings, args, load):
 
     rows, results = [], []
     for threads, name in settings:
-        ours, theirs = seconds[threads, name], seconds[threads, BASELINE]
-        medians, baseline = np.median(ours, axis=(1, 2)), np.median(theirs, axis=(1, 2))
-        cells = [f"{a:.2f} s ({b / a:.2f} ×)" for a, b in zip(medians, baseline, strict=True)]
-        speed = whole_run(baseline) / whole_run(medians)
-        by_round = whole_run(np.median(theirs, axis=2)) / whole_run(np.median(ours, axis=2))
-        cells.append(f"{whole_run(medians):.3g}")
+        ours, theirs = (np.median(seconds[threads, of], axis=2) for of in (name, BASELINE))
+        cells = [
+            f"{taken.mean():.2f} s ({ratios.mean():.2f} ×)"
+            for taken, ratios in zip(ours, theirs / ours, strict=True)
+        ]
+        by_round = whole_run(theirs) / whole_run(ours)
+        speed = by_round.mean()
+        cells.append(f"{whole_run(ours).mean():.3g}")
         cells.append(f"{speed:.2f} ({', '.join(f'{ratio:.2f}' for ratio in by_round)})")
         rows.append([threads, name, *cells, f"{values[threads, name][..., 4].max():.2f}"])
         results.append({"threads": threads, "variant": name, "speed_relative_to_trl": float(speed)})
@@ -203,16 +242,16 @@ def write_text(measured, settings, args, load):
         [stage, f"{length:.1f}", f"{reward:.2f}", f"{equal:.0%}"]
         for stage, (length, reward, equal) in zip(args.stages, policy.mean(axis=0), strict=True)
     ]
-    which = "of this policy"
+    which, whole = "of this policy", "one step"
     if args.stages[1:]:
         which = "with the policy as it was after so many steps of the default run"
+        whole = f"the whole run of {args.stages[-1]} steps, interpolated between these policies"
     text = f"""# Time of training steps: grpo.py and TRL {version("trl")}
 
-Median seconds of a whole step (sample, grade, update) {which};
-in brackets the speed relative to TRL without a reference, with as many threads. "Reference KL"
-means that the log-probs of a frozen reference are computed too. "In all" and "speed" are for the
-whole run of {args.stages[-1]} steps, interpolated between these policies, or for one step if there
-is one policy only.
+Median seconds of a whole step (sample, grade, update) {which}, the mean of the
+rounds; in brackets the speed relative to TRL without a reference, with as many threads. "Reference
+KL" means that the log-probs of a frozen reference are computed too. "In all" and "speed" are for
+{whole}.
 
 {reporting.table(header, rows)}
 
@@ -221,12 +260,13 @@ gradient, `grpo.py` makes no backward pass, and TRL a full one.
 
 {reporting.table(policy_header, policies)}
 
+{about_micro_batches(tried, args)}
+
 {args.rounds} rounds of short runs that took turns, {args.steps - WARM_UP} steps of each after
 warm-up, at a learning rate of {LEARNING_RATE:g}. Model {args.model}, task {args.task},
 P = {args.prompts_per_step}, G = {DEFAULTS.group_size}, at most {args.max_response_tokens} tokens,
-{args.precision} on {args.device}; TRL in micro-batches of
-{" and ".join(map(str, args.trl_batch_size))}.
-Load average when started: {load:.2f} (of other work; 0 is an idle machine).
+{args.precision} on {args.device}. TRL samples with `model.generate`; its options for vLLM and Liger
+were not used. Load average of the minute before the start: {load:.2f}.
 """
     return text, results
 
