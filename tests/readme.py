@@ -187,7 +187,7 @@ def speed_against_trl(threads, directory="step_time"):
         for row in rows
         if (row["threads"], row["variant"]) == (threads, "grpo.py, reference KL")
     )
-    return f"{speed:.1f}"
+    return f"{speed:#.2g}"
 
 
 def accuracy_with(engine):
@@ -254,20 +254,15 @@ def on_gpu(contestant, live=1.0):
     return f"{1e3 * min(row['seconds']):.0f} ms", f"{row['extra_memory_bytes'] / 2**20:,.0f} MiB"
 
 
-def gpu_step_time():
-    rows = _json("on_gpu/step_time/step_time.json")["summary"]
-    (speed,) = (row["speed_relative_to_trl"] for row in rows if row["variant"] == "grpo.py")
-    return f"{speed:.2f}"
-
-
 NUMBERS = {
     "gpu.ours": lambda: " and ".join(on_gpu("this repository")),
     "gpu.plain": lambda: " and ".join(on_gpu("plain")),
+    "gpu.compiled": lambda: " and ".join(on_gpu("torch.compile of plain")),
     "gpu.trl": lambda: " and ".join(on_gpu("TRL")),
     "gpu.half": lambda: (
         f"{on_gpu('this repository', 0.5)[0]} against TRL's {on_gpu('TRL', 0.5)[0]}"
     ),
-    "gpu.step_time": gpu_step_time,
+    "gpu.step_time": lambda: speed_against_trl(8, "on_gpu/step_time"),
     "num_steps": lambda: default("num_steps"),
     "batch_size": lambda: str(grpo.Args.prompts_per_step * grpo.Args.group_size),
     "sampler_timeout": lambda: default("sampler_timeout"),
@@ -289,6 +284,7 @@ NUMBERS = {
     "pretrained.step_time": lambda: speed_against_trl(2, "pretrained/step_time"),
     "step_time.1": lambda: speed_against_trl(1),
     "step_time.2": lambda: speed_against_trl(2),
+    "against_trl": lambda: f"{_json('against_trl/against_trl.json')['default']['whole_run']:.1f}",
     "engines.transformers": lambda: accuracy_with("transformers"),
     "engines.vllm": lambda: accuracy_with("vllm"),
     "sync_modes.speed_up": speed_up_of_overlap,

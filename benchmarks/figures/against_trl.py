@@ -13,8 +13,8 @@ slows down slows both.
 
 Both sides get the same model, prompts in the same order, reward function, learning rate and so on
 (`helpers/trl_trainer.py`). None computes a KL. What is left are details, which the report lists.
-So if both are right, their rewards differ by chance only: the curves over steps should lie in each
-other's band. Held-out accuracy is measured by the same code for both, with the models that they
+So if both are right, their rewards differ by chance only: the bands of the curves over steps should
+overlap. Held-out accuracy is measured by the same code for both, with the models that they
 leave.
 
 Writes a figure for each kind of runs, `curves.csv`, `against_trl.json` and `report.md`. Repeat the
@@ -77,7 +77,7 @@ DIFFERENCES = [
     ("micro-batches", "as many tokens as fit, long responses apart from short ones",
      "a number of sequences", "left: the same gradient"),
     ("sampler", "our own", "`model.generate` of transformers",
-     "left: the same distribution, but other random numbers"),
+     "left: the same distribution, but other random numbers; vLLM is an option of both sides"),
 ]  # fmt: skip
 
 
@@ -89,7 +89,7 @@ class Kind:
     options: dict
     """of both sides, as in grpo.py"""
     trl_batch_size: int
-    """sequences in one of TRL's micro-batches: the fastest of those tried"""
+    """sequences in one of TRL's micro-batches"""
     goal: float
     """a reward; how long does it take to get there?"""
     smoothing: int
@@ -211,8 +211,10 @@ def compare_rewards(groups, kind):
         verdict = difference(*means)
         apart += verdict != SPREAD
         cells = [f"{m.mean():.3f} ({', '.join(f'{value:.3f}' for value in m)})" for m in means]
-        rows.append([f"{part[0]} to {part[-1]}", *cells, verdict])
-    header = ["steps", f"{OURS}, mean (by seed)", f"{THEIRS}, mean (by seed)", f"{OURS} is"]
+        spread = sum(map(np.ptp, means))
+        rows.append([f"{part[0]} to {part[-1]}", *cells, f"{spread:.3f}", verdict])
+    header = ["steps", f"{OURS}, mean (by seed)", f"{THEIRS}, mean (by seed)"]
+    header += ["differences count from", f"{OURS} is"]
     text = f"""The bands of the two curves overlap at {overlap.sum()} of {overlap.size} steps. Mean
 rewards of parts of the run; a difference counts if it is larger than the ranges of both sides'
 seeds added up:
@@ -343,7 +345,7 @@ loading, no evaluation. No side computes a KL.
 
 {table(["", "`grpo.py`", "TRL", "set"], DIFFERENCES)}
 
-Load average when started: {load:.2f} (of other work; 0 is an idle machine).
+Load average of the minute before the start: {load:.2f}.
 """
 
 

@@ -243,8 +243,9 @@ def write_text(groups, everything, args, script_options):
 {setting}.
 Lines are means over seeds and bands their range, after a moving average over
 {SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand
-scale. Model and task are not those of the published figure: directions and orders can be compared,
-values cannot. [scan.md](scan.md) has all settings that were tried.
+scale; its steps are scaled to ours. Model and task are not those of the published figure:
+directions and orders can be compared, values cannot. [scan.md](scan.md) has all settings that were
+tried.
 
 ## Start and end of the curves
 

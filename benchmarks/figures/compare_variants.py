@@ -104,20 +104,26 @@ def is_stable(runs):
 
 
 def write_text(groups, scripts, args):
-    header = ["algorithm", "script", "lines of diff", "accuracy per seed", "mean", "against GRPO"]
+    header = ["algorithm", "script", "lines of diff"]
+    for value in ("accuracy", "reward"):
+        header += [f"{value} by seed", "mean", "against GRPO"]
     header += ["KL", "clipped", "clipped, weighted", "stable"]
     rows = {interval: [] for interval in SYNC_INTERVALS}
-    accuracy = {
-        curve: [column(run, "eval/accuracy")[-1] for run in runs] for curve, runs in groups.items()
+    ends = {  # by curve: accuracies and rewards of the seeds
+        curve: [
+            [column(run, "eval/accuracy")[-1] for run in runs],
+            algorithms.tenths(runs, "reward/mean")[:, -1],
+        ]
+        for curve, runs in groups.items()
     }
     for (label, interval), runs in groups.items():
         script = (ROOT / scripts[label]).with_suffix(".py")
         paper = re.search(r"arXiv (\d+\.\d+)", script.read_text())[1]
-        values, grpos = accuracy[label, interval], accuracy["GRPO", interval]
         row = [f"[{label}](https://arxiv.org/abs/{paper})", f"`{script.stem}`"]
         row.append(lines_of_diff(script))
-        row += [", ".join(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}"]
-        row.append("" if label == "GRPO" else difference(values, grpos))
+        for values, grpos in zip(ends[label, interval], ends["GRPO", interval], strict=True):
+            row += [", ".join(f"{value:.3f}" for value in values), f"{np.mean(values):.3f}"]
+            row.append("" if label == "GRPO" else difference(values, grpos))
         row.append(f"{algorithms.tenths(runs, 'kl/ref_k2')[:, -1].mean():.3f}")
         rows[interval].append([*row, *reporting.clipped(runs), yes(is_stable(runs))])
     sections = [f"## `sync_interval = {i}`\n\n{table(header, rows[i])}\n" for i in SYNC_INTERVALS]
@@ -130,7 +136,8 @@ seeds {", ".join(map(str, args.seeds))}, the bundled model and task.
 ![reward over training steps](strip.png)
 
 - Lines of diff: removed from `grpo.py` and added to it, without the docstrings at the top.
-- Accuracy: held-out, greedy, after training. "{SPREAD}": the means differ by no more than the
+- Accuracy: held-out, greedy, after training; many are near the ceiling. Reward: of sampled
+  responses, mean of the last tenth of the run. "{SPREAD}": the means differ by no more than the
   ranges over seeds, the algorithm's and GRPO's, added up. With {len(args.seeds)} seeds, chance
   alone can exceed that.
 - KL: to the initial policy, mean of the last tenth of the run.

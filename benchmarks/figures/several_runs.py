@@ -52,7 +52,8 @@ def main(args):
     report = f"""# Several runs, compared
 
 `python benchmarks/figures/several_runs.py`: {" and ".join(f"`{name}.py`" for name in SCRIPTS)}
-with their defaults, {args.steps} steps, seeds {", ".join(map(str, args.seeds))}. This is what
+with one thread, otherwise with their defaults, {args.steps} steps, seeds
+{", ".join(map(str, args.seeds))}. This is what
 `python -m common.compare` plots and prints:
 
 ![Reward, accuracy, KL, entropy, response length and gradient norm](comparison.png)

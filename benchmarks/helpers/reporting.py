@@ -85,11 +85,11 @@ def mean_interval(values, imagined):
 
 def mark_published(axis, points, colours):
     """Mark start and end of published curves, {label: [(x, y), (x, y)]}, by triangles, with a
-    y-axis of their own.
+    y-axis of their own. Sizes differ: two in one place can both be seen.
     """
     theirs = axis.twinx()
-    for label, places in points.items():
-        style = {"color": colours[label], "markersize": 9, "fillstyle": "none", "clip_on": False}
+    for size, (label, places) in zip(range(13, 0, -3), points.items(), strict=False):
+        style = {"color": colours[label], "markersize": size, "fillstyle": "none", "clip_on": False}
         theirs.plot(*zip(*places, strict=True), "^", **style)
     theirs.set_ylabel("published (triangles)", color="gray")
     theirs.tick_params(colors="gray")

@@ -1,12 +1,12 @@
 """A model learns to use a tool: `--task calculator`, and what happens if replies are in the loss.
 
-    python benchmarks/models/calculator.py            about 10 minutes on two idle cores
+    python benchmarks/models/calculator.py            5 minutes on two idle cores
     python benchmarks/models/calculator.py --quick    in miniature, to see that it works
 
 The start model is the bundled one, trained on for half a minute (`build_tiny_model.py --calls`). It
-leaves a sum to the calculator one time in five; what it adds by itself is wrong three times in
-four. Reinforcement finds that calling pays. `imitating.py` makes the usual mistake: the
-calculator's tokens are in the loss, although no policy sampled them.
+leaves a sum to the calculator one time in five; when it samples, what it adds by itself is wrong
+three times in four. Reinforcement finds that calling pays. `imitating.py` makes the usual mistake:
+the calculator's tokens are in the loss, although no policy sampled them.
 
 Writes `figure.png`, `curves.csv` and `report.md`. Repeat the command to continue.
 """

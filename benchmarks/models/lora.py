@@ -76,6 +76,12 @@ def train(task, settings, steps, args):
     return {label: [read_metrics(args.runs / name)] for label, name in names.items()}
 
 
+def ends(steps, key):
+    """The first step's value, and the mean of the last tenth of a run."""
+    values = column(steps, key)
+    return values[0], values[-max(1, len(values) // 10) :].mean()
+
+
 def row(label, records, run_dir):
     """What a run has learned, and at what cost: cells of a table."""
     steps = [record for record in records if record["step"] > 0]
@@ -83,8 +89,8 @@ def row(label, records, run_dir):
     return [
         label,
         arrow(column(records, "eval/accuracy"), ".2f"),
-        arrow(column(steps, "reward/mean"), ".2f"),
-        f"{column(steps, 'kl/ref_k2')[-1]:.3f}",
+        arrow(ends(steps, "reward/mean"), ".2f"),
+        f"{ends(steps, 'kl/ref_k2')[1]:.3f}",
         f"{column(steps, 'sampler_mismatch/mean').mean():.2g}",
         *(f"{np.median(column(steps, key)):.2f}" for key in ("time/step", "time/train")),
         f"{column(steps, 'memory/peak_gib').max():.2f}",
@@ -163,7 +169,8 @@ def main(args):
 `python benchmarks/models/lora.py`: GRPO, seed {args.seed}, two threads. One seed each: differences
 of a few hundredths mean nothing. Rows are timed one after the other, on a machine whose speed
 drifts: compare their seconds with care. A checkpoint of an adapter has its weights and
-moments only. Peak memory is that of the process, with Python and PyTorch.
+moments only. Peak memory is that of the process, with Python and PyTorch. Rewards are that of
+the first step and the mean of the last tenth, KLs the latter.
 
 {chr(10).join(parts)}"""
     environments = [

@@ -138,8 +138,9 @@ def section(task, groups, steps):
             for key in ("keys_present", "eval/accuracy")
         )
         lesson = f"""
-The reward is the share of right values among four: {of_seeds(reward)} sampled. Exact match on
-held-out problems: {of_seeds(exact)}. Of the four keys, {of_seeds(keys)} are present.
+The reward is the share of right values among four: {of_seeds(reward)} sampled. Of the four keys,
+{of_seeds(keys)} are present: without one, an answer cannot be right as a whole. Exact match on
+held-out problems: {of_seeds(exact)}.
 """
     about = {
         "Sentiment": "One word, positive or negative.",

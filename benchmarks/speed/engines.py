@@ -125,9 +125,9 @@ def main(args, script_options):
 {args.steps} steps, one run at a time. Both engines get the same prompts in the same order. Their
 random streams differ, so that runs of one seed do not pair up.
 
-- The means of the final held-out accuracies differ by **{difference:.3f}** (standard error by the
-  scatter of the seeds: {scatter}). The limit is {ACCURACY_LIMIT}:
-  **{verdict(difference < ACCURACY_LIMIT)}**.
+- The means of the final held-out accuracies differ by **{difference:.3f}**. The limit for this
+  number is {ACCURACY_LIMIT}: **{verdict(difference < ACCURACY_LIMIT)}**. Its standard error by the
+  scatter of the seeds is {scatter}, so with few seeds this finds gross errors only.
 - Describing a version of the weights and verifying it in the engine takes **{share:.1%}** of a step
   with vLLM. The limit is {VERIFICATION_LIMIT:.0%}: **{verdict(share < VERIFICATION_LIMIT)}**.
 

@@ -516,10 +516,9 @@ def step_table(steps):
         cells.append([f"{row['N']:,}", row["path"]])
         cells[-1].append(f"{peak / 2**20:,.0f}" if peak else "not run")
         compared = row["path"] == OURS and other
-        cells[-1].append(f"{(other - peak) / row['logits_bytes']:.0%}" if compared else "")
-    return reporting.table(
-        ["N", "path", "peak, MiB", "fall, as a share of the logits' size"], cells
-    )
+        cells[-1].append(f"{(other - peak) / row['logits_bytes']:.1f}" if compared else "")
+    header = ["N", "path", "peak, MiB", "memory saved, in multiples of the logits' size"]
+    return reporting.table(header, cells)
 
 
 def report(results):

