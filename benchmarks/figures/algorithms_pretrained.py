@@ -2,7 +2,7 @@
 sentence as JSON.
 
     pip install gguf accelerate
-    python benchmarks/figures/algorithms_pretrained.py          6 runs, two at a time; three hours
+    python benchmarks/figures/algorithms_pretrained.py          6 runs, two at a time; 2 hours
     python benchmarks/figures/algorithms_pretrained.py --quick  in miniature, to see that it works
 
 The same three algorithms and observations as in `algorithms.py`, whose model has 0.4 million
@@ -14,7 +14,7 @@ accuracy only.
 
 The learning rate was chosen by `scans.py algorithms_pretrained`, on another seed: with that one,
 all three had learned the most after their first 20 updates. Writes `figure.png`, `curves.csv` and
-`report.md`. Repeat the command to continue where it was stopped.
+`report.md`. The runs take 22 GB. Repeat the command to continue where it was stopped.
 Options it does not know go to the training scripts; on a GPU, leave out the number of threads:
     python benchmarks/figures/algorithms_pretrained.py --jobs 1 --threads 0
 """
@@ -36,6 +36,7 @@ from benchmarks.helpers.reporting import arrow, column, table
 from benchmarks.models import smollm2
 from benchmarks.models.chat_tasks import Extraction
 from common.curves import read_metrics
+from common.plots import SMOOTHING
 
 ACCURACY = "eval/accuracy"
 OPTIONS = {
@@ -145,7 +146,7 @@ def write_text(groups, everything, args):
 `python benchmarks/figures/algorithms_pretrained.py`: SmolLM2-135M-Instruct in bf16, `Extraction`
 with {RIGHT} for a right answer, seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
 8 × 8 rollouts, learning rate {args.learning_rate:g}. Lines are means over seeds and bands their
-range; triangles are start and end of the published curves, on the right-hand scale.
+range, after a moving average over {SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand scale.
 [scan.md](scan.md) has all settings that were tried. Peak memory of a run: {peak:.1f} GiB.
 
 ## Held-out accuracy, greedy
