@@ -146,7 +146,8 @@ def write_text(groups, everything, args):
 `python benchmarks/figures/algorithms_pretrained.py`: SmolLM2-135M-Instruct in bf16, `Extraction`
 with {RIGHT} for a right answer, seeds {", ".join(map(str, args.seeds))}, {args.steps} steps of
 8 × 8 rollouts, learning rate {args.learning_rate:g}. Lines are means over seeds and bands their
-range, after a moving average over {SMOOTHING} steps; triangles are start and end of the published curves, on the right-hand scale.
+range, after a moving average over {SMOOTHING} steps; triangles are start and end of the published
+curves, on the right-hand scale.
 [scan.md](scan.md) has all settings that were tried. Peak memory of a run: {peak:.1f} GiB.
 
 ## Held-out accuracy, greedy
