@@ -14,8 +14,7 @@ slows down slows both.
 Both sides get the same model, prompts in the same order, reward function, learning rate and so on
 (`helpers/trl_trainer.py`). None computes a KL. What is left are details, which the report lists.
 So if both are right, their rewards differ by chance only: the bands of the curves over steps should
-overlap. Held-out accuracy is measured by the same code for both, with the models that they
-leave.
+overlap. Held-out accuracy is measured by the same code for both, with the models that they leave.
 
 Writes a figure for each kind of runs, `curves.csv`, `against_trl.json` and `report.md`. Repeat the
 command to continue where it was stopped; a run that was stopped itself is made again, since it is

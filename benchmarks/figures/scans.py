@@ -2,7 +2,7 @@
 
     python benchmarks/figures/scans.py sync_modes --seeds 11    16 runs, two at a time; 15 minutes
     python benchmarks/figures/scans.py algorithms --seeds 11    33 runs; an hour
-    python benchmarks/figures/scans.py algorithms_pretrained --seeds 11     9 runs; 90 minutes
+    python benchmarks/figures/scans.py algorithms_pretrained --seeds 11     9 runs; an hour
 
 The four schedules, or the three algorithms, are trained with each setting of `SCANS`, and the table
 says what became of the curves and how many of the observations about the published figure hold

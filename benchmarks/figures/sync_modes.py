@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks.evaluate import greedy_answers
 from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import ROOT, Run, as_options, run_all, run_once
-from benchmarks.helpers.reporting import column, plt, table
+from benchmarks.helpers.reporting import column, final, plt, table
 from benchmarks.speed.schedule_replay import MODES, replay, times_of_steps
 from common.curves import read_lines
 from common.models import TINY_MODEL
@@ -206,11 +206,6 @@ def replayed(records, mode):
 def ratios(runs, base):
     """Speed-up of each run over the one of the same seed in `base`."""
     return [seconds(first) / seconds(records) for records, first in zip(runs, base, strict=True)]
-
-
-def final(records, key):
-    """Mean over the last tenth of a run."""
-    return column(records, key)[-max(1, len(records) // 10) :].mean()
 
 
 def plot_timing(runs, output, first_step=21, num_steps=12):

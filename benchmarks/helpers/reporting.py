@@ -38,6 +38,11 @@ def clipped(runs):
     return [f"{column(late, key).mean():.2%}" for key in keys]
 
 
+def final(records, key):
+    """Mean over the last tenth of a run."""
+    return column(records, key)[-max(1, len(records) // 10) :].mean()
+
+
 def arrow(values, form):
     """From the first of some values to the last one, as text."""
     return f"{values[0]:{form}} → {values[-1]:{form}}"
@@ -88,8 +93,9 @@ def mark_published(axis, points, colours):
     y-axis of their own. Sizes differ: two in one place can both be seen.
     """
     theirs = axis.twinx()
-    for size, (label, places) in zip(range(13, 0, -3), points.items(), strict=False):
-        style = {"color": colours[label], "markersize": size, "fillstyle": "none", "clip_on": False}
+    for i, (label, places) in enumerate(points.items()):
+        style = {"color": colours[label], "fillstyle": "none", "clip_on": False}
+        style["markersize"] = 14 - 2.5 * i
         theirs.plot(*zip(*places, strict=True), "^", **style)
     theirs.set_ylabel("published (triangles)", color="gray")
     theirs.tick_params(colors="gray")

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks.helpers import reporting
 from benchmarks.helpers.launcher import Run, as_options, run_all
-from benchmarks.helpers.reporting import PANELS, arrow, column, table
+from benchmarks.helpers.reporting import PANELS, arrow, column, final, table
 from benchmarks.models import smollm2
 from common.curves import read_metrics
 
@@ -76,12 +76,6 @@ def train(task, settings, steps, args):
     return {label: [read_metrics(args.runs / name)] for label, name in names.items()}
 
 
-def ends(steps, key):
-    """The first step's value, and the mean of the last tenth of a run."""
-    values = column(steps, key)
-    return values[0], values[-max(1, len(values) // 10) :].mean()
-
-
 def row(label, records, run_dir):
     """What a run has learned, and at what cost: cells of a table."""
     steps = [record for record in records if record["step"] > 0]
@@ -89,8 +83,8 @@ def row(label, records, run_dir):
     return [
         label,
         arrow(column(records, "eval/accuracy"), ".2f"),
-        arrow(ends(steps, "reward/mean"), ".2f"),
-        f"{ends(steps, 'kl/ref_k2')[1]:.3f}",
+        arrow((steps[0]["reward/mean"], final(steps, "reward/mean")), ".2f"),
+        f"{final(steps, 'kl/ref_k2'):.3f}",
         f"{column(steps, 'sampler_mismatch/mean').mean():.2g}",
         *(f"{np.median(column(steps, key)):.2f}" for key in ("time/step", "time/train")),
         f"{column(steps, 'memory/peak_gib').max():.2f}",

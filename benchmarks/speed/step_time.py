@@ -32,6 +32,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -125,21 +126,18 @@ def run_trl(work, model, threads, reference, steps, directory, batch_size):
     return [[record[key] for key in MEASURED] for record in trl_trainer.run_trl(run)]
 
 
-def try_batch_sizes(work, models, args, bar):
-    """Seconds of TRL's steps by number of threads and size of micro-batch, the sum of the medians
-    with the first and the last policy; without any run if there is only one size.
+def try_batch_sizes(trials, work, models, args, bar):
+    """Make short runs of TRL, `trials` of (threads, size of a micro-batch, stage). Returns the
+    median seconds of a step, summed over stages, as {threads: {size: seconds}}.
     """
-    ends = dict.fromkeys([args.stages[0], args.stages[-1]])
     found = {threads: dict.fromkeys(args.trl_batch_sizes, 0.0) for threads in args.threads}
-    for threads, sizes in found.items():
-        for size in sizes if len(sizes) > 1 else ():
-            bar.set_postfix_str(f"TRL, {threads} thread(s), micro-batches of {size}")
-            for stage in ends:
-                with tempfile.TemporaryDirectory() as directory:
-                    arguments = (work, models[stage], threads, False, args.steps, directory, size)
-                    steps = run_trl(*arguments)
-                sizes[size] += float(np.median([step[0] for step in steps[WARM_UP:]]))
-                bar.update()
+    for threads, size, stage in trials:
+        bar.set_postfix_str(f"TRL, {threads} thread(s), micro-batches of {size}")
+        with tempfile.TemporaryDirectory() as directory:
+            arguments = (work, models[stage], threads, False, args.steps, directory, size)
+            seconds = [step[0] for step in run_trl(*arguments)[WARM_UP:]]
+        found[threads][size] += float(np.median(seconds))
+        bar.update()
     return found
 
 
@@ -151,14 +149,16 @@ def main(args):
     load = os.getloadavg()[0]
     settings = [(threads, name) for threads in args.threads for name in VARIANTS]
     measured = {}  # by threads, variant, stage and round: a list of `MEASURED` per step
-    total = args.rounds * len(args.stages) * len(settings)
+    trials = []
     if len(args.trl_batch_sizes) > 1:
-        total += len(args.threads) * len(args.trl_batch_sizes) * min(2, len(args.stages))
+        first_and_last = sorted({args.stages[0], args.stages[-1]})
+        trials = list(product(args.threads, args.trl_batch_sizes, first_and_last))
+    total = len(trials) + args.rounds * len(args.stages) * len(settings)
     with tempfile.TemporaryDirectory() as home, tqdm(total=total, unit="run") as bar:
         bar.set_postfix_str("the default run, for its policies")
         work = {name: getattr(args, name) for name in WORK}
         models = make_stages(args.model, args.stages, home)
-        tried = try_batch_sizes(work, models, args, bar)
+        tried = try_batch_sizes(trials, work, models, args, bar)
         for round in range(args.rounds):
             for stage in args.stages:
                 for threads, name in settings:
