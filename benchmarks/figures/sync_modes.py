@@ -208,6 +208,12 @@ def ratios(runs, base):
     return [seconds(first) / seconds(records) for records, first in zip(runs, base, strict=True)]
 
 
+def speed_up(runs, base):
+    """The mean of `ratios`, and all of them, as text."""
+    per_seed = ratios(runs, base)
+    return f"{np.mean(per_seed):.2f} ({', '.join(f'{ratio:.2f}' for ratio in per_seed)})"
+
+
 def plot_timing(runs, output, first_step=21, num_steps=12):
     """Who worked when, one panel per mode, from the timestamps that a run logged.
 
@@ -438,13 +444,12 @@ def write_text(groups, groups_and_more, tail, examples, args, script_options):
         for key, digits in zip(PANELS, (2, 1, 3, 3), strict=True):
             ours = np.mean([final(records, key) for records in runs])
             summary[-1] += [f"{theirs[key]:g}", f"{ours:.{digits}f}"]
-        speed_up = published[ONE]["hours"] / theirs["hours"]
+        faster = published[ONE]["hours"] / theirs["hours"]
         shorter = theirs["response_length/mean"] / published[ONE]["response_length/mean"]
         allowed = seconds_of[ONE] / np.mean([replayed(records, mode) for records in groups[ONE]])
-        per_seed = ratios(runs, groups[ONE])
-        ours = f"{np.mean(per_seed):.2f} ({', '.join(f'{ratio:.2f}' for ratio in per_seed)})"
-        speed.append([mode, f"{speed_up:.2f}", ours, f"{allowed:.2f}", f"{speed_up * shorter:.2f}"])
-        speed[-1].append(f"{tokens_per_second(mode) / tokens_per_second(ONE):.2f}")
+        per_token = [faster * shorter, tokens_per_second(mode) / tokens_per_second(ONE)]
+        speed.append([mode, f"{faster:.2f}", speed_up(runs, groups[ONE])])
+        speed[-1] += [f"{value:.2f}" for value in (allowed, *per_token)]
     columns = ["total time", "reward", "length", "gradient norm", "KL"]
     header = ["mode", *(cell for name in columns for cell in (f"{name}, published", "ours"))]
     speed_header = ["mode", "published", "ours (per seed)", "the schedule allows"]
@@ -509,7 +514,8 @@ what a step takes by `schedule_replay.py`, and how far that is from the measured
 {table_of_times(groups_and_more)}
 
 With one thread, {ONE} leaves a core idle. "{TWO_THREADS}" gives two to each phase, as the scripts
-do by default.
+do by default. {OFFSET}, with one thread each for both at once, has
+{speed_up(groups[OFFSET], groups_and_more[TWO_THREADS])} times the speed of that.
 
 ## Observations from the published figure, and whether they hold here
 
