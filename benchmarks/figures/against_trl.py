@@ -205,7 +205,7 @@ def compare_rewards(groups, kind):
     rows, apart = [], 0
     steps = np.arange(1, ours.shape[1] + 1)
     plain = [np.array([column(run, REWARD) for run in groups[side]]) for side in (OURS, THEIRS)]
-    for part in np.array_split(steps, min(PARTS, len(steps))):
+    for part in np.array_split(steps, min(PARTS, len(steps) // 2)):
         means = [rewards[:, part - 1].mean(axis=1) for rewards in plain]
         verdict = difference(*means)
         apart += verdict != SPREAD
