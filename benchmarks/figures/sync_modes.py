@@ -294,7 +294,7 @@ def plot_long_tail(tail, lengths, path):
         right.plot(seconds_by_mode, places, marker, label=label, **style)
     right.set_yticks(places, list(tail))
     right.set_xlabel("seconds of a step")
-    right.margins(x=0.05)
+    right.set_xlim(right=1.05 * starts.max())
     figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=5)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
