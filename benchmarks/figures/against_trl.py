@@ -4,7 +4,7 @@ long do they take?
     pip install -r benchmarks/requirements.txt
     python benchmarks/figures/against_trl.py            half an hour on two idle cores
     python benchmarks/figures/against_trl.py --quick    in miniature, to see that it works
-    python benchmarks/figures/against_trl.py --runs-of default Extraction       80 minutes
+    python benchmarks/figures/against_trl.py --runs-of default Extraction       an hour
 
 Two kinds of runs: the default run, and `Extraction` of `models/chat_tasks.py` with
 SmolLM2-135M-Instruct in bf16, for ten steps (`pip install gguf accelerate`; `models/smollm2.py`

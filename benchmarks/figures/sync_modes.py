@@ -1,7 +1,7 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy,
 three seeds each.
 
-    python benchmarks/figures/sync_modes.py             45 minutes on two otherwise idle cores
+    python benchmarks/figures/sync_modes.py             30 minutes on two otherwise idle cores
     python benchmarks/figures/sync_modes.py --quick     the same in miniature, to see that it works
 
 The start model is built first, in less than a minute: the bundled model, trained on with examples
