@@ -190,6 +190,11 @@ def speed_against_trl(threads, directory="step_time"):
     return f"{speed:#.2g}"
 
 
+def run_against_trl(kind):
+    """TRL's time for a whole run, divided by ours."""
+    return f"{_json('against_trl/against_trl.json')[kind]['whole_run']:.1f}"
+
+
 def accuracy_with(engine):
     runs = [run for run in _json("engines/engines.json")["runs"] if run["engine"] == engine]
     return f"{_mean(run['accuracy at the end'] for run in runs):.3f}"
@@ -201,6 +206,13 @@ def speed_up_of_overlap():
     (speed_up,) = re.findall(
         r"^\| One-Step Off-Policy \| [\d.]+ \| ([\d.]+) ", section, re.MULTILINE
     )
+    return speed_up
+
+
+def speed_up_over_two_threads():
+    """The same, where Sync (1) has two threads as well."""
+    section = _section("sync_modes/report.md", "Where the time goes")
+    (speed_up,) = re.findall(r" has\n([\d.]+) \([^)]*\) times the speed of that", section)
     return speed_up
 
 
@@ -284,10 +296,12 @@ NUMBERS = {
     "pretrained.step_time": lambda: speed_against_trl(2, "pretrained/step_time"),
     "step_time.1": lambda: speed_against_trl(1),
     "step_time.2": lambda: speed_against_trl(2),
-    "against_trl": lambda: f"{_json('against_trl/against_trl.json')['default']['whole_run']:.1f}",
+    "against_trl.default": lambda: run_against_trl("default"),
+    "against_trl.extraction": lambda: run_against_trl("Extraction"),
     "engines.transformers": lambda: accuracy_with("transformers"),
     "engines.vllm": lambda: accuracy_with("vllm"),
     "sync_modes.speed_up": speed_up_of_overlap,
+    "sync_modes.two_threads": speed_up_over_two_threads,
     "sync_modes.observations": lambda: observations("sync_modes/report.md"),
     "algorithms.observations": lambda: observations("algorithms/report.md"),
     "overlap.worst": lambda: (

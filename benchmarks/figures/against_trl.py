@@ -4,7 +4,7 @@ long do they take?
     pip install -r benchmarks/requirements.txt
     python benchmarks/figures/against_trl.py            half an hour on two idle cores
     python benchmarks/figures/against_trl.py --quick    in miniature, to see that it works
-    python benchmarks/figures/against_trl.py --runs-of default Extraction       80 minutes
+    python benchmarks/figures/against_trl.py --runs-of default Extraction       an hour
 
 Two kinds of runs: the default run, and `Extraction` of `models/chat_tasks.py` with
 SmolLM2-135M-Instruct in bf16, for ten steps (`pip install gguf accelerate`; `models/smollm2.py`
@@ -205,7 +205,7 @@ def compare_rewards(groups, kind):
     rows, apart = [], 0
     steps = np.arange(1, ours.shape[1] + 1)
     plain = [np.array([column(run, REWARD) for run in groups[side]]) for side in (OURS, THEIRS)]
-    for part in np.array_split(steps, min(PARTS, len(steps))):
+    for part in np.array_split(steps, min(PARTS, len(steps) // 2)):
         means = [rewards[:, part - 1].mean(axis=1) for rewards in plain]
         verdict = difference(*means)
         apart += verdict != SPREAD

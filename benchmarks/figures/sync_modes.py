@@ -1,7 +1,7 @@
 """The figure of four sync modes over time: GRPO with Sync (1), (2), (10) and One-Step Off-Policy,
 three seeds each.
 
-    python benchmarks/figures/sync_modes.py             45 minutes on two otherwise idle cores
+    python benchmarks/figures/sync_modes.py             30 minutes on two otherwise idle cores
     python benchmarks/figures/sync_modes.py --quick     the same in miniature, to see that it works
 
 The start model is built first, in less than a minute: the bundled model, trained on with examples
@@ -294,7 +294,7 @@ def plot_long_tail(tail, lengths, path):
         right.plot(seconds_by_mode, places, marker, label=label, **style)
     right.set_yticks(places, list(tail))
     right.set_xlabel("seconds of a step")
-    right.margins(x=0.05)
+    right.set_xlim(right=1.05 * starts.max())
     figure.legend(fontsize="small", frameon=False, loc="outside lower center", ncols=5)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
