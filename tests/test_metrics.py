@@ -5,6 +5,9 @@ with ==.
 """
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,3 +407,16 @@ def test_a_step_is_the_sum_of_its_phases_without_evaluation(monkeypatch):
     assert (result["lag"], result["weights_version"]) == (2, 4)
     assert result["throughput/sampled_tokens_per_second"] == 2 / 0.5
     assert result["throughput/trained_tokens_per_second"] == 5 / 4
+
+
+def test_memory_of_the_process_that_started_this_one_does_not_count():
+    # as when a notebook or a benchmark with a model of its own starts a run
+    ballast = bytearray(2**30)
+    code = """
+import torch
+from common.metrics import peak_bytes
+print(peak_bytes(torch.device("cpu")))
+"""
+    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < len(ballast)
