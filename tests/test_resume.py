@@ -55,6 +55,14 @@ from tests.helpers import (
 NUM_STEPS = 7
 
 
+@pytest.fixture(autouse=True)
+def hangups_count():
+    """Runs inherit from pytest whether SIGHUP is ignored, which it is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A directory with a model and a task, and the settings that every run of this file starts
