@@ -7,7 +7,6 @@ with ==.
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import torch
 from common.metrics import StepMetrics
 from common.sampling import Batch
 from tests import losses
+from tests.helpers import REPOSITORY
 
 CPU = torch.device("cpu")
 
@@ -417,6 +417,6 @@ import torch
 from common.metrics import peak_bytes
 print(peak_bytes(torch.device("cpu")))
 """
-    command, root = [sys.executable, "-c", code], Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert 2**26 < int(done.stdout) < len(ballast)

@@ -54,6 +54,7 @@ from common.batching import MicroBatch
 from common.environment import describe_environment
 from common.kernels.cpu import SlicedLogprobs, plain_logprobs_and_entropy
 from common.logprobs import LARGE_VOCABULARY, logprobs_and_entropy, token_logprobs
+from common.metrics import peak_bytes
 
 PEERS = ("trl", "liger-kernel", "verl", "quack-kernels", "cut-cross-entropy", "triton")
 PARTS = ("gpu", "step", "cpu", "crossover")
@@ -253,22 +254,14 @@ class PeakMemory:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)  # Linux: memory that was freed is given back
-            Path("/proc/self/clear_refs").write_text("5")  # and the peak starts from here
-            self.before = self._status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")
+        self.before = peak_bytes(self.device)  # what is in use: the peak starts from here
         return self
 
     def __exit__(self, *_):
-        on_gpu = self.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if on_gpu else self._status("VmHWM")
-        self.bytes = peak - self.before
-
-    @staticmethod
-    def _status(key):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+        self.bytes = peak_bytes(self.device) - self.before
 
 
 def true_gradients(problem, cap):
